@@ -1,0 +1,12 @@
+//! Pure stream computation: events and the time go in, metric rows and alerts come out.
+//! Knows no network, disk, clock or async runtime.
+
+mod accumulate; // aggregate state, one column for all keys of a pane
+pub mod alert; // rules over metrics, and which of them are firing
+pub mod event; // when something happened, in which workspace, on which stream
+mod key; // interned keys
+pub mod metric; // one metric of one workspace: panes in, rows out
+pub mod portfolio; // positions at last prices
+pub mod program; // a metric's SQL as the engine runs it
+pub mod window; // tumbling and hopping windows, their panes, and when they close
+pub mod workspace; // all of it together, and how it is saved

@@ -1,0 +1,233 @@
+//! A metric's SQL as the engine runs it: filter, keys, window, aggregates, and what is made of them.
+//!
+//! Built by the planner in `sql`; immutable, and shared by every workspace that defines the same metric.
+
+use crate::accumulate::Kind;
+use crate::event::StreamName;
+use crate::key::batch_of;
+use crate::window::Window;
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, new_null_array};
+use arrow::compute;
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit};
+use datafusion_common::Result;
+use datafusion_physical_expr::aggregate::AggregateFunctionExpr;
+use datafusion_physical_expr::{PhysicalExpr, PhysicalSortExpr};
+use std::sync::Arc;
+
+/// One aggregate call of a metric.
+#[derive(Clone, Debug)]
+pub struct Aggregate {
+    pub call: Arc<AggregateFunctionExpr>,
+    /// The FILTER clause.
+    pub filter: Option<Arc<dyn PhysicalExpr>>,
+}
+
+/// `ORDER BY … LIMIT` over the rows of one window.
+#[derive(Clone, Debug)]
+pub struct Top {
+    /// Over the columns of [`Parts::output`].
+    pub order: Vec<PhysicalSortExpr>,
+    pub skip: usize,
+    pub limit: usize,
+}
+
+/// What the planner found in a metric's SQL.
+#[derive(Debug)]
+pub struct Parts {
+    pub stream: StreamName,
+    pub window: Window,
+    /// Schema of the events the expressions are written against; must hold `ts`.
+    pub input: SchemaRef,
+    /// The WHERE clause, over `input`.
+    pub filter: Option<Arc<dyn PhysicalExpr>>,
+    /// GROUP BY but for the window: name and expression over `input`.
+    pub keys: Vec<(String, Arc<dyn PhysicalExpr>)>,
+    pub aggregates: Vec<Aggregate>,
+    /// HAVING, over `window_start, window_end, keys…, aggregates…`.
+    pub having: Option<Arc<dyn PhysicalExpr>>,
+    /// The SELECT list but for the window's bounds and the keys: name and expression, over the same columns as `having`.
+    pub values: Vec<(String, Arc<dyn PhysicalExpr>)>,
+    pub top: Option<Top>,
+}
+
+/// A metric's SQL, planned once.
+#[derive(Debug)]
+pub struct Program {
+    pub(crate) parts: Parts,
+    pub(crate) kinds: Vec<Kind>,
+    pub(crate) key_schema: SchemaRef,
+    groups: SchemaRef,
+    output: SchemaRef,
+}
+
+fn time_field(name: &str) -> FieldRef {
+    Arc::new(Field::new(name, DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())), false))
+}
+
+impl Program {
+    pub fn new(parts: Parts) -> Result<Program> {
+        let input = &parts.input;
+        let field = |name: &str, expr: &Arc<dyn PhysicalExpr>, schema: &Schema| -> Result<FieldRef> {
+            Ok(Arc::new(Field::new(name, expr.data_type(schema)?, true)))
+        };
+        let keys = parts.keys.iter().map(|(name, expr)| field(name, expr, input)).collect::<Result<Vec<_>>>()?;
+        let bounds = [time_field("window_start"), time_field("window_end")];
+        let results = parts
+            .aggregates
+            .iter()
+            .map(|a| Arc::new(Field::new(a.call.name(), a.call.field().data_type().clone(), true)));
+        let groups = Arc::new(Schema::new(
+            bounds.iter().cloned().chain(keys.iter().cloned()).chain(results).collect::<Vec<_>>(),
+        ));
+        let values = parts.values.iter().map(|(name, expr)| field(name, expr, &groups)).collect::<Result<Vec<_>>>()?;
+        let output =
+            Arc::new(Schema::new(bounds.into_iter().chain(keys.iter().cloned()).chain(values).collect::<Vec<_>>()));
+        let kinds = parts
+            .aggregates
+            .iter()
+            .map(|a| {
+                let arg = a.call.expressions().first().map(|arg| arg.data_type(input)).transpose()?;
+                Ok(Kind::of(&a.call, arg.as_ref()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Program { kinds, key_schema: Arc::new(Schema::new(keys)), groups, output, parts })
+    }
+
+    pub fn stream(&self) -> &StreamName {
+        &self.parts.stream
+    }
+
+    pub fn window(&self) -> Window {
+        self.parts.window
+    }
+
+    /// Schema of the metric's rows: `window_start`, `window_end`, keys, values.
+    pub fn output(&self) -> &SchemaRef {
+        &self.output
+    }
+
+    /// How many key columns stand behind the two bounds in [`Program::output`].
+    pub fn key_count(&self) -> usize {
+        self.parts.keys.len()
+    }
+
+    /// Whether a row's place depends on the other rows of its window.
+    pub fn is_top(&self) -> bool {
+        self.parts.top.is_some()
+    }
+
+    /// Whether HAVING may take back a row that was there before.
+    pub(crate) fn may_retract(&self) -> bool {
+        self.parts.having.is_some()
+    }
+
+    /// The batch with the columns the expressions expect; a column the stream did not have yet is NULL.
+    pub(crate) fn align(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        let input = &self.parts.input;
+        if Arc::ptr_eq(input, batch.schema_ref()) || input.fields() == batch.schema_ref().fields() {
+            return Ok(batch.clone());
+        }
+        let columns = input
+            .fields()
+            .iter()
+            .map(|field| match batch.column_by_name(field.name()) {
+                Some(column) if column.data_type() == field.data_type() => column.clone(),
+                _ => new_null_array(field.data_type(), batch.num_rows()),
+            })
+            .collect();
+        let nullable = input.fields().iter().map(|f| f.as_ref().clone().with_nullable(true)).collect::<Vec<_>>();
+        batch_of(Arc::new(Schema::new(nullable)), columns, batch.num_rows())
+    }
+
+    /// Rows of `batch` that the WHERE clause keeps; `None` keeps all.
+    pub(crate) fn selected(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>> {
+        let Some(filter) = &self.parts.filter else { return Ok(None) };
+        let mask = filter.evaluate(batch)?.into_array(batch.num_rows())?;
+        let mask = mask.as_boolean();
+        let mask = if mask.null_count() > 0 { compute::prep_null_mask_filter(mask) } else { mask.clone() };
+        Ok((mask.true_count() < mask.len()).then_some(mask))
+    }
+
+    pub(crate) fn keys_of(&self, batch: &RecordBatch) -> Result<Vec<ArrayRef>> {
+        self.parts.keys.iter().map(|(_, expr)| expr.evaluate(batch)?.into_array(batch.num_rows())).collect()
+    }
+
+    /// The argument columns and the FILTER mask of every aggregate call.
+    pub(crate) fn arguments(&self, batch: &RecordBatch) -> Result<Vec<Arguments>> {
+        let rows = batch.num_rows();
+        let array = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(batch)?.into_array(rows);
+        self.parts
+            .aggregates
+            .iter()
+            .zip(&self.kinds)
+            .map(|(aggregate, kind)| {
+                let exprs = aggregate.call.all_expressions();
+                let mut values = exprs.args.iter().map(array).collect::<Result<Vec<_>>>()?;
+                if let Kind::Any(_) = kind {
+                    // an ordered aggregate gets its sort keys behind its arguments
+                    values.extend(exprs.order_by_exprs.iter().map(array).collect::<Result<Vec<_>>>()?);
+                }
+                let keep = aggregate.filter.as_ref().map(array).transpose()?;
+                Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
+            })
+            .collect()
+    }
+
+    /// From keys and aggregate results to rows of [`Program::output`], and which groups they are:
+    /// HAVING, the SELECT list and, where asked for, the top rows of the one window they are of.
+    pub(crate) fn finish(&self, columns: Vec<ArrayRef>, rows: usize) -> Result<(RecordBatch, Finished)> {
+        let groups = batch_of(self.groups.clone(), columns, rows)?;
+        let mut kept = Finished::All;
+        let mut chosen = groups;
+        if let Some(having) = &self.parts.having {
+            let mask = having.evaluate(&chosen)?.into_array(chosen.num_rows())?;
+            let mask = compute::prep_null_mask_filter(mask.as_boolean());
+            chosen = compute::filter_record_batch(&chosen, &mask)?;
+            kept = Finished::Some(mask.values().set_indices().map(|row| row as u32).collect());
+        }
+        let fixed = 2 + self.key_count();
+        let mut out = chosen.columns()[..fixed].to_vec();
+        for (_, expr) in &self.parts.values {
+            out.push(expr.evaluate(&chosen)?.into_array(chosen.num_rows())?);
+        }
+        let mut batch = batch_of(self.output.clone(), out, chosen.num_rows())?;
+        if let Some(top) = &self.parts.top {
+            let order =
+                top.order.iter().map(|sort| sort.evaluate_to_sort_column(&batch)).collect::<Result<Vec<_>>>()?;
+            let rank = compute::lexsort_to_indices(&order, Some(top.skip.saturating_add(top.limit)))?;
+            let rank = rank.slice(top.skip.min(rank.len()), rank.len().saturating_sub(top.skip));
+            batch = compute::take_record_batch(&batch, &rank)?;
+            kept = Finished::Some(rank.values().iter().map(|&row| kept.group(row)).collect());
+        }
+        Ok((batch, kept))
+    }
+}
+
+/// Arguments of one aggregate call for a batch.
+pub(crate) struct Arguments {
+    pub(crate) values: Vec<ArrayRef>,
+    pub(crate) keep: Option<BooleanArray>,
+}
+
+impl Arguments {
+    pub(crate) fn take(&self, rows: &arrow::array::UInt32Array) -> Result<Arguments> {
+        let values = self.values.iter().map(|v| compute::take(v, rows, None)).collect::<Result<Vec<_>, _>>()?;
+        let keep = self.keep.as_ref().map(|mask| compute::take(mask, rows, None)).transpose()?;
+        Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
+    }
+}
+
+/// Which of the groups given to [`Program::finish`] became rows.
+pub(crate) enum Finished {
+    All,
+    Some(Vec<u32>),
+}
+
+impl Finished {
+    pub(crate) fn group(&self, row: u32) -> u32 {
+        match self {
+            Finished::All => row,
+            Finished::Some(groups) => groups[row as usize],
+        }
+    }
+}

@@ -1,0 +1,146 @@
+/** Wire shapes of the public contract, v1: what the HTTP API and the channels carry. */
+import type { Operation } from 'fast-json-patch';
+
+export interface Workspace {
+  id: string;
+  name: string;
+  role: string;
+  tier: string;
+}
+
+export interface Me {
+  user: { id: string; email: string; admin: boolean };
+  workspaces: Workspace[];
+}
+
+/** A column of a metric's rows: its name and its stream type (`utf8`, `float64`, …). */
+export interface ValueColumn {
+  name: string;
+  type: string;
+}
+
+/** A metric's window; durations are written `250ms`, `10s`, `1m`, `2h`, `1d`. */
+export interface WindowSpec {
+  kind: 'tumble' | 'hop' | 'session' | 'cumulate';
+  size?: string;
+  slide?: string;
+  step?: string;
+  gap?: string;
+}
+
+export interface Metric {
+  name: string;
+  sql: string;
+  stream: string;
+  keys: string[];
+  values: ValueColumn[];
+  window: WindowSpec;
+  emit?: string;
+  max_delay?: string;
+  allowed_lateness?: string;
+}
+
+/** What a column may hold. Decimals may come as strings so that no digit is lost. */
+export type Cell = string | number | boolean | null;
+
+/** One row of a metric: window bounds (RFC 3339, UTC), keys, values, and whether it can still change. */
+export interface Row {
+  window_start: string;
+  window_end: string;
+  final: boolean;
+  revision: number;
+  [column: string]: Cell;
+}
+
+/** State of a `metrics/{metric}` channel. The row key is the key values joined with `|`; without keys it is `""`. */
+export interface MetricState {
+  rows: Record<string, Row>;
+}
+
+export interface Position {
+  symbol: string;
+  qty: number;
+  cost_price: number;
+  price: number | null;
+  value: number | null;
+  cost: number;
+  unrealised: number | null;
+  unrealised_pct: number | null;
+  weight: number | null;
+  sector: string | null;
+}
+
+/** State of a `portfolio/{id}` channel. */
+export interface PortfolioSummary {
+  id: string;
+  name: string;
+  currency: string;
+  value: number;
+  cost: number;
+  unrealised: number;
+  unrealised_pct: number | null;
+  as_of: string | null;
+  positions: Position[];
+  allocation: { symbol: Record<string, number>; sector: Record<string, number> };
+  /** Symbols that have no price yet and so count for nothing in `value`. */
+  unpriced: string[];
+}
+
+export interface Alert {
+  id: string;
+  rule: string;
+  metric: string;
+  severity: string;
+  labels: Record<string, string>;
+  state: string;
+  row: Record<string, Cell>;
+  started_at: string;
+  fired_at: string | null;
+  resolved_at: string | null;
+  acked_at: string | null;
+  acked_by: string | null;
+}
+
+export interface AlertRule {
+  name: string;
+  metric: string;
+  condition: string;
+  for: string;
+  severity: string;
+}
+
+/** The answer to an ingest: what is durable now, and what was refused and why. */
+export interface IngestAnswer {
+  accepted: number;
+  duplicates: number;
+  rejected: number;
+  errors: { index: number; code: string; detail: string }[];
+  offset: number | null;
+}
+
+/** An AG-UI event. Only the fields that this client reads are named. */
+export interface AguiEvent {
+  type: string;
+  [field: string]: unknown;
+}
+
+/** A message of an AG-UI conversation, as sent in `RunAgentInput.messages` and in `MESSAGES_SNAPSHOT`. */
+export type Message =
+  | { id: string; role: 'user'; content: string }
+  | { id: string; role: 'assistant'; content?: string; toolCalls?: ToolCall[] }
+  | { id: string; role: 'tool'; toolCallId: string; content: string };
+
+export interface ToolCall {
+  id: string;
+  type: 'function';
+  function: { name: string; arguments: string };
+}
+
+/** Position in a channel. Offsets are compared only within one epoch. */
+export interface Cursor {
+  epoch: string | number;
+  offset: number;
+}
+
+/** An RFC 6902 patch. */
+export type Patch = Operation[];

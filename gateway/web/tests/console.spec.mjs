@@ -1,0 +1,295 @@
+// The console in a real browser against a running server. Asks for TIDEWATCH_URL, TIDEWATCH_EMAIL, TIDEWATCH_PASSWORD,
+// TIDEWATCH_WORKSPACE and TIDEWATCH_METRIC (a metric over market.trades, keyed by symbol); SCREENSHOT_DIR is optional.
+// Prints `ok` or `not ok` for each test; the exit status is 1 when one failed, 2 when it was called badly.
+import { mkdirSync } from 'node:fs';
+import { join } from 'node:path';
+import { chromium } from 'playwright-core';
+
+const NAMES = ['TIDEWATCH_URL', 'TIDEWATCH_EMAIL', 'TIDEWATCH_PASSWORD', 'TIDEWATCH_WORKSPACE', 'TIDEWATCH_METRIC'];
+const missing = NAMES.filter((name) => !process.env[name]);
+if (missing.length > 0) {
+  console.error(`set ${missing.join(', ')}; the server must be running`);
+  process.exit(2);
+}
+const [url, email, password, workspace, metric] = NAMES.map((name) => process.env[name]);
+const base = url.replace(/\/$/, '');
+const shots = process.env.SCREENSHOT_DIR ?? 'test-results';
+mkdirSync(shots, { recursive: true });
+
+const SYMBOL = 'ZZTEST';
+const WAIT = 10_000;
+const BROWSER = {
+  executablePath: '/usr/bin/chromium',
+  args: [
+    '--headless=new',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+  ],
+};
+
+let passed = 0;
+let failed = 0;
+
+async function check(name, body) {
+  try {
+    await body();
+    passed += 1;
+    console.log(`ok - ${name}`);
+  } catch (error) {
+    failed += 1;
+    console.log(`not ok - ${name}\n  ${String(error?.message ?? error).replaceAll('\n', '\n  ')}`);
+  }
+}
+
+function expect(truth, otherwise) {
+  if (!truth) throw new Error(otherwise);
+}
+
+async function until(what, condition) {
+  const end = Date.now() + WAIT;
+  for (;;) {
+    const value = await condition();
+    if (value) return value;
+    if (Date.now() > end) throw new Error(`waited ${WAIT} ms for ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
+async function api(path, body, token) {
+  const headers = { 'content-type': 'application/json', ...(token ? { authorization: `Bearer ${token}` } : {}) };
+  const response = await fetch(`${base}/api/v1${path}`, { method: 'POST', headers, body: JSON.stringify(body) });
+  expect(response.ok, `POST ${path} answered ${response.status}: ${await response.clone().text()}`);
+  return response.json();
+}
+
+const trade = (price) => ({ symbol: SYMBOL, price, qty: 10, side: 'buy', id: `zz-${Date.now()}-${price}` });
+
+/** Posts a trade of the test symbol as any other client would. */
+async function send(price) {
+  const { access_token } = await api('/auth/login', { email, password });
+  return api(`/workspaces/${workspace}/streams/market.trades/events`, [trade(price)], access_token);
+}
+
+const cellsOf = (page) => page.locator(`[data-testid^="cell-${SYMBOL}-"]`);
+const read = async (page) => (await cellsOf(page).allTextContents()).map((text) => text.trim()).join(' | ');
+
+/** A page that remembers everything the browser complained of. */
+async function open(browser, options) {
+  const context = await browser.newContext(options);
+  const page = await context.newPage();
+  page.setDefaultTimeout(WAIT);
+  const complaints = [];
+  page.on('pageerror', (error) => complaints.push(error.message));
+  page.on('console', (message) => {
+    if (message.type() === 'error') complaints.push(`${message.text()} (${message.location().url})`);
+  });
+  return { page, complaints };
+}
+
+async function signIn(page, secret = password) {
+  await page.getByTestId('sign-in-email').fill(email);
+  await page.getByTestId('sign-in-password').fill(secret);
+  await page.getByTestId('sign-in-submit').click();
+}
+
+/** Says what reached the reader, so that a test can see that the page was never loaded again. */
+const mark = (page) => page.evaluate(() => (window.sameDocument = true));
+const unchanged = (page) => page.evaluate(() => window.sameDocument === true);
+
+const live = (page) => page.locator('[data-testid="connection-state"][data-state="live"]').waitFor();
+const tone = (page) => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+const brightness = (rgb) =>
+  rgb
+    .match(/\d+/g)
+    .slice(0, 3)
+    .map(Number)
+    .reduce((a, b) => a + b) / 3;
+const fits = (page) => page.evaluate(() => document.documentElement.scrollWidth <= window.innerWidth);
+
+async function desktop(browser) {
+  const { page, complaints } = await open(browser, { viewport: { width: 1440, height: 900 }, colorScheme: 'light' });
+  await page.goto(`${base}/`);
+
+  await check('a wrong password is refused with the reason', async () => {
+    await signIn(page, `${password}-wrong`);
+    const reason = await page.getByTestId('sign-in-problem').textContent();
+    expect(reason.trim().length > 0, 'the refusal says nothing');
+    // The browser itself reports the refused request; that is the only complaint that belongs here.
+    complaints.splice(0, complaints.length, ...complaints.filter((text) => !text.includes('/auth/login')));
+  });
+
+  await check('signing in opens the console', async () => {
+    await signIn(page);
+    await page.getByTestId('workspace-select').waitFor();
+    await mark(page);
+  });
+
+  await check('the workspace and the metric open by their selects', async () => {
+    await page.getByTestId('workspace-select').selectOption(workspace);
+    await page.getByTestId('metric-select').selectOption(metric);
+    await page.getByTestId('rows-table').waitFor();
+    const address = decodeURIComponent(new URL(page.url()).hash);
+    expect(address === `#/${workspace}/${metric}`, `the address is ${address}`);
+  });
+
+  await check('the connection badge says live', () => live(page));
+
+  const cells = cellsOf(page);
+
+  await check('a new trade appears in the table', async () => {
+    const answer = await send(100);
+    expect(answer.accepted === 1, `the ingest answered ${JSON.stringify(answer)}`);
+    await page.getByTestId('rows-filter').fill(SYMBOL);
+    await until(`a row of ${SYMBOL}`, () => cells.count());
+  });
+
+  await check('another trade changes the value on the page without a reload', async () => {
+    const before = await read(page);
+    await send(200);
+    const after = await until(`a change of "${before}"`, async () => {
+      const now = await read(page);
+      return now !== before && now;
+    });
+    expect(/\d/.test(after), `the row reads "${after}"`);
+    expect(await unchanged(page), 'the page was loaded again');
+    await page.getByTestId('rows-filter').fill('');
+  });
+
+  await check('a column sorts both ways by its header', async () => {
+    const head = page.getByTestId('rows-table').locator('th[aria-sort]').first();
+    await head.getByRole('button').click();
+    expect((await head.getAttribute('aria-sort')) === 'ascending', 'the first press does not sort upwards');
+    await head.getByRole('button').click();
+    expect((await head.getAttribute('aria-sort')) === 'descending', 'the second press does not sort downwards');
+    await head.getByRole('button').click();
+  });
+
+  await check('the chart draws, and is described in words', async () => {
+    const chart = page.getByRole('img', { name: /^Line chart of/ });
+    await chart.locator('canvas').waitFor();
+    const words = await until('a described chart', async () => {
+      const label = await chart.getAttribute('aria-label');
+      return /\d/.test(label.split(':').slice(1).join(':')) && label;
+    });
+    expect(words.length > 0, 'the chart has no description');
+  });
+
+  await check('alerts, portfolio and chat are there', async () => {
+    await page.getByTestId('alert-list').waitFor();
+    await page.getByTestId('chat-input').waitFor();
+    await until('a portfolio card or the word that there is none', async () => {
+      return (await page.getByTestId('portfolio-card').count()) || (await page.getByText('No portfolio yet').count());
+    });
+  });
+
+  await check('the analyst answers', async () => {
+    const log = page.getByTestId('chat-log');
+    await page.getByTestId('chat-input').fill('Which symbols have a metric now?');
+    await page.getByTestId('chat-send').click();
+    await until('the end of the answer', async () => (await log.getAttribute('aria-busy')) === 'false');
+    expect((await log.getByRole('alert').count()) === 0, `the run failed: ${await log.textContent()}`);
+    expect((await log.locator('.assistant').count()) > 0, 'there is no answer');
+  });
+
+  await check('the drawer sends an event and shows the answer', async () => {
+    await page.getByTestId('send-event').click();
+    await page.getByTestId('event-body').fill(JSON.stringify(trade(150)));
+    await page.getByTestId('event-submit').click();
+    await page.getByTestId('event-answer').getByText('1 accepted').waitFor();
+    await page.keyboard.press('Escape');
+    await page.getByRole('dialog').waitFor({ state: 'detached' });
+  });
+
+  await check('the theme toggle makes it dark, and a reload keeps theme, session and place', async () => {
+    expect(brightness(await tone(page)) > 200, `the light page is ${await tone(page)}`);
+    await page.getByTestId('theme-toggle').click();
+    expect(brightness(await tone(page)) < 60, `the dark page is ${await tone(page)}`);
+    await page.reload();
+    await live(page);
+    expect(brightness(await tone(page)) < 60, `the page is ${await tone(page)} after a reload`);
+    expect((await page.getByTestId('metric-select').inputValue()) === metric, 'another metric is open after a reload');
+  });
+
+  await check('the page fits a desktop', async () => {
+    await page.locator(`[data-testid="rows-table"] tbody tr`).first().waitFor();
+    await new Promise((resolve) => setTimeout(resolve, 1500)); // let the chart's history arrive before the picture
+    await page.screenshot({ path: join(shots, 'desktop-dark.png') });
+    expect(await fits(page), 'the page is wider than the window');
+  });
+
+  await check('the browser had nothing to complain of on the desktop', () => {
+    expect(complaints.length === 0, complaints.join('\n'));
+  });
+}
+
+async function phone(browser) {
+  const { page, complaints } = await open(browser, {
+    viewport: { width: 390, height: 844 },
+    deviceScaleFactor: 2,
+    isMobile: true,
+    hasTouch: true,
+    colorScheme: 'dark',
+    reducedMotion: 'reduce',
+  });
+  // The page's socket goes through our hands, to be cut as a restarting server cuts it, and held off for a while.
+  let held = false;
+  let cut = async () => {};
+  await page.routeWebSocket(/\/api\/v1\/ws$/, (socket) => {
+    if (held) return void socket.close({ code: 1012 });
+    const server = socket.connectToServer();
+    cut = async () => {
+      await socket.close({ code: 1012, reason: 'restart' });
+      await server.close();
+    };
+  });
+
+  await check('a shared address opens on a phone, dark where the system is', async () => {
+    await page.goto(`${base}/#/${workspace}/${metric}`);
+    await signIn(page);
+    await live(page);
+    expect((await page.getByTestId('metric-select').inputValue()) === metric, 'another metric is open');
+    expect(brightness(await tone(page)) < 60, `the page is ${await tone(page)}`);
+    await page.locator(`[data-testid="rows-table"] tbody tr`).first().waitFor();
+    await new Promise((resolve) => setTimeout(resolve, 1500)); // as above
+    await page.screenshot({ path: join(shots, 'phone-dark.png') });
+    expect(await fits(page), 'the page is wider than the phone');
+  });
+
+  await check('a cut connection shows, and the page catches up by itself with what it missed', async () => {
+    await page.getByTestId('rows-filter').fill(SYMBOL);
+    await cellsOf(page).first().waitFor();
+    await mark(page);
+    const before = await read(page);
+    held = true;
+    await cut();
+    await page.locator('[data-testid="connection-state"][data-state="reconnecting"]').waitFor();
+    await send(300);
+    held = false;
+    await live(page);
+    await until(`a change of "${before}"`, async () => (await read(page)) !== before);
+    expect(await unchanged(page), 'the page was loaded again');
+  });
+
+  await check('signing out goes back to the door', async () => {
+    await page.getByRole('button', { name: 'Sign out' }).click();
+    await page.getByTestId('sign-in-email').waitFor();
+    await page.reload();
+    await page.getByTestId('sign-in-email').waitFor();
+  });
+
+  await check('the browser had nothing to complain of on the phone', () => {
+    expect(complaints.length === 0, complaints.join('\n'));
+  });
+}
+
+const browser = await chromium.launch(BROWSER);
+await desktop(browser);
+await phone(browser);
+await browser.close();
+console.log(`${passed} passed, ${failed} failed`);
+process.exit(failed === 0 ? 0 : 1);

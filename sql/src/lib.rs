@@ -1,0 +1,8 @@
+//! Everything that speaks SQL: metrics become window programs, questions are answered over memory and history,
+//! and what must last is stored. Knows no actor and no HTTP.
+
+mod error; // what is wrong with a piece of SQL, where, and what to write instead
+pub mod plan; // from a metric's SQL to the program the engine runs
+pub mod store; // what outlives the process: users, definitions, results, checkpoints
+
+pub use error::SqlError;

@@ -1,0 +1,345 @@
+//! The heart: engine state, its results and the log offset they include, in one transaction. What a restart loads is
+//! then always one moment of the engine, and a replay from its offset repeats nothing.
+
+use super::record::Columns;
+use super::{Alert, DeadLetter, FinalRow, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored};
+use engine::event::WorkspaceId;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{FromRow, Row, query, query_as, query_scalar};
+
+/// What one workspace has computed since its last commit.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    pub workspace: WorkspaceId,
+    /// The state includes the log up to here, exclusive.
+    pub offset: u64,
+    /// `None`: as it was stored before, since nothing in between changed it.
+    pub state: Option<Vec<u8>>,
+    pub rows: Vec<FinalRow>,
+    pub alerts: Vec<Alert>,
+    pub dead_letters: Vec<DeadLetter>,
+}
+
+/// Where a workspace continues.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// First log offset to replay.
+    pub offset: u64,
+    /// Number of commits so far.
+    pub version: i64,
+    /// The state of the last commit that had one.
+    pub state: Option<Vec<u8>>,
+}
+
+/// Dead letters kept for each workspace by a commit.
+const DEAD_LETTERS_KEPT: usize = 10_000;
+
+impl FromRow<'_, SqliteRow> for Checkpoint {
+    fn from_row(row: &SqliteRow) -> Result<Checkpoint, sqlx::Error> {
+        Ok(Checkpoint {
+            offset: row.count("log_offset")?,
+            version: row.try_get("version")?,
+            state: row.try_get("state")?,
+        })
+    }
+}
+
+/// Why a transaction of commits cannot stand.
+enum Refused {
+    Database(sqlx::Error),
+    /// The checkpoint of one of them could not move to its offset.
+    Behind,
+}
+
+impl From<sqlx::Error> for Refused {
+    fn from(error: sqlx::Error) -> Refused {
+        Refused::Database(error)
+    }
+}
+
+impl Store {
+    /// Commits all of `commits`, of any workspaces, or nothing.
+    ///
+    /// Repeats do nothing: a final row changes only to a greater revision, a resolved alert not at all, an
+    /// acknowledgement is kept, a dead letter is there once. A commit may repeat the stored offset; one below it is
+    /// [`StoreError::Stale`], one for a workspace that was deleted [`StoreError::NoWorkspace`]: both name the
+    /// workspace, so that the caller can commit the others without it.
+    pub async fn commit(&self, commits: &[Commit]) -> Result<(), StoreError> {
+        match self.try_commit(commits).await {
+            Ok(()) => Ok(()),
+            Err(Refused::Behind) => Err(self.culprit(commits).await),
+            Err(Refused::Database(e)) => match failed("commit")(e) {
+                StoreError::Missing { .. } => Err(self.culprit(commits).await),
+                error => Err(error),
+            },
+        }
+    }
+
+    async fn try_commit(&self, commits: &[Commit]) -> Result<(), Refused> {
+        let mut tx = self.begin().await?;
+        // Offsets first: a stale commit is then found before the work of writing its rows.
+        let moved = bulk::insert(
+            &mut tx,
+            [
+                "INSERT INTO checkpoints (workspace, log_offset, version, state) ",
+                " ON CONFLICT (workspace) DO UPDATE SET log_offset = excluded.log_offset, \
+                 version = checkpoints.version + 1, state = COALESCE(excluded.state, checkpoints.state) \
+                 WHERE excluded.log_offset >= checkpoints.log_offset",
+            ],
+            commits,
+            |commit| &commit.workspace,
+            |mut values, commit| {
+                values.push_bind(commit.workspace.as_str());
+                values.push_bind(stored(commit.offset));
+                values.push_bind(1_i64);
+                values.push_bind(commit.state.as_deref());
+            },
+        )
+        .await?;
+        if moved < commits.len() as u64 {
+            return Err(Refused::Behind);
+        }
+        let closed = commits.iter().flat_map(|c| c.rows.iter().map(|row| (&c.workspace, row))).collect();
+        rows::write(&mut tx, closed).await?;
+        let raised: Vec<_> = commits.iter().flat_map(|c| c.alerts.iter().map(|alert| (&c.workspace, alert))).collect();
+        alerts::write(&mut tx, &raised).await?;
+        for commit in commits {
+            dead_letters::write(&mut tx, &commit.workspace, &commit.dead_letters, DEAD_LETTERS_KEPT).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Which of the refused commits it was, and why.
+    async fn culprit(&self, commits: &[Commit]) -> StoreError {
+        // Within one call a commit may also be behind an earlier one of the same workspace.
+        let mut reached = std::collections::HashMap::new();
+        for commit in commits {
+            let found = query_scalar::<_, Option<i64>>(
+                "SELECT c.log_offset FROM workspaces w LEFT JOIN checkpoints c ON c.workspace = w.id WHERE w.id = $1",
+            )
+            .bind(commit.workspace.as_str())
+            .fetch_optional(&self.writer)
+            .await;
+            let stored = match found {
+                Err(e) => return failed("find what refused the commit")(e),
+                Ok(None) => return StoreError::NoWorkspace { workspace: commit.workspace.clone() },
+                Ok(Some(offset)) => offset.unwrap_or(0).unsigned_abs(),
+            };
+            let reached = reached.entry(&commit.workspace).or_insert(stored);
+            if commit.offset < *reached {
+                return StoreError::Stale {
+                    workspace: commit.workspace.clone(),
+                    offset: commit.offset,
+                    stored: *reached,
+                };
+            }
+            *reached = commit.offset;
+        }
+        // It was behind a moment ago and is not any more: the workspace was deleted and made again.
+        StoreError::Busy { operation: "commit" }
+    }
+
+    /// Where the workspace continues, `None` when it never committed.
+    pub async fn checkpoint(&self, workspace: &WorkspaceId) -> Result<Option<Checkpoint>, StoreError> {
+        query_as("SELECT log_offset, version, state FROM checkpoints WHERE workspace = $1")
+            .bind(workspace.as_str())
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed("read checkpoint"))
+    }
+
+    /// The offset of every workspace that ever committed: the log is needed from the lowest on.
+    pub async fn checkpoints_offsets(&self) -> Result<Vec<(WorkspaceId, u64)>, StoreError> {
+        async {
+            let rows = query("SELECT workspace, log_offset FROM checkpoints ORDER BY workspace")
+                .fetch_all(&self.readers)
+                .await?;
+            rows.iter()
+                .map(|row| Ok((row.name("workspace")?, row.count("log_offset")?)))
+                .collect::<Result<Vec<_>, sqlx::Error>>()
+        }
+        .await
+        .map_err(failed("list checkpoints"))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    /// A commit of nothing but an offset.
+    pub fn commit(workspace: &WorkspaceId, offset: u64) -> Commit {
+        Commit { workspace: workspace.clone(), offset, state: None, rows: vec![], alerts: vec![], dead_letters: vec![] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::RowQuery;
+    use super::super::alerts::testing::alert;
+    use super::super::dead_letters::testing::letter;
+    use super::super::rows::testing::row;
+    use super::super::testing::*;
+    use super::testing::commit;
+    use super::*;
+
+    async fn rows(store: &Store, workspace: &WorkspaceId) -> Vec<FinalRow> {
+        store.rows(workspace, &name("vwap"), &RowQuery::first(1000)).await.unwrap().0
+    }
+
+    fn full(workspace: &WorkspaceId, offset: u64) -> Commit {
+        Commit {
+            state: Some(vec![1, 2, 3]),
+            rows: vec![row("vwap", 0, "A", 0), row("vwap", 0, "B", 0)],
+            alerts: vec![alert(workspace, "a", 1)],
+            dead_letters: vec![letter("shop.orders", 1)],
+            ..commit(workspace, offset)
+        }
+    }
+
+    #[tokio::test]
+    async fn state_results_and_offset_are_there_together() {
+        let (store, dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let full = full(&acme, 7);
+        store.commit(std::slice::from_ref(&full)).await.unwrap();
+        drop(store); // as after a crash: nobody closed it
+        let store = Store::open(&url(&dir)).await.unwrap();
+        let expected = Checkpoint { offset: 7, version: 1, state: Some(vec![1, 2, 3]) };
+        assert_eq!(store.checkpoint(&acme).await.unwrap(), Some(expected));
+        assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme.clone(), 7)]);
+        assert_eq!(rows(&store, &acme).await, full.rows);
+        assert_eq!(store.alert(&acme, "a").await.unwrap().as_ref(), full.alerts.first());
+        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), full.dead_letters);
+    }
+
+    #[tokio::test]
+    async fn a_commit_that_fails_in_the_middle_leaves_nothing() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        let unknown_state = alerts_with(&other, "half-resolved");
+        let error = store.commit(&[full(&acme, 1), unknown_state]).await.unwrap_err();
+        assert!(matches!(error, StoreError::Database { operation: "commit", .. }), "{error}");
+        assert_eq!(store.checkpoints_offsets().await.unwrap(), []);
+        assert_eq!(rows(&store, &acme).await, []);
+        assert!(store.alerts(&acme, None, 10, None).await.unwrap().0.is_empty());
+        assert!(store.dead_letters(&acme, None, 10).await.unwrap().is_empty());
+        store.commit(&[full(&acme, 1)]).await.unwrap();
+    }
+
+    fn alerts_with(workspace: &WorkspaceId, state: &str) -> Commit {
+        let alerts = vec![Alert { state: state.into(), ..alert(workspace, "a", 1) }];
+        Commit { alerts, ..full(workspace, 1) }
+    }
+
+    #[tokio::test]
+    async fn a_repeated_commit_changes_nothing() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let full = full(&acme, 7);
+        for _ in 0..3 {
+            store.commit(std::slice::from_ref(&full)).await.unwrap();
+        }
+        assert_eq!(rows(&store, &acme).await, full.rows);
+        assert_eq!(store.alerts(&acme, None, 10, None).await.unwrap().0, full.alerts);
+        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), full.dead_letters);
+        assert_eq!(store.checkpoint(&acme).await.unwrap().unwrap().offset, 7);
+    }
+
+    #[tokio::test]
+    async fn only_a_greater_revision_replaces_a_row() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        // The revisions of one row, as they come in one commit after the other, and the one that stands then.
+        for (revisions, stands) in [(&[1][..], 1), (&[0], 1), (&[1], 1), (&[2, 4, 3], 4), (&[5, 6], 6)] {
+            let rows_now = revisions.iter().map(|revision| row("vwap", 0, "A", *revision)).collect();
+            store.commit(&[Commit { rows: rows_now, ..commit(&acme, 1) }]).await.unwrap();
+            assert_eq!(rows(&store, &acme).await, [row("vwap", 0, "A", stands)], "after {revisions:?}");
+        }
+        let same_revision = FinalRow { row: "{}".into(), ..row("vwap", 0, "A", 6) };
+        store.commit(&[Commit { rows: vec![same_revision], ..commit(&acme, 1) }]).await.unwrap();
+        assert_eq!(rows(&store, &acme).await, [row("vwap", 0, "A", 6)]);
+    }
+
+    #[tokio::test]
+    async fn a_commit_behind_the_stored_offset_is_stale_and_stops_those_beside_it() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        store.commit(&[commit(&acme, 7)]).await.unwrap();
+        let error = store.commit(&[full(&other, 1), full(&acme, 6)]).await.unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Stale { workspace, offset: 6, stored: 7 } if *workspace == acme),
+            "{error}"
+        );
+        assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme.clone(), 7)]);
+        assert_eq!(rows(&store, &other).await, []);
+
+        let error = store.commit(&[commit(&other, 5), commit(&other, 4)]).await.unwrap_err();
+        assert!(
+            matches!(&error, StoreError::Stale { workspace, offset: 4, stored: 5 } if *workspace == other),
+            "{error}"
+        );
+        store.commit(&[commit(&other, 4), commit(&other, 5), commit(&acme, 7)]).await.unwrap();
+        assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme, 7), (other, 5)]);
+    }
+
+    #[tokio::test]
+    async fn a_commit_for_a_deleted_workspace_names_it() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        store.delete_workspace(&other).await.unwrap();
+        let error = store.commit(&[full(&acme, 1), full(&other, 1)]).await.unwrap_err();
+        assert!(matches!(&error, StoreError::NoWorkspace { workspace } if *workspace == other), "{error}");
+        assert_eq!(store.checkpoint(&acme).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn without_a_state_the_stored_one_stays() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        store.commit(&[commit(&acme, 1)]).await.unwrap();
+        let checkpoint = store.checkpoint(&acme).await.unwrap();
+        assert_eq!(checkpoint, Some(Checkpoint { offset: 1, version: 1, state: None }));
+        store.commit(&[Commit { state: Some(vec![9]), ..commit(&acme, 2) }]).await.unwrap();
+        store.commit(&[commit(&acme, 3)]).await.unwrap();
+        let checkpoint = store.checkpoint(&acme).await.unwrap();
+        assert_eq!(checkpoint, Some(Checkpoint { offset: 3, version: 3, state: Some(vec![9]) }));
+    }
+
+    #[tokio::test]
+    async fn rows_of_many_workspaces_commit_together_beyond_the_size_of_one_statement() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        let many = |workspace: &WorkspaceId, n: i64| Commit {
+            rows: (0..n).rev().map(|start| row("vwap", start, "A", 0)).collect(),
+            ..commit(workspace, 1)
+        };
+        store.commit(&[many(&acme, 600), many(&other, 1)]).await.unwrap();
+        let read = rows(&store, &acme).await;
+        assert_eq!(read, (0..600).map(|start| row("vwap", start, "A", 0)).collect::<Vec<_>>());
+        assert_eq!(rows(&store, &other).await.len(), 1);
+    }
+
+    /// Prints what a commit of many rows costs: `cargo test -p tidewatch-sql hundred_thousand -- --nocapture`.
+    #[tokio::test]
+    async fn a_hundred_thousand_rows_commit_at_once() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let rows: Vec<FinalRow> = (0..100_000_i64)
+            .map(|i| FinalRow {
+                row: format!(r#"{{"vwap":{}.25,"volume":{i},"trades":17}}"#, i % 977),
+                ..row("vwap", (i % 10) * 60_000_000, &format!("SYM{:05}", i / 10), 0)
+            })
+            .collect();
+        for offset in [1, 2] {
+            let full = [Commit { rows: rows.clone(), ..commit(&acme, offset) }];
+            let started = std::time::Instant::now();
+            store.commit(&full).await.unwrap();
+            let seconds = started.elapsed().as_secs_f64();
+            println!("commit {offset} of {} rows: {seconds:.2} s, {:.0} rows/s", rows.len(), 1e5 / seconds);
+        }
+        let count: i64 = query_scalar("SELECT COUNT(*) FROM final_rows").fetch_one(&store.readers).await.unwrap();
+        assert_eq!(count, 100_000);
+    }
+}

@@ -1,0 +1,298 @@
+//! Final rows of metrics: read in pages, pruned by age. They are written by [`Store::commit`].
+
+use super::page;
+use super::record::Columns;
+use super::{Store, StoreError, bulk, failed};
+use engine::event::{ItemName, Micros, WorkspaceId};
+use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
+use sqlx::{FromRow, QueryBuilder, Row, query};
+
+/// A metric's row for one window and key, after the window was closed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FinalRow {
+    pub metric: ItemName,
+    pub window_start: Micros,
+    pub window_end: Micros,
+    /// Key columns as canonical JSON object text: equal keys are equal texts. `{}` for a metric without keys.
+    pub key: String,
+    /// 0, and one more with each correction by late events.
+    pub revision: i64,
+    /// Value columns as JSON object text.
+    pub row: String,
+}
+
+/// Which final rows to read.
+#[derive(Clone, Debug, Default)]
+pub struct RowQuery {
+    /// Windows that start then or later.
+    pub from: Option<Micros>,
+    /// Windows that start earlier than this.
+    pub to: Option<Micros>,
+    /// Rows in a page, at least 1.
+    pub limit: usize,
+    /// The cursor that came with the page before.
+    pub after: Option<String>,
+    /// Key columns and the value each must have, as text: `AAPL`, `7`, `true`. A row without the column has no value.
+    pub keys: Vec<(String, String)>,
+}
+
+/// Where a page of rows ended: window start, window end, key.
+type Position = (i64, i64, String);
+
+impl FromRow<'_, SqliteRow> for FinalRow {
+    fn from_row(row: &SqliteRow) -> Result<FinalRow, sqlx::Error> {
+        Ok(FinalRow {
+            metric: row.name("metric")?,
+            window_start: row.time("window_start")?,
+            window_end: row.time("window_end")?,
+            key: row.try_get("key_json")?,
+            revision: row.try_get("revision")?,
+            row: row.try_get("row_json")?,
+        })
+    }
+}
+
+impl Store {
+    /// A page of a metric's final rows by window start, window end and key, and the cursor of the next page if there
+    /// is one. [`StoreError::Cursor`] for an `after` that no page gave.
+    pub async fn rows(
+        &self,
+        workspace: &WorkspaceId,
+        metric: &ItemName,
+        wanted: &RowQuery,
+    ) -> Result<(Vec<FinalRow>, Option<String>), StoreError> {
+        // Below every row that starts at `from`: no window ends that early and no key is empty.
+        let start: Position = (wanted.from.unwrap_or(Micros::MIN).0, i64::MIN, String::new());
+        let (window_start, window_end, key) = match page::position::<Position>(wanted.after.as_deref())? {
+            Some(after) => start.max(after),
+            None => start,
+        };
+        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM final_rows WHERE workspace = ");
+        sql.push_bind(workspace.as_str()).push(" AND metric = ").push_bind(metric.as_str());
+        sql.push(" AND (window_start, window_end, key_json) > (").push_bind(window_start);
+        sql.push(", ").push_bind(window_end).push(", ").push_bind(key).push(")");
+        if let Some(to) = wanted.to {
+            sql.push(" AND window_start < ").push_bind(to.0);
+        }
+        for (column, value) in &wanted.keys {
+            push_key_equals(&mut sql, column, value);
+        }
+        sql.push(" ORDER BY window_start, window_end, key_json LIMIT ").push_bind(page::rows_to_read(wanted.limit));
+        let rows: Vec<FinalRow> =
+            sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("read final rows"))?;
+        Ok(page::cut(rows, wanted.limit, |row| (row.window_start.0, row.window_end.0, row.key.clone())))
+    }
+
+    /// Deletes a metric's rows whose windows ended at `before` or earlier: how many. With [`Micros::MAX`], all.
+    pub async fn prune_rows(
+        &self,
+        workspace: &WorkspaceId,
+        metric: &ItemName,
+        before: Micros,
+    ) -> Result<u64, StoreError> {
+        // The start adds nothing to the condition; it is what the primary key can seek.
+        let pruned = query(
+            "DELETE FROM final_rows WHERE workspace = $1 AND metric = $2 AND window_start <= $3 AND window_end <= $3",
+        )
+        .bind(workspace.as_str())
+        .bind(metric.as_str())
+        .bind(before.0)
+        .execute(&self.writer)
+        .await
+        .map_err(failed("prune final rows"))?;
+        Ok(pruned.rows_affected())
+    }
+}
+
+/// ` AND` the key column's value is `value` as text. SQLite's `->>` gives a string without its quotes and a number as
+/// a number, which equals no text; `->` gives any value as JSON text, which is right for numbers and truth values.
+fn push_key_equals(sql: &mut QueryBuilder<Sqlite>, column: &str, value: &str) {
+    if column.contains(['"', '\\']) {
+        sql.push(" AND 0 = 1"); // a JSON path cannot name such a column, and a malformed path would be an error
+        return;
+    }
+    let path = format!("$.\"{column}\"");
+    sql.push(" AND (key_json ->> ").push_bind(path.clone()).push(" = ").push_bind(value);
+    sql.push(" OR key_json -> ").push_bind(path).push(" = ").push_bind(value).push(")");
+}
+
+/// A final row and the workspace it belongs to.
+type Placed<'a> = (&'a WorkspaceId, &'a FinalRow);
+
+/// The primary key.
+fn identity<'a>((workspace, row): &Placed<'a>) -> (&'a WorkspaceId, &'a ItemName, Micros, Micros, &'a str) {
+    (workspace, &row.metric, row.window_start, row.window_end, &row.key)
+}
+
+/// Writes rows of any workspaces; one that is there already changes only to a greater revision.
+pub(super) async fn write(connection: &mut SqliteConnection, mut rows: Vec<Placed<'_>>) -> Result<(), sqlx::Error> {
+    // In the order of the primary key each page of the table is touched once.
+    rows.sort_by_key(identity);
+    bulk::insert(
+        connection,
+        [
+            "INSERT INTO final_rows (workspace, metric, window_start, window_end, key_json, revision, row_json) ",
+            " ON CONFLICT (workspace, metric, window_start, window_end, key_json) DO UPDATE \
+             SET revision = excluded.revision, row_json = excluded.row_json \
+             WHERE excluded.revision > final_rows.revision",
+        ],
+        &rows,
+        identity,
+        |mut values, (workspace, row)| {
+            values.push_bind(workspace.as_str());
+            values.push_bind(row.metric.as_str());
+            values.push_bind(row.window_start.0);
+            values.push_bind(row.window_end.0);
+            values.push_bind(row.key.as_str());
+            values.push_bind(row.revision);
+            values.push_bind(row.row.as_str());
+        },
+    )
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use super::super::testing::name;
+    use super::*;
+
+    /// The row of `symbol` in the window of 10 that starts at `start`; it tells its revision.
+    pub fn row(metric: &str, start: i64, symbol: &str, revision: i64) -> FinalRow {
+        FinalRow {
+            metric: name(metric),
+            window_start: Micros(start),
+            window_end: Micros(start + 10),
+            key: serde_json::json!({ "symbol": symbol }).to_string(),
+            revision,
+            row: format!(r#"{{"of_revision":{revision}}}"#),
+        }
+    }
+
+    impl RowQuery {
+        pub fn first(limit: usize) -> RowQuery {
+            RowQuery { limit, ..RowQuery::default() }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Commit;
+    use super::super::checkpoints::testing::commit;
+    use super::super::testing::*;
+    use super::testing::row;
+    use super::*;
+
+    /// A store with these rows of the metric `vwap` in the workspace `acme`.
+    async fn store_with(rows: Vec<FinalRow>) -> (Store, WorkspaceId, tempfile::TempDir) {
+        let (store, dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        store.commit(&[Commit { rows, ..commit(&acme, 1) }]).await.unwrap();
+        (store, acme, dir)
+    }
+
+    #[tokio::test]
+    async fn paging_brings_every_row_once_in_order_also_where_windows_tie() {
+        let mut rows = Vec::new();
+        for start in [-20, -10, 0, 10] {
+            rows.extend(["A", "B", "C", "Ä", "x\"y"].map(|symbol| row("vwap", start, symbol, 0)));
+            rows.push(FinalRow { window_end: Micros(start + 15), ..row("vwap", start, "A", 0) });
+        }
+        let (store, acme, _dir) = store_with(rows.iter().rev().cloned().collect()).await;
+        rows.sort_by_key(|r| (r.window_start, r.window_end, r.key.clone()));
+
+        for limit in [0, 1, 3, rows.len() - 1, rows.len(), 100] {
+            let mut wanted = RowQuery::first(limit);
+            let mut read = Vec::new();
+            loop {
+                let (page, next) = store.rows(&acme, &name("vwap"), &wanted).await.unwrap();
+                assert!(!page.is_empty() && page.len() <= limit.max(1));
+                read.extend(page);
+                match next {
+                    Some(next) => wanted.after = Some(next),
+                    None => break,
+                }
+            }
+            assert_eq!(read, rows, "pages of {limit}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_range_is_half_open_on_the_start_of_the_window() {
+        let (store, acme, _dir) = store_with([0, 10, 20, 30].map(|start| row("vwap", start, "A", 0)).into()).await;
+        let wanted = RowQuery { from: Some(Micros(10)), to: Some(Micros(30)), ..RowQuery::first(10) };
+        let (rows, _) = store.rows(&acme, &name("vwap"), &wanted).await.unwrap();
+        assert_eq!(rows.iter().map(|r| r.window_start.0).collect::<Vec<_>>(), [10, 20]);
+    }
+
+    #[tokio::test]
+    async fn keys_are_compared_as_text_whatever_their_type() {
+        let keys = [
+            r#"{"desk":1,"live":true,"symbol":"A"}"#,
+            r#"{"desk":"1","live":false,"symbol":"true"}"#,
+            r#"{"desk":1.5,"live":null,"symbol":"é\"\\n"}"#,
+        ];
+        let rows = keys.map(|key| FinalRow { key: key.into(), ..row("vwap", 0, "", 0) });
+        let (store, acme, _dir) = store_with(rows.into()).await;
+        let cases: [(&[(&str, &str)], &[usize]); 11] = [
+            (&[("symbol", "A")], &[0]),
+            (&[("symbol", "a")], &[]),
+            (&[("symbol", "true")], &[1]),
+            (&[("symbol", "é\"\\n")], &[2]),
+            (&[("desk", "1")], &[0, 1]),
+            (&[("desk", "1.5")], &[2]),
+            (&[("live", "true")], &[0]),
+            (&[("desk", "1"), ("live", "false")], &[1]),
+            (&[("region", "EU")], &[]),
+            (&[("bad\"name", "A")], &[]),
+            (&[("$[", "A"), ("", "A")], &[]),
+        ];
+        for (wanted, expected) in cases {
+            let wanted = RowQuery {
+                keys: wanted.iter().map(|(column, value)| (column.to_string(), value.to_string())).collect(),
+                ..RowQuery::first(10)
+            };
+            let (rows, _) = store.rows(&acme, &name("vwap"), &wanted).await.unwrap();
+            let mut found: Vec<_> = rows.iter().map(|r| keys.iter().position(|key| *key == r.key).unwrap()).collect();
+            found.sort();
+            assert_eq!(found, expected, "{:?}", wanted.keys);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cursor_that_no_page_gave_is_refused() {
+        let (store, acme, _dir) = store_with(vec![]).await;
+        for cursor in ["", "x", "e30", "bm90IGpzb24"] {
+            let wanted = RowQuery { after: Some(cursor.into()), ..RowQuery::first(10) };
+            let refused = store.rows(&acme, &name("vwap"), &wanted).await;
+            assert!(matches!(refused, Err(StoreError::Cursor { .. })), "{cursor}");
+        }
+    }
+
+    #[tokio::test]
+    async fn pruning_takes_windows_that_ended_and_leaves_those_that_reach_further() {
+        let (store, acme, _dir) = store_with([0, 10, 20].map(|start| row("vwap", start, "A", 0)).into()).await;
+        assert_eq!(store.prune_rows(&acme, &name("vwap"), Micros(20)).await.unwrap(), 2);
+        let (rows, _) = store.rows(&acme, &name("vwap"), &RowQuery::first(10)).await.unwrap();
+        assert_eq!(rows, [row("vwap", 20, "A", 0)]);
+        assert_eq!(store.prune_rows(&acme, &name("vwap"), Micros::MAX).await.unwrap(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_page_is_a_seek_in_the_primary_key() {
+        let (store, _dir) = store().await;
+        let plan: Vec<String> = query(
+            "EXPLAIN QUERY PLAN SELECT * FROM final_rows WHERE workspace = 'a' AND metric = 'b' \
+             AND (window_start, window_end, key_json) > (1, 2, 'c') ORDER BY window_start, window_end, key_json",
+        )
+        .fetch_all(&store.readers)
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get("detail"))
+        .collect();
+        let seek = "SEARCH final_rows USING PRIMARY KEY (workspace=? AND metric=? AND ";
+        assert!(plan.len() == 1 && plan[0].starts_with(seek), "{plan:?}");
+    }
+}

@@ -1,0 +1,431 @@
+//! Workspaces and their members.
+
+use super::record::Columns;
+use super::{Store, StoreError, failed};
+use engine::event::{Micros, WorkspaceId};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{FromRow, Row, query, query_as, query_scalar};
+
+/// A tenant.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workspace {
+    pub id: WorkspaceId,
+    pub name: String,
+    /// The pack it was made from.
+    pub pack: Option<String>,
+    pub tier: String,
+    pub created_at: Micros,
+}
+
+/// A user's place in a workspace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Member {
+    /// Id of the user.
+    pub user: String,
+    pub email: String,
+    pub role: String,
+    pub since: Micros,
+}
+
+impl FromRow<'_, SqliteRow> for Workspace {
+    fn from_row(row: &SqliteRow) -> Result<Workspace, sqlx::Error> {
+        Ok(Workspace {
+            id: row.name("id")?,
+            name: row.try_get("name")?,
+            pack: row.try_get("pack")?,
+            tier: row.try_get("tier")?,
+            created_at: row.time("created_at")?,
+        })
+    }
+}
+
+impl FromRow<'_, SqliteRow> for Member {
+    fn from_row(row: &SqliteRow) -> Result<Member, sqlx::Error> {
+        Ok(Member {
+            user: row.try_get("user_id")?,
+            email: row.try_get("email")?,
+            role: row.try_get("role")?,
+            since: row.time("since")?,
+        })
+    }
+}
+
+impl Store {
+    /// Adds a workspace with the user `owner` as its `owner`. [`StoreError::Exists`] when the id is taken,
+    /// [`StoreError::Missing`] when there is no such user.
+    pub async fn create_workspace(&self, workspace: &Workspace, owner: &str) -> Result<(), StoreError> {
+        async {
+            let mut tx = self.begin().await?;
+            query("INSERT INTO workspaces (id, name, pack, tier, created_at) VALUES ($1, $2, $3, $4, $5)")
+                .bind(workspace.id.as_str())
+                .bind(&workspace.name)
+                .bind(&workspace.pack)
+                .bind(&workspace.tier)
+                .bind(workspace.created_at.0)
+                .execute(&mut *tx)
+                .await?;
+            query("INSERT INTO members (workspace, user_id, role, since) VALUES ($1, $2, 'owner', $3)")
+                .bind(workspace.id.as_str())
+                .bind(owner)
+                .bind(workspace.created_at.0)
+                .execute(&mut *tx)
+                .await?;
+            tx.commit().await
+        }
+        .await
+        .map_err(failed("create workspace"))
+    }
+
+    pub async fn workspace(&self, id: &WorkspaceId) -> Result<Option<Workspace>, StoreError> {
+        query_as("SELECT * FROM workspaces WHERE id = $1")
+            .bind(id.as_str())
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed("read workspace"))
+    }
+
+    /// The workspaces a user is a member of, by id, with the role in each.
+    pub async fn workspaces_of(&self, user: &str) -> Result<Vec<(Workspace, String)>, StoreError> {
+        async {
+            let rows = query(
+                "SELECT w.*, m.role FROM members m JOIN workspaces w ON w.id = m.workspace \
+                 WHERE m.user_id = $1 ORDER BY w.id",
+            )
+            .bind(user)
+            .fetch_all(&self.readers)
+            .await?;
+            rows.iter()
+                .map(|row| Ok((Workspace::from_row(row)?, row.try_get("role")?)))
+                .collect::<Result<Vec<_>, sqlx::Error>>()
+        }
+        .await
+        .map_err(failed("list workspaces of user"))
+    }
+
+    /// All workspaces by id.
+    pub async fn all_workspaces(&self) -> Result<Vec<Workspace>, StoreError> {
+        query_as("SELECT * FROM workspaces ORDER BY id")
+            .fetch_all(&self.readers)
+            .await
+            .map_err(failed("list workspaces"))
+    }
+
+    /// Changes what is given and leaves the rest: the workspace as it is then, `None` when there is none.
+    pub async fn update_workspace(
+        &self,
+        id: &WorkspaceId,
+        name: Option<&str>,
+        tier: Option<&str>,
+    ) -> Result<Option<Workspace>, StoreError> {
+        let update = query_as(
+            "UPDATE workspaces SET name = COALESCE($2, name), tier = COALESCE($3, tier) WHERE id = $1 RETURNING *",
+        );
+        self.change(update.bind(id.as_str()).bind(name).bind(tier)).await.map_err(failed("update workspace"))
+    }
+
+    /// Deletes a workspace and everything in it, its audit log too: whether there was one. What its engine has not
+    /// committed yet is refused from then on ([`StoreError::NoWorkspace`]).
+    pub async fn delete_workspace(&self, id: &WorkspaceId) -> Result<bool, StoreError> {
+        async {
+            let mut tx = self.begin().await?;
+            // All tables but `audit` follow by cascade.
+            query("DELETE FROM audit WHERE workspace = $1").bind(id.as_str()).execute(&mut *tx).await?;
+            let deleted = query("DELETE FROM workspaces WHERE id = $1").bind(id.as_str()).execute(&mut *tx).await?;
+            tx.commit().await?;
+            Ok(deleted.rows_affected() > 0)
+        }
+        .await
+        .map_err(failed("delete workspace"))
+    }
+
+    /// Makes a user a member with this role, or changes the role and leaves `since`. [`StoreError::Missing`] when
+    /// there is no such workspace or user.
+    pub async fn set_member(
+        &self,
+        workspace: &WorkspaceId,
+        user: &str,
+        role: &str,
+        at: Micros,
+    ) -> Result<(), StoreError> {
+        query(
+            "INSERT INTO members (workspace, user_id, role, since) VALUES ($1, $2, $3, $4) \
+             ON CONFLICT (workspace, user_id) DO UPDATE SET role = excluded.role",
+        )
+        .bind(workspace.as_str())
+        .bind(user)
+        .bind(role)
+        .bind(at.0)
+        .execute(&self.writer)
+        .await
+        .map_err(failed("set member"))?;
+        Ok(())
+    }
+
+    /// Ends a membership: whether there was one.
+    pub async fn remove_member(&self, workspace: &WorkspaceId, user: &str) -> Result<bool, StoreError> {
+        let removed = query("DELETE FROM members WHERE workspace = $1 AND user_id = $2")
+            .bind(workspace.as_str())
+            .bind(user)
+            .execute(&self.writer)
+            .await
+            .map_err(failed("remove member"))?;
+        Ok(removed.rows_affected() > 0)
+    }
+
+    /// The members of a workspace by e-mail address.
+    pub async fn members(&self, workspace: &WorkspaceId) -> Result<Vec<Member>, StoreError> {
+        query_as(
+            "SELECT m.user_id, u.email, m.role, m.since FROM members m JOIN users u ON u.id = m.user_id \
+             WHERE m.workspace = $1 ORDER BY u.email",
+        )
+        .bind(workspace.as_str())
+        .fetch_all(&self.readers)
+        .await
+        .map_err(failed("list members"))
+    }
+
+    /// A user's role in a workspace, `None` for a user who is no member.
+    pub async fn role(&self, workspace: &WorkspaceId, user: &str) -> Result<Option<String>, StoreError> {
+        query_scalar("SELECT role FROM members WHERE workspace = $1 AND user_id = $2")
+            .bind(workspace.as_str())
+            .bind(user)
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed("read role"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::super::*;
+    use super::*;
+    use serde_json::json;
+    use std::collections::BTreeMap;
+
+    #[tokio::test]
+    async fn the_creator_owns_a_workspace_and_the_id_is_taken() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        assert_eq!(store.role(&acme, "acme").await.unwrap().as_deref(), Some("owner"));
+        let again = store.workspace(&acme).await.unwrap().unwrap();
+        assert!(matches!(store.create_workspace(&again, "acme").await, Err(StoreError::Exists { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_workspace_whose_creator_does_not_exist_is_not_made() {
+        let (store, _dir) = store().await;
+        let orphan =
+            Workspace { id: name("acme"), name: "Acme".into(), pack: None, tier: "t".into(), created_at: Micros(1) };
+        assert!(matches!(store.create_workspace(&orphan, "nobody").await, Err(StoreError::Missing { .. })));
+        assert_eq!(store.all_workspaces().await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn an_update_changes_what_is_given() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let before = store.workspace(&acme).await.unwrap().unwrap();
+        let renamed = store.update_workspace(&acme, Some("Acme Inc"), None).await.unwrap().unwrap();
+        assert_eq!(renamed, Workspace { name: "Acme Inc".into(), ..before });
+        let moved = store.update_workspace(&acme, None, Some("gold")).await.unwrap().unwrap();
+        assert_eq!(moved, Workspace { tier: "gold".into(), ..renamed });
+        assert_eq!(store.workspace(&acme).await.unwrap(), Some(moved));
+        assert_eq!(store.update_workspace(&name("none"), None, None).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_member_keeps_the_date_when_the_role_changes() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        add_workspace(&store, "other").await;
+        add_user(&store, "bob").await;
+        store.set_member(&acme, "bob", "viewer", Micros(5)).await.unwrap();
+        store.set_member(&acme, "bob", "editor", Micros(9)).await.unwrap();
+        let bob =
+            Member { user: "bob".into(), email: "bob@example.com".into(), role: "editor".into(), since: Micros(5) };
+        assert_eq!(store.members(&acme).await.unwrap()[1], bob);
+        let of_bob = store.workspaces_of("bob").await.unwrap();
+        assert_eq!(
+            of_bob.iter().map(|(w, role)| (w.id.as_str(), role.as_str())).collect::<Vec<_>>(),
+            [("acme", "editor")]
+        );
+        assert!(store.remove_member(&acme, "bob").await.unwrap());
+        assert!(!store.remove_member(&acme, "bob").await.unwrap());
+        assert_eq!(store.role(&acme, "bob").await.unwrap(), None);
+        assert!(matches!(
+            store.set_member(&acme, "nobody", "viewer", Micros(1)).await,
+            Err(StoreError::Missing { .. })
+        ));
+    }
+
+    /// Something of every kind in the workspace.
+    async fn fill(store: &Store, workspace: &WorkspaceId) {
+        let (ws, at) = (workspace.clone(), Micros(1));
+        let key = ApiKey {
+            id: "key".into(),
+            workspace: ws.clone(),
+            name: "key".into(),
+            role: "editor".into(),
+            key_hash: format!("hash of {ws}"),
+            prefix: "tw_".into(),
+            created_by: ws.to_string(),
+            created_at: at,
+            expires_at: None,
+            revoked_at: None,
+        };
+        store.create_api_key(&key).await.unwrap();
+        let stream = StreamRow {
+            workspace: ws.clone(),
+            stream: name("shop.orders"),
+            schema_json: "{}".into(),
+            created_at: at,
+            updated_at: at,
+        };
+        store.put_stream(&stream).await.unwrap();
+        store.put_metric(&ws, &name("vwap"), &json!({"sql": "SELECT 1"}), 0, at).await.unwrap();
+        store.put_alert_rule(&ws, &name("drop"), &json!({}), at).await.unwrap();
+        let silence = Silence {
+            id: "s".into(),
+            workspace: ws.clone(),
+            matchers: json!({}),
+            starts_at: at,
+            ends_at: at,
+            comment: "".into(),
+            created_by: "ann".into(),
+        };
+        store.put_silence(&silence).await.unwrap();
+        let portfolio = Portfolio {
+            workspace: ws.clone(),
+            id: "main".into(),
+            name: "Main".into(),
+            currency: "EUR".into(),
+            created_at: at,
+        };
+        store.put_portfolio(&portfolio).await.unwrap();
+        let position = Position { symbol: "AAPL".into(), qty: 1.0, cost: 2.0, sector: None };
+        store.put_positions(&ws, "main", &[position]).await.unwrap();
+        let thread = Thread {
+            workspace: ws.clone(),
+            id: "thread".into(),
+            agent: "analyst".into(),
+            title: "".into(),
+            created_by: "ann".into(),
+            created_at: at,
+            updated_at: at,
+            state: json!({}),
+        };
+        store.upsert_thread(&thread).await.unwrap();
+        let message = Message { id: "m".into(), role: "user".into(), content: json!({}), run_id: None, created_at: at };
+        store.append_messages(&ws, "thread", &[message]).await.unwrap();
+        let run = Run {
+            workspace: ws.clone(),
+            thread: "thread".into(),
+            run_id: "run".into(),
+            agent: "analyst".into(),
+            status: "running".into(),
+            started_at: at,
+            finished_at: None,
+            error: None,
+        };
+        store.insert_run(&run).await.unwrap();
+        store.append_run_events(&ws, "run", 0, &["{}".into()]).await.unwrap();
+        let entry = AuditEntry {
+            at,
+            workspace: Some(ws.clone()),
+            actor: "ann".into(),
+            action: "create".into(),
+            target: "key".into(),
+            outcome: "ok".into(),
+            from: "127.0.0.1".into(),
+            request_id: "r".into(),
+        };
+        store.audit(&entry).await.unwrap();
+        let commit = Commit {
+            rows: vec![super::super::rows::testing::row("vwap", 0, "A", 0)],
+            alerts: vec![super::super::alerts::testing::alert(&ws, "alert", 1)],
+            dead_letters: vec![super::super::dead_letters::testing::letter("shop.orders", 1)],
+            ..super::super::checkpoints::testing::commit(&ws, 1)
+        };
+        store.commit(&[commit]).await.unwrap();
+    }
+
+    /// Rows of the workspace in each table of the database.
+    async fn rows_of(store: &Store, workspace: &WorkspaceId) -> BTreeMap<String, i64> {
+        // Tables that belong to no workspace. A new table is either named here or has a column `workspace`.
+        let shared = ["users", "refresh_families", "refresh_tokens", "meta", "_sqlx_migrations", "sqlite_sequence"];
+        let tables: Vec<String> = query_scalar("SELECT name FROM sqlite_master WHERE type = 'table'")
+            .fetch_all(&store.readers)
+            .await
+            .unwrap();
+        let mut counts = BTreeMap::new();
+        for table in tables.into_iter().filter(|table| !shared.contains(&table.as_str())) {
+            let column = if table == "workspaces" { "id" } else { "workspace" };
+            let count = format!("SELECT COUNT(*) FROM {table} WHERE {column} = $1");
+            let count = query_scalar(sqlx::AssertSqlSafe(count)).bind(workspace.as_str());
+            counts.insert(table, count.fetch_one(&store.readers).await.unwrap());
+        }
+        counts
+    }
+
+    #[tokio::test]
+    async fn a_deleted_workspace_leaves_no_row_in_any_table_and_others_keep_theirs() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        fill(&store, &acme).await;
+        fill(&store, &other).await;
+        let before = rows_of(&store, &other).await;
+        assert!(before.values().all(|n| *n > 0), "fill() leaves a table empty: {before:?}");
+
+        assert!(store.delete_workspace(&acme).await.unwrap());
+        let left = rows_of(&store, &acme).await;
+        assert!(left.values().all(|n| *n == 0), "{left:?}");
+        assert_eq!(rows_of(&store, &other).await, before);
+        assert!(!store.delete_workspace(&acme).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_foreign_workspace_sees_nothing() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        fill(&store, &acme).await;
+        let metric = name("vwap");
+
+        assert_eq!(store.role(&other, "acme").await.unwrap(), None);
+        assert!(store.members(&other).await.unwrap().iter().all(|m| m.user == "other"));
+        assert!(store.list_api_keys(&other).await.unwrap().is_empty());
+        assert!(!store.revoke_api_key(&other, "key", Micros(2)).await.unwrap());
+        assert!(store.streams(&other).await.unwrap().is_empty());
+        assert!(store.metrics(&other).await.unwrap().is_empty());
+        assert!(!store.delete_metric(&other, &metric).await.unwrap());
+        assert!(store.rows(&other, &metric, &RowQuery::first(10)).await.unwrap().0.is_empty());
+        assert_eq!(store.prune_rows(&other, &metric, Micros::MAX).await.unwrap(), 0);
+        assert!(store.alert_rules(&other).await.unwrap().is_empty());
+        assert!(!store.delete_alert_rule(&other, &name("drop")).await.unwrap());
+        assert!(store.alerts(&other, None, 10, None).await.unwrap().0.is_empty());
+        assert!(store.alert(&other, "alert").await.unwrap().is_none());
+        assert!(store.ack_alert(&other, "alert", "eve", Micros(2)).await.unwrap().is_none());
+        assert!(store.silences(&other).await.unwrap().is_empty());
+        assert!(!store.delete_silence(&other, "s").await.unwrap());
+        assert!(store.portfolios(&other).await.unwrap().is_empty());
+        assert!(store.portfolio(&other, "main").await.unwrap().is_none());
+        assert!(store.positions(&other, "main").await.unwrap().is_empty());
+        assert!(!store.delete_position(&other, "main", "AAPL").await.unwrap());
+        assert!(!store.delete_portfolio(&other, "main").await.unwrap());
+        assert!(store.replace_positions(&other, "main", &[]).await.is_err());
+        assert!(store.thread(&other, "thread").await.unwrap().is_none());
+        assert!(store.threads(&other, 10, None).await.unwrap().0.is_empty());
+        assert!(store.messages(&other, "thread", 0, 10).await.unwrap().is_empty());
+        assert!(store.run(&other, "run").await.unwrap().is_none());
+        assert!(!store.finish_run(&other, "run", "finished", Micros(2), None).await.unwrap());
+        assert!(store.run_events(&other, "run", 0).await.unwrap().is_empty());
+        assert!(store.dead_letters(&other, None, 10).await.unwrap().is_empty());
+        assert!(store.audit_log(&other, 10, None).await.unwrap().0.is_empty());
+        assert!(store.checkpoint(&other).await.unwrap().is_none());
+
+        let before = rows_of(&store, &acme).await;
+        assert!(before.values().all(|n| *n > 0), "{before:?}");
+        assert_eq!(store.alert(&acme, "alert").await.unwrap().unwrap().acked_at, None);
+        assert_eq!(store.run(&acme, "run").await.unwrap().unwrap().finished_at, None);
+    }
+}

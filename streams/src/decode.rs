@@ -1,0 +1,941 @@
+//! Events as clients send them become Arrow columns, without a tree in between.
+//!
+//! A bad event never takes the good ones beside it along: it is reported by its index and left out.
+
+use crate::schema::{Column, ColumnType, StreamSchema, UnknownFields, timestamp_type};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, BooleanBuilder, Decimal128Builder, Float64Builder, Int64Builder,
+    RecordBatch, StringBuilder, TimestampMicrosecondBuilder, new_null_array,
+};
+use arrow::compute::{CastOptions, cast_with_options, filter_record_batch, kernels::cast_utils::string_to_datetime};
+use arrow::datatypes::{DataType, Float64Type, TimestampMicrosecondType};
+use arrow::ipc::reader::StreamReader;
+use engine::event::{Micros, Span};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+/// How a request carries its events.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// One JSON object a line; blank lines are nothing.
+    Ndjson,
+    /// One JSON object, or an array of them.
+    Json,
+    /// Arrow IPC stream; columns by name, cast where that loses nothing.
+    Arrow,
+}
+
+/// What an integer `ts` counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum TsUnit {
+    Seconds,
+    #[default]
+    Millis,
+    Micros,
+    Nanos,
+}
+
+impl std::str::FromStr for TsUnit {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "s" => Ok(TsUnit::Seconds),
+            "ms" => Ok(TsUnit::Millis),
+            "us" => Ok(TsUnit::Micros),
+            "ns" => Ok(TsUnit::Nanos),
+            other => Err(format!("ts_unit `{other}` is none of s, ms, us, ns")),
+        }
+    }
+}
+
+impl TsUnit {
+    fn micros(self, count: i64) -> Option<i64> {
+        match self {
+            TsUnit::Seconds => count.checked_mul(1_000_000),
+            TsUnit::Millis => count.checked_mul(1_000),
+            TsUnit::Micros => Some(count),
+            TsUnit::Nanos => Some(count.div_euclid(1_000)),
+        }
+    }
+}
+
+/// The bounds events are held to.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Events dated before this are refused; a count in the wrong unit lands in 1970.
+    pub ts_min: Micros,
+    /// How far ahead of the time of arrival an event may be dated.
+    pub ts_ahead: Span,
+    /// Bytes of one event.
+    pub event_bytes: usize,
+    /// Bytes of an `id`.
+    pub id_bytes: usize,
+    /// The first so many bad events are described; the others are counted.
+    pub described: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            ts_min: Micros(365 * 86_400_000_000), // 1971-01-01
+            ts_ahead: Span::seconds(86_400),
+            event_bytes: 1 << 20,
+            id_bytes: 128,
+            described: 100,
+        }
+    }
+}
+
+/// Why one event was refused.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EventError {
+    /// Place of the event in its request, from 0.
+    pub index: usize,
+    pub code: &'static str,
+    pub detail: String,
+    /// The event's text, cut where long; empty for Arrow input.
+    pub payload: String,
+}
+
+/// What came of a request: the good events as one batch, and what was wrong with the others.
+#[derive(Debug)]
+pub struct Decoded {
+    pub batch: RecordBatch,
+    /// How many events were refused.
+    pub rejected: usize,
+    /// The first of them.
+    pub errors: Vec<EventError>,
+}
+
+/// A request of which nothing could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    #[error("the body is empty: send at least one event")]
+    Empty,
+    #[error("no event could be read: {0}")]
+    Unreadable(String),
+}
+
+/// Decodes all events of `body`. `now` is the time of arrival, which an event without `ts` gets.
+pub fn decode(
+    schema: &StreamSchema,
+    body: &[u8],
+    format: Format,
+    unit: TsUnit,
+    bounds: &Bounds,
+    now: Micros,
+) -> Result<Decoded, DecodeError> {
+    if format == Format::Arrow {
+        return decode_arrow(schema, body, bounds, now);
+    }
+    let mut rows = Rows::new(schema, unit, *bounds, now, body.len());
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    if format == Format::Ndjson {
+        for line in body.split(|&byte| byte == b'\n') {
+            if !line.trim_ascii().is_empty() {
+                rows.event(line);
+            }
+        }
+    } else {
+        let mut input = serde_json::Deserializer::from_slice(body);
+        let result = Elements(&mut rows).deserialize(&mut input).and_then(|()| input.end());
+        if let Err(error) = result {
+            if rows.index == 0 && !body.trim_ascii().is_empty() {
+                return Err(DecodeError::Unreadable(error.to_string()));
+            }
+            rows.malformed(&[], &error);
+        }
+    }
+    if rows.index == 0 {
+        return Err(DecodeError::Empty);
+    }
+    rows.finish()
+}
+
+/// The elements of a JSON array, or the one object that is no array.
+struct Elements<'a, 's>(&'a mut Rows<'s>);
+
+impl<'de> DeserializeSeed<'de> for Elements<'_, '_> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+        let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
+        if !raw.starts_with('[') {
+            self.0.event(raw.as_bytes());
+            return Ok(());
+        }
+        let mut elements = serde_json::Deserializer::from_str(raw);
+        elements.deserialize_seq(self).map_err(D::Error::custom)
+    }
+}
+
+impl<'de> Visitor<'de> for Elements<'_, '_> {
+    type Value = ();
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an event or an array of events")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
+        while let Some(element) = elements.next_element::<&RawValue>()? {
+            self.0.event(element.get().as_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// A value of an event on its way into a column.
+enum Cell<'de> {
+    Missing,
+    Null,
+    Text(Cow<'de, str>),
+    Int(i64),
+    Float(f64),
+    Decimal(i128),
+    Bool(bool),
+}
+
+/// The columns as they grow, and the event being read.
+struct Rows<'s> {
+    schema: &'s StreamSchema,
+    unit: TsUnit,
+    bounds: Bounds,
+    now: Micros,
+    ts: TimestampMicrosecondBuilder,
+    id: StringBuilder,
+    columns: Vec<Growing>,
+    extra: StringBuilder,
+    index: usize,
+    rejected: usize,
+    errors: Vec<EventError>,
+}
+
+enum Growing {
+    Text(StringBuilder),
+    Int(Int64Builder),
+    Float(Float64Builder),
+    Decimal(Decimal128Builder),
+    Bool(BooleanBuilder),
+    Time(TimestampMicrosecondBuilder),
+}
+
+impl Growing {
+    fn new(kind: ColumnType, rows: usize) -> Growing {
+        match kind {
+            ColumnType::Utf8 | ColumnType::Json => Growing::Text(StringBuilder::with_capacity(rows, rows * 8)),
+            ColumnType::Int64 => Growing::Int(Int64Builder::with_capacity(rows)),
+            ColumnType::Float64 => Growing::Float(Float64Builder::with_capacity(rows)),
+            ColumnType::Decimal(..) => {
+                Growing::Decimal(Decimal128Builder::with_capacity(rows).with_data_type(kind.arrow()))
+            }
+            ColumnType::Bool => Growing::Bool(BooleanBuilder::with_capacity(rows)),
+            ColumnType::Timestamp => {
+                Growing::Time(TimestampMicrosecondBuilder::with_capacity(rows).with_data_type(timestamp_type()))
+            }
+        }
+    }
+
+    fn push(&mut self, cell: Cell<'_>) {
+        match (self, cell) {
+            (Growing::Text(b), Cell::Text(text)) => b.append_value(text),
+            (Growing::Text(b), _) => b.append_null(),
+            (Growing::Int(b), Cell::Int(value)) => b.append_value(value),
+            (Growing::Int(b), _) => b.append_null(),
+            (Growing::Float(b), Cell::Float(value)) => b.append_value(value),
+            (Growing::Float(b), _) => b.append_null(),
+            (Growing::Decimal(b), Cell::Decimal(value)) => b.append_value(value),
+            (Growing::Decimal(b), _) => b.append_null(),
+            (Growing::Bool(b), Cell::Bool(value)) => b.append_value(value),
+            (Growing::Bool(b), _) => b.append_null(),
+            (Growing::Time(b), Cell::Int(value)) => b.append_value(value),
+            (Growing::Time(b), _) => b.append_null(),
+        }
+    }
+
+    fn finish(&mut self) -> ArrayRef {
+        match self {
+            Growing::Text(b) => Arc::new(b.finish()),
+            Growing::Int(b) => Arc::new(b.finish()),
+            Growing::Float(b) => Arc::new(b.finish()),
+            Growing::Decimal(b) => Arc::new(b.finish()),
+            Growing::Bool(b) => Arc::new(b.finish()),
+            Growing::Time(b) => Arc::new(b.finish()),
+        }
+    }
+}
+
+/// A refusal on its way out of serde: code and detail joined, since serde errors are text.
+const MARK: char = '\u{1}';
+
+fn refuse<E: serde::de::Error>(code: &'static str, detail: impl fmt::Display) -> E {
+    E::custom(format_args!("{MARK}{code}{MARK}{detail}"))
+}
+
+/// The codes of refused events, as clients see them.
+const CODES: [&str; 10] = [
+    "malformed_json",
+    "not_an_object",
+    "missing_column",
+    "wrong_type",
+    "not_finite",
+    "ts_out_of_range",
+    "bad_id",
+    "unknown_field",
+    "duplicate_field",
+    "event_too_large",
+];
+
+impl<'s> Rows<'s> {
+    fn new(schema: &'s StreamSchema, unit: TsUnit, bounds: Bounds, now: Micros, bytes: usize) -> Self {
+        let rows = bytes / 96 + 1; // a guess that saves most growth
+        Self {
+            schema,
+            unit,
+            bounds,
+            now,
+            ts: TimestampMicrosecondBuilder::with_capacity(rows).with_data_type(timestamp_type()),
+            id: StringBuilder::new(),
+            columns: schema.columns.iter().map(|column| Growing::new(column.kind, rows)).collect(),
+            extra: StringBuilder::new(),
+            index: 0,
+            rejected: 0,
+            errors: Vec::new(),
+        }
+    }
+
+    /// Reads one event; a bad one leaves the columns as they were.
+    fn event(&mut self, text: &[u8]) {
+        if text.len() > self.bounds.event_bytes {
+            let detail = format!("the event has {} bytes, more than limits.event_bytes = {}", text.len(), self.bounds.event_bytes);
+            self.reject("event_too_large", detail, text);
+            self.index += 1;
+            return;
+        }
+        let mut input = serde_json::Deserializer::from_slice(text);
+        let row = Event { rows: self }.deserialize(&mut input).and_then(|row| input.end().map(|()| row));
+        match row {
+            Ok(row) => {
+                self.ts.append_value(row.ts.0);
+                self.id.append_option(row.id);
+                for (column, cell) in self.columns.iter_mut().zip(row.cells) {
+                    column.push(cell);
+                }
+                self.extra.append_option(row.extra);
+            }
+            Err(error) => self.malformed(text, &error),
+        }
+        self.index += 1;
+    }
+
+    fn malformed(&mut self, text: &[u8], error: &serde_json::Error) {
+        let message = error.to_string();
+        let mut parts = message.splitn(3, MARK);
+        if let (Some(_), Some(code), Some(detail)) = (parts.next(), parts.next(), parts.next())
+            && let Some(code) = CODES.iter().find(|known| **known == code)
+        {
+            // serde_json adds the place behind its own and custom messages alike
+            let detail = detail.rsplit_once(" at line ").map_or(detail, |(detail, _)| detail);
+            return self.reject(code, detail.to_owned(), text);
+        }
+        if message.starts_with("number out of range") {
+            return self.reject("not_finite", "a number is too large for a double".to_owned(), text);
+        }
+        if error.is_data() && message.contains("expected an event") {
+            return self.reject("not_an_object", "an event is a JSON object".to_owned(), text);
+        }
+        let at = text.get(error.column().saturating_sub(1)..).unwrap_or_default();
+        let at = at.strip_prefix(b"-").unwrap_or(at);
+        if [&b"NaN"[..], b"Infinity", b"inf", b"nan"].iter().any(|word| at.starts_with(word)) {
+            return self.reject("not_finite", format!("NaN and Infinity are no JSON numbers (column {})", error.column()), text);
+        }
+        let message = message.replace("line 1 column", "column");
+        self.reject("malformed_json", message, text);
+    }
+
+    fn reject(&mut self, code: &'static str, detail: String, text: &[u8]) {
+        self.rejected += 1;
+        if self.errors.len() < self.bounds.described {
+            let payload = String::from_utf8_lossy(&text[..text.len().min(4096)]).into_owned();
+            self.errors.push(EventError { index: self.index, code, detail, payload });
+        }
+    }
+
+    fn check_ts<E: serde::de::Error>(&self, at: i64, what: &str) -> Result<Micros, E> {
+        check_ts(at, &self.bounds, self.now).map_err(|detail| refuse("ts_out_of_range", format_args!("{what}: {detail}")))
+    }
+
+    fn finish(mut self) -> Result<Decoded, DecodeError> {
+        let mut columns: Vec<ArrayRef> = vec![Arc::new(self.ts.finish()), Arc::new(self.id.finish())];
+        columns.extend(self.columns.iter_mut().map(Growing::finish));
+        columns.push(Arc::new(self.extra.finish()));
+        let batch = RecordBatch::try_new(self.schema.arrow().clone(), columns)
+            .map_err(|error| DecodeError::Unreadable(error.to_string()))?;
+        Ok(Decoded { batch, rejected: self.rejected, errors: self.errors })
+    }
+}
+
+fn check_ts(at: i64, bounds: &Bounds, now: Micros) -> Result<Micros, String> {
+    let at = Micros(at);
+    let say = |at: Micros| {
+        chrono::DateTime::from_timestamp_micros(at.0).map_or_else(|| format!("{} µs", at.0), |t| t.to_rfc3339())
+    };
+    if at < bounds.ts_min {
+        return Err(format!("{} is before {}; is ts_unit right?", say(at), say(bounds.ts_min)));
+    }
+    if at > now.plus(bounds.ts_ahead) {
+        let hours = bounds.ts_ahead.0 / 3_600_000_000;
+        return Err(format!("{} is more than {hours} h ahead of the server's clock; is ts_unit right?", say(at)));
+    }
+    Ok(at)
+}
+
+/// A good event.
+struct Row<'de> {
+    ts: Micros,
+    id: Option<Cow<'de, str>>,
+    cells: Vec<Cell<'de>>,
+    extra: Option<String>,
+}
+
+struct Event<'a, 's> {
+    rows: &'a Rows<'s>,
+}
+
+impl<'de> DeserializeSeed<'de> for Event<'_, '_> {
+    type Value = Row<'de>;
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Row<'de>, D::Error> {
+        input.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Event<'_, '_> {
+    type Value = Row<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an event")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Row<'de>, A::Error> {
+        let rows = self.rows;
+        let columns = &rows.schema.columns;
+        let mut cells: Vec<Cell<'de>> = Vec::with_capacity(columns.len());
+        cells.resize_with(columns.len(), || Cell::Missing);
+        let (mut ts, mut id, mut extra) = (None, None, Vec::<(Cow<'de, str>, &'de RawValue)>::new());
+        let mut guess = 0; // producers repeat the order of fields
+        while let Some(name) = fields.next_key_seed(Name)? {
+            let at = match columns.get(guess) {
+                Some(column) if *column.name == *name => Some(guess),
+                _ => columns.iter().position(|column| *column.name == *name),
+            };
+            if let Some(at) = at {
+                if !matches!(cells[at], Cell::Missing) {
+                    return Err(refuse("duplicate_field", format_args!("field `{name}` stands twice")));
+                }
+                cells[at] = fields.next_value_seed(Typed { rows, column: &columns[at] })?;
+                guess = at + 1;
+            } else if &*name == "ts" && ts.is_none() {
+                ts = Some(fields.next_value_seed(Time { rows, name: "ts" })?);
+            } else if &*name == "id" && id.is_none() {
+                id = Some(fields.next_value_seed(Id { most: rows.bounds.id_bytes })?);
+            } else if &*name == "ts" || &*name == "id" || extra.iter().any(|(known, _)| *known == name) {
+                return Err(refuse("duplicate_field", format_args!("field `{name}` stands twice")));
+            } else {
+                match rows.schema.unknown_fields {
+                    UnknownFields::Keep => extra.push((name, fields.next_value()?)),
+                    UnknownFields::Ignore => _ = fields.next_value::<IgnoredAny>()?,
+                    UnknownFields::Reject => {
+                        let stream = &rows.schema.stream;
+                        return Err(refuse("unknown_field", format_args!("`{stream}` has no column `{name}`")));
+                    }
+                }
+            }
+        }
+        for (cell, column) in cells.iter().zip(columns) {
+            if !column.nullable && matches!(cell, Cell::Missing | Cell::Null) {
+                let name = &column.name;
+                let detail = format_args!("column `{name}` ({}) is required", column.kind);
+                return Err(refuse("missing_column", detail));
+            }
+        }
+        let ts = match ts.flatten() {
+            Some(at) => rows.check_ts(at, "ts")?,
+            None => rows.now,
+        };
+        Ok(Row { ts, id: id.flatten(), cells, extra: join(&extra) })
+    }
+}
+
+/// Fields without a column, as one JSON object.
+fn join(fields: &[(Cow<'_, str>, &RawValue)]) -> Option<String> {
+    if fields.is_empty() {
+        return None;
+    }
+    let mut text = String::from("{");
+    for (at, (name, value)) in fields.iter().enumerate() {
+        if at > 0 {
+            text.push(',');
+        }
+        text.push_str(&serde_json::to_string(name).expect("a string becomes JSON"));
+        text.push(':');
+        text.push_str(value.get());
+    }
+    text.push('}');
+    Some(text)
+}
+
+/// A field's name, borrowed unless it is escaped.
+struct Name;
+
+impl<'de> DeserializeSeed<'de> for Name {
+    type Value = Cow<'de, str>;
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        input.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Name {
+    type Value = Cow<'de, str>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a field name")
+    }
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+        Ok(Cow::Borrowed(text))
+    }
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(text.to_owned()))
+    }
+}
+
+/// The idempotency key; null is none.
+struct Id {
+    most: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for Id {
+    type Value = Option<Cow<'de, str>>;
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        input.deserialize_any(self)
+    }
+}
+
+impl Id {
+    fn check<E: serde::de::Error>(&self, text: &str) -> Result<(), E> {
+        if text.is_empty() || text.len() > self.most || text.contains('\0') {
+            return Err(refuse("bad_id", format_args!("id has {} bytes; it takes 1 to {} and no NUL", text.len(), self.most)));
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Visitor<'de> for Id {
+    type Value = Option<Cow<'de, str>>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string as id")
+    }
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_borrowed_str<E: serde::de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
+        self.check(text).map(|()| Some(Cow::Borrowed(text)))
+    }
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+        self.check(text).map(|()| Some(Cow::Owned(text.to_owned())))
+    }
+    // exchanges number their trades: an integer is an id as good as its text
+    fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
+        Ok(Some(Cow::Owned(value.to_string())))
+    }
+    fn visit_i64<E>(self, value: i64) -> Result<Self::Value, E> {
+        Ok(Some(Cow::Owned(value.to_string())))
+    }
+}
+
+/// An instant: an integer in the request's unit, or RFC 3339. Null is none.
+struct Time<'a, 's> {
+    rows: &'a Rows<'s>,
+    name: &'a str,
+}
+
+impl<'de> DeserializeSeed<'de> for Time<'_, '_> {
+    type Value = Option<i64>;
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        input.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Time<'_, '_> {
+    type Value = Option<i64>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an integer or an RFC 3339 time in `{}`", self.name)
+    }
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+    fn visit_i64<E: serde::de::Error>(self, count: i64) -> Result<Self::Value, E> {
+        let micros = self.rows.unit.micros(count);
+        let detail = || format!("{}: {count} is beyond every calendar; is ts_unit right?", self.name);
+        micros.map(Some).ok_or_else(|| refuse("ts_out_of_range", detail()))
+    }
+    fn visit_u64<E: serde::de::Error>(self, count: u64) -> Result<Self::Value, E> {
+        self.visit_i64(i64::try_from(count).unwrap_or(i64::MAX))
+    }
+    fn visit_f64<E: serde::de::Error>(self, count: f64) -> Result<Self::Value, E> {
+        let scale = match self.rows.unit {
+            TsUnit::Seconds => 1e6,
+            TsUnit::Millis => 1e3,
+            TsUnit::Micros => 1.0,
+            TsUnit::Nanos => 1e-3,
+        };
+        let micros = (count * scale).round();
+        if micros.abs() < 9.0e18 {
+            return Ok(Some(micros as i64));
+        }
+        Err(refuse("ts_out_of_range", format_args!("{}: {count} is beyond every calendar", self.name)))
+    }
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+        match string_to_datetime(&chrono::Utc, text) {
+            Ok(at) => Ok(Some(at.timestamp_micros())),
+            Err(_) => {
+                let detail = format_args!("{}: `{}` is neither RFC 3339 nor an integer", self.name, short(text));
+                Err(refuse("wrong_type", detail))
+            }
+        }
+    }
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(60).collect()
+}
+
+/// A value of the type its column has.
+struct Typed<'a, 's> {
+    rows: &'a Rows<'s>,
+    column: &'a Column,
+}
+
+impl<'de> DeserializeSeed<'de> for Typed<'_, '_> {
+    type Value = Cell<'de>;
+    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
+        match self.column.kind {
+            ColumnType::Json => {
+                let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
+                Ok(if raw == "null" { Cell::Null } else { Cell::Text(Cow::Borrowed(raw)) })
+            }
+            ColumnType::Timestamp => {
+                let name = &self.column.name;
+                Ok(Time { rows: self.rows, name }.deserialize(input)?.map_or(Cell::Null, Cell::Int))
+            }
+            ColumnType::Decimal(precision, scale) => {
+                let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
+                decimal(raw, precision, scale).map_err(|detail| {
+                    refuse("wrong_type", format_args!("column `{}`: {detail}", self.column.name))
+                })
+            }
+            _ => input.deserialize_any(self),
+        }
+    }
+}
+
+/// The exact decimal in a JSON number or in a string.
+fn decimal<'de>(raw: &str, precision: u8, scale: i8) -> Result<Cell<'de>, String> {
+    if raw == "null" {
+        return Ok(Cell::Null);
+    }
+    let text = raw.trim_matches('"');
+    let wrong = || format!("`{}` is no decimal({precision},{scale})", short(raw));
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let fraction = digits.split_once('.').map_or(0, |(_, fraction)| fraction.trim_end_matches('0').len());
+    if !plain || fraction > scale as usize {
+        return Err(wrong());
+    }
+    arrow::compute::kernels::cast_utils::parse_decimal::<arrow::datatypes::Decimal128Type>(text, precision, scale)
+        .map(Cell::Decimal)
+        .map_err(|_| wrong())
+}
+
+impl Typed<'_, '_> {
+    fn wrong<T, E: serde::de::Error>(&self, found: &str) -> Result<T, E> {
+        let Column { name, kind, .. } = self.column;
+        Err(refuse("wrong_type", format_args!("column `{name}` takes {kind}, this is {found}")))
+    }
+
+    fn text<E: serde::de::Error>(&self, text: &str) -> Result<(), E> {
+        if self.column.kind != ColumnType::Utf8 {
+            return self.wrong("a string");
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Visitor<'de> for Typed<'_, '_> {
+    type Value = Cell<'de>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in column `{}`", self.column.kind, self.column.name)
+    }
+    fn visit_unit<E>(self) -> Result<Cell<'de>, E> {
+        Ok(Cell::Null)
+    }
+    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<Cell<'de>, E> {
+        if self.column.kind == ColumnType::Bool { Ok(Cell::Bool(value)) } else { self.wrong("a boolean") }
+    }
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Cell<'de>, E> {
+        match self.column.kind {
+            ColumnType::Int64 => Ok(Cell::Int(value)),
+            ColumnType::Float64 => Ok(Cell::Float(value as f64)),
+            _ => self.wrong("a number"),
+        }
+    }
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Cell<'de>, E> {
+        match i64::try_from(value) {
+            Ok(value) => self.visit_i64(value),
+            Err(_) if self.column.kind == ColumnType::Float64 => Ok(Cell::Float(value as f64)),
+            Err(_) => self.wrong("a number beyond int64"),
+        }
+    }
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Cell<'de>, E> {
+        match self.column.kind {
+            ColumnType::Float64 if value.is_finite() => Ok(Cell::Float(value)),
+            ColumnType::Float64 => {
+                Err(refuse("not_finite", format_args!("column `{}` takes finite numbers", self.column.name)))
+            }
+            ColumnType::Int64 if value.fract() == 0.0 && value.abs() < 9_007_199_254_740_992.0 => {
+                Ok(Cell::Int(value as i64))
+            }
+            ColumnType::Int64 => self.wrong("a number with a fraction, or one a double cannot hold"),
+            _ => self.wrong("a number"),
+        }
+    }
+    fn visit_borrowed_str<E: serde::de::Error>(self, text: &'de str) -> Result<Cell<'de>, E> {
+        self.text(text)?;
+        Ok(Cell::Text(Cow::Borrowed(text)))
+    }
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Cell<'de>, E> {
+        self.text(text)?;
+        // only an escaped string can hold NUL, and no store keeps one
+        if text.contains('\0') {
+            return self.wrong("a string with a NUL character");
+        }
+        Ok(Cell::Text(Cow::Owned(text.to_owned())))
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<Cell<'de>, A::Error> {
+        self.wrong("an array")
+    }
+    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Cell<'de>, A::Error> {
+        self.wrong("an object")
+    }
+}
+
+/// Arrow input: whole columns are cast and checked; rows that break a rule are left out by mask.
+fn decode_arrow(schema: &StreamSchema, body: &[u8], bounds: &Bounds, now: Micros) -> Result<Decoded, DecodeError> {
+    let unreadable = |error: arrow::error::ArrowError| DecodeError::Unreadable(error.to_string());
+    let reader = StreamReader::try_new(body, None).map_err(unreadable)?;
+    let batches = reader.collect::<Result<Vec<_>, _>>().map_err(unreadable)?;
+    let Some(first) = batches.first() else { return Err(DecodeError::Empty) };
+    let input = arrow::compute::concat_batches(first.schema_ref(), &batches).map_err(unreadable)?;
+    let rows = input.num_rows();
+    if rows == 0 {
+        return Err(DecodeError::Empty);
+    }
+    let strict = CastOptions { safe: false, ..Default::default() };
+    let mut columns: Vec<ArrayRef> = Vec::with_capacity(schema.arrow().fields().len());
+    for field in schema.arrow().fields() {
+        let kind = field.data_type();
+        let column = match input.column_by_name(field.name()) {
+            Some(column) if column.data_type() == kind => column.clone(),
+            Some(column) => cast_with_options(column, kind, &strict).map_err(|error| {
+                DecodeError::Unreadable(format!("column `{}` takes {kind}: {error}", field.name()))
+            })?,
+            None if field.name() == "ts" => cast_with_options(
+                &arrow::array::TimestampMicrosecondArray::from_value(now.0, rows),
+                kind,
+                &strict,
+            )
+            .map_err(unreadable)?,
+            None => new_null_array(kind, rows),
+        };
+        columns.push(column);
+    }
+    let mut verdicts: Vec<Option<(&'static str, String)>> = vec![None; rows];
+    for (field, column) in schema.arrow().fields().iter().zip(&columns) {
+        for (row, verdict) in verdicts.iter_mut().enumerate().filter(|(_, verdict)| verdict.is_none()) {
+            if column.is_null(row) {
+                if !field.is_nullable() {
+                    *verdict = Some(("missing_column", format!("column `{}` is required", field.name())));
+                }
+                continue;
+            }
+            *verdict = match field.data_type() {
+                DataType::Float64 if !column.as_primitive::<Float64Type>().value(row).is_finite() => {
+                    Some(("not_finite", format!("column `{}` takes finite numbers", field.name())))
+                }
+                DataType::Timestamp(..) if field.name() == "ts" => {
+                    let at = column.as_primitive::<TimestampMicrosecondType>().value(row);
+                    check_ts(at, bounds, now).err().map(|detail| ("ts_out_of_range", format!("ts: {detail}")))
+                }
+                DataType::Utf8 => {
+                    let text = column.as_string::<i32>().value(row);
+                    let id = field.name() == "id" && (text.is_empty() || text.len() > bounds.id_bytes);
+                    if id {
+                        Some(("bad_id", format!("id has {} bytes; it takes 1 to {}", text.len(), bounds.id_bytes)))
+                    } else if text.contains('\0') {
+                        Some(("wrong_type", format!("column `{}` holds a NUL character", field.name())))
+                    } else {
+                        None
+                    }
+                }
+                _ => None,
+            };
+        }
+    }
+    let keep: BooleanArray = verdicts.iter().map(|verdict| Some(verdict.is_none())).collect();
+    let nullable: Vec<_> =
+        schema.arrow().fields().iter().map(|field| field.as_ref().clone().with_nullable(true)).collect();
+    let loose = RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(nullable)), columns).map_err(unreadable)?;
+    let kept = filter_record_batch(&loose, &keep).map_err(unreadable)?;
+    let batch = RecordBatch::try_new(schema.arrow().clone(), kept.columns().to_vec()).map_err(unreadable)?;
+    let bad = verdicts.into_iter().enumerate().filter_map(|(index, verdict)| Some((index, verdict?)));
+    let errors: Vec<EventError> =
+        bad.map(|(index, (code, detail))| EventError { index, code, detail, payload: String::new() }).collect();
+    Ok(Decoded { batch, rejected: errors.len(), errors: errors.into_iter().take(bounds.described).collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::built_in;
+    use arrow::datatypes::Int64Type;
+
+    const NOW: Micros = Micros(1_800_000_000_000_000);
+
+    fn trades(body: &str) -> Decoded {
+        decode(&built_in()[0], body.as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap()
+    }
+
+    /// The one event's refusal: code, and a part of the detail.
+    fn check(event: &str, code: &str, detail: &str) {
+        let good = r#"{"symbol":"A","price":1,"qty":2}"#;
+        let decoded = trades(&format!("{good}\n{event}\n{good}\n"));
+        assert_eq!((decoded.batch.num_rows(), decoded.rejected), (2, 1), "{event}: {:?}", decoded.errors);
+        let error = &decoded.errors[0];
+        assert_eq!((error.index, error.code), (1, code), "{event}: {}", error.detail);
+        assert!(error.detail.contains(detail), "{event}: {}", error.detail);
+    }
+
+    #[test]
+    fn a_bad_event_is_named_and_the_good_ones_beside_it_are_kept() {
+        check(r#"{"symbol":"A","price":1,"#, "malformed_json", "EOF");
+        check(r#"[1]"#, "not_an_object", "JSON object");
+        check(r#"{"symbol":"A","price":1}"#, "missing_column", "`qty` (float64) is required");
+        check(r#"{"symbol":"A","price":null,"qty":1}"#, "missing_column", "`price`");
+        check(r#"{"symbol":"A","price":"1","qty":1}"#, "wrong_type", "`price` takes float64, this is a string");
+        check(r#"{"symbol":7,"price":1,"qty":1}"#, "wrong_type", "`symbol` takes utf8, this is a number");
+        check(r#"{"symbol":"A","price":NaN,"qty":1}"#, "not_finite", "NaN");
+        check(r#"{"symbol":"A","price":-Infinity,"qty":1}"#, "not_finite", "Infinity");
+        check(r#"{"symbol":"A","price":1e999,"qty":1}"#, "not_finite", "too large");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":1700000000}"#, "ts_out_of_range", "1970-01-20");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":"9999-12-31T00:00:00Z"}"#, "ts_out_of_range", "ahead");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":9223372036854775807}"#, "ts_out_of_range", "calendar");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":"yesterday"}"#, "wrong_type", "RFC 3339");
+        check(r#"{"symbol":"A","price":1,"price":2,"qty":1}"#, "duplicate_field", "`price`");
+        check(r#"{"symbol":"A","price":1,"qty":1,"x":1,"x":2}"#, "duplicate_field", "`x`");
+        check(r#"{"symbol":"A\u0000","price":1,"qty":1}"#, "wrong_type", "NUL");
+        check(&format!(r#"{{"symbol":"A","price":1,"qty":1,"id":"{}"}}"#, "x".repeat(129)), "bad_id", "129 bytes");
+        let long = format!(r#"{{"symbol":"A","price":1,"qty":1,"note":"{}"}}"#, "x".repeat(1 << 20));
+        check(&long, "event_too_large", "limits.event_bytes");
+        check(&format!(r#"{{"symbol":"A","price":1,"qty":1,"deep":{}1{}}}"#, "[".repeat(500), "]".repeat(500)), "malformed_json", "recursion");
+        check("{\"symbol\":\"\u{fffd}", "malformed_json", "EOF");
+    }
+
+    #[test]
+    fn invalid_utf8_is_malformed() {
+        let body = b"{\"symbol\":\"\xff\",\"price\":1,\"qty\":1}\n{\"symbol\":\"A\",\"price\":1,\"qty\":1}";
+        let got = decode(&built_in()[0], body, Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap();
+        assert_eq!((got.batch.num_rows(), got.errors[0].code), (1, "malformed_json"));
+    }
+
+    #[test]
+    fn columns_are_typed_unknown_fields_kept_and_a_missing_ts_is_the_arrival() {
+        let decoded = trades(
+            "{\"ts\":1700000000123,\"id\":\"a\",\"symbol\":\"A\",\"price\":1.5,\"qty\":2,\"x\":{\"y\":[1, 2]},\"z\":null}\r\n\n{\"qty\":1,\"price\":2,\"symbol\":\"B\",\"id\":17}",
+        );
+        let batch = &decoded.batch;
+        let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
+        assert_eq!(ts.values(), &[1_700_000_000_123_000, NOW.0]);
+        assert_eq!(batch.column_by_name("id").unwrap().as_string::<i32>().iter().collect::<Vec<_>>(), [Some("a"), Some("17")]);
+        let extra = batch.column_by_name("extra").unwrap().as_string::<i32>();
+        assert_eq!(extra.iter().collect::<Vec<_>>(), [Some(r#"{"x":{"y":[1, 2]},"z":null}"#), None]);
+    }
+
+    #[test]
+    fn an_array_an_object_and_an_arrow_stream_carry_the_same_events() {
+        let schema = &built_in()[0];
+        let read = |body: &[u8], format| decode(schema, body, format, TsUnit::Micros, &Bounds::default(), NOW);
+        let object = br#" {"ts":1700000000123456,"symbol":"A","price":1.5,"qty":2} "#;
+        let one = read(object, Format::Json).unwrap().batch;
+        let array = [b"[", object.as_slice(), b",", object, b"]"].concat();
+        assert_eq!(read(&array, Format::Json).unwrap().batch.slice(1, 1), one);
+        let mut ipc = arrow::ipc::writer::StreamWriter::try_new(Vec::new(), one.schema_ref()).unwrap();
+        ipc.write(&one).unwrap();
+        assert_eq!(read(&ipc.into_inner().unwrap(), Format::Arrow).unwrap().batch, one);
+        assert!(matches!(read(b"[]", Format::Json), Err(DecodeError::Empty)));
+        assert!(matches!(read(b"{", Format::Json), Err(DecodeError::Unreadable(_))));
+        assert!(matches!(read(b"nonsense", Format::Arrow), Err(DecodeError::Unreadable(_))));
+    }
+
+    #[test]
+    fn decimals_and_integers_are_exact_or_refused() {
+        let columns = r#"[{"name":"amount","type":"decimal(10,2)"},{"name":"n","type":"int64"},{"name":"at","type":"timestamp"}]"#;
+        let schema = StreamSchema::new("fin.docs".parse().unwrap(), serde_json::from_str(columns).unwrap(), UnknownFields::Reject).unwrap();
+        let body = concat!(
+            "{\"amount\":12.34,\"n\":9007199254740993,\"at\":\"2024-01-01T00:00:00Z\"}\n",
+            "{\"amount\":\"-0.5\",\"n\":3.0}\n{\"amount\":1.005}\n{\"amount\":\"x\"}\n{\"n\":1.5}\n{\"other\":1}"
+        );
+        let got = decode(&schema, body.as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap();
+        assert_eq!(got.batch.column(2).as_primitive::<arrow::datatypes::Decimal128Type>().values(), &[1234, -50]);
+        assert_eq!(got.batch.column(3).as_primitive::<Int64Type>().values(), &[9_007_199_254_740_993, 3]);
+        let codes: Vec<_> = got.errors.iter().map(|e| (e.index, e.code)).collect();
+        assert_eq!(codes, [(2, "wrong_type"), (3, "wrong_type"), (4, "wrong_type"), (5, "unknown_field")]);
+    }
+
+    /// The published JSON parsing cases: whatever the bytes, an answer and no panic; what must be
+    /// refused as JSON is refused here too.
+    #[test]
+    fn the_json_parsing_suite_gives_an_error_and_never_a_panic() {
+        let path = "../../shared/data/truth/json_parsing/cases.ndjson.zst";
+        let Ok(file) = std::fs::File::open(path) else {
+            println!("skipped: the shared data folder is not beside the project");
+            return;
+        };
+        let text = std::io::read_to_string(zstd::Decoder::new(file).unwrap()).unwrap();
+        let mut seen = 0;
+        for line in text.lines() {
+            let case: serde_json::Value = serde_json::from_str(line).unwrap();
+            let bytes = base64_decode(case["base64"].as_str().unwrap());
+            for wrap in [false, true] {
+                let body = if wrap { [b"{\"symbol\":\"A\",\"price\":1,\"qty\":1,\"x\":", &bytes[..], b"}"].concat() } else { bytes.clone() };
+                let got = decode(&built_in()[0], &body, Format::Json, TsUnit::Millis, &Bounds::default(), NOW);
+                if wrap && case["expect"] == "reject" && !body.contains(&b',') {
+                    assert!(!got.is_ok_and(|d| d.batch.num_rows() > 0), "{}", case["name"]);
+                }
+            }
+            seen += 1;
+        }
+        assert!(seen > 200, "{seen} cases");
+    }
+
+    fn base64_decode(text: &str) -> Vec<u8> {
+        let value = |b: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|c| *c == b);
+        let mut out = Vec::new();
+        let (mut bits, mut count) = (0u32, 0);
+        for digit in text.bytes().filter_map(value) {
+            bits = (bits << 6) | digit as u32;
+            count += 6;
+            if count >= 8 {
+                count -= 8;
+                out.push((bits >> count) as u8);
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,6 @@
+//! Data in motion: what events look like, how they are decoded to Arrow, the durable log, feeds and replay.
+//! Knows no SQL, no actor and no HTTP.
+
+pub mod schema; // columns of a stream, and the streams every workspace has
+pub mod log; // records of all workspaces in one durable order: the seam, and the log in files
+pub mod reader; // files as events: CSV, JSON, Parquet, Excel, compressed or not

@@ -1,0 +1,643 @@
+//! The log in files of this machine, for one process.
+//!
+//! Callers encode; one thread writes. It takes all that waits, writes it with one call, waits for the disk once
+//! and answers everybody: under load the cost of the disk is shared, when idle nothing is delayed.
+
+use super::batch::EncodedSchema;
+use super::record::Draft;
+use super::segment::{HEADER, Header, Reader, Segment, file_name};
+use super::{AppendError, Body, Config, Filter, Log, Offset, OpenError, Pending, ReadError, Record, Room, Scan};
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use engine::event::Micros;
+use parking_lot::{Condvar, Mutex, RwLock};
+use std::collections::{HashMap, VecDeque};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Instant, UNIX_EPOCH};
+use tokio::sync::oneshot;
+
+/// The most bytes written and made durable at once: keeps the wait of the first in a group short.
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// A record's length is 32 bits in the file.
+const RECORD_BYTES_MAX: usize = 1 << 30;
+/// Schemas kept encoded; a process with more encodes some of them again.
+const SCHEMAS_MAX: usize = 1 << 12;
+/// Held locked by the process that has the log open.
+const LOCK_FILE: &str = "LOCK";
+/// Name of a file of records until its header is durable.
+const UNFINISHED: &str = "next.tmp";
+
+/// The durable log in a directory of this machine; a clone of its `Arc` is all that users need.
+///
+/// After a failed write or sync nobody knows what is on the disk, so the log takes nothing more until the
+/// process is restarted and has read the files again. A full disk is different: what was begun is cut off, the
+/// records are refused, and appends go on once there is space.
+pub struct EmbeddedLog {
+    shared: Arc<Shared>,
+    queue_limit: usize,
+    retention: Retention,
+    /// Encoding a schema costs more than encoding a small batch.
+    schemas: RwLock<HashMap<SchemaRef, Arc<EncodedSchema>>>,
+    writer: Option<JoinHandle<()>>,
+    /// Released with the handle, also when the process is killed.
+    _lock: File,
+}
+
+struct Retention {
+    bytes: Option<u64>,
+    age_micros: Option<i64>,
+}
+
+/// What callers, scans and the writer have in common.
+struct Shared {
+    directory: PathBuf,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    /// Oldest first; never empty, the last one is being written.
+    segments: RwLock<Vec<Arc<Segment>>>,
+    /// Offset after the newest durable record.
+    tail: AtomicU64,
+    /// Durable bytes of all files.
+    used: AtomicU64,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Entry>,
+    /// Bytes that wait or are being written.
+    bytes: usize,
+    /// Why nothing is taken any more.
+    failed: Option<AppendError>,
+    closing: bool,
+}
+
+/// A record to write, or without one a barrier.
+struct Entry {
+    draft: Option<Draft>,
+    answer: oneshot::Sender<Result<Offset, AppendError>>,
+}
+
+impl EmbeddedLog {
+    /// Opens the log in `directory`, which is made when absent. Cuts off a record that a crash left incomplete,
+    /// with a warning, and changes nothing else. Reads the newest file whole, of the others only the header.
+    pub fn open(directory: &Path, config: &Config) -> Result<EmbeddedLog, OpenError> {
+        Self::open_on(Box::new(Os), directory, config)
+    }
+
+    fn open_on(mut disk: Box<dyn Disk>, directory: &Path, config: &Config) -> Result<EmbeddedLog, OpenError> {
+        fs::create_dir_all(directory).and_then(|()| sync_parent(directory)).map_err(|e| open_io(directory, e))?;
+        let lock = lock(directory)?;
+        let mut segments = list(directory)?;
+        let (active, next) = match segments.last() {
+            Some(newest) => reopen(disk.as_mut(), newest)?,
+            None => {
+                let (segment, file) = create(disk.as_mut(), directory, 0, Header::NO_FILE_BEFORE)
+                    .map_err(|e| open_io(&directory.join(UNFINISHED), e))?;
+                segments.push(segment);
+                (file, 0)
+            }
+        };
+        let segment = segments.last().expect("there is a file by now").clone();
+        let shared = Arc::new(Shared {
+            directory: directory.to_owned(),
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            tail: AtomicU64::new(next),
+            used: AtomicU64::new(segments.iter().map(|segment| segment.length.load(Ordering::Relaxed)).sum()),
+            segments: RwLock::new(segments),
+        });
+        let writer = Writer {
+            shared: shared.clone(),
+            disk,
+            segment_bytes: config.segment_bytes,
+            max_bytes: config.max_bytes,
+            position: segment.length.load(Ordering::Relaxed),
+            segment,
+            file: active,
+            next,
+            schemas: HashMap::new(),
+            buffer: Vec::new(),
+        };
+        let writer = thread::Builder::new()
+            .name("log-writer".to_owned())
+            .spawn(move || writer.run())
+            .map_err(|e| open_io(directory, e))?;
+        let hours = config.retain_hours.map(|hours| i64::try_from(hours).unwrap_or(i64::MAX));
+        Ok(EmbeddedLog {
+            shared,
+            queue_limit: config.queue_bytes,
+            retention: Retention {
+                bytes: config.retain_bytes,
+                age_micros: hours.map(|hours| hours.saturating_mul(3_600_000_000)),
+            },
+            schemas: RwLock::default(),
+            writer: Some(writer),
+            _lock: lock,
+        })
+    }
+
+    fn draft(&self, record: &Record) -> Result<Draft, AppendError> {
+        match &record.body {
+            Body::Advance { stream, frontier } => Ok(Draft::advance(&record.workspace, stream, *frontier)),
+            Body::Events { stream, batch } => {
+                let schema = self.encoded(batch.schema_ref());
+                Draft::events(&record.workspace, stream, batch, schema)
+                    .map_err(|cause| AppendError::Unencodable { stream: stream.clone(), cause: cause.to_string() })
+            }
+        }
+    }
+
+    fn encoded(&self, schema: &SchemaRef) -> Arc<EncodedSchema> {
+        if let Some(encoded) = self.schemas.read().get(schema) {
+            return encoded.clone();
+        }
+        let encoded = Arc::new(EncodedSchema::new(schema));
+        let mut schemas = self.schemas.write();
+        if schemas.len() >= SCHEMAS_MAX {
+            schemas.clear();
+        }
+        schemas.entry(schema.clone()).or_insert(encoded).clone()
+    }
+
+    /// Whether `bytes` more may wait.
+    fn admit(&self, queue: &Queue, bytes: usize) -> Result<(), AppendError> {
+        let limit = self.queue_limit;
+        if let Some(failed) = &queue.failed {
+            return Err(failed.clone());
+        }
+        if queue.bytes.saturating_add(bytes) > limit {
+            return Err(AppendError::Busy { queued: queue.bytes, limit });
+        }
+        Ok(())
+    }
+
+    fn push(&self, draft: Option<Draft>) -> Result<Pending, AppendError> {
+        let bytes = draft.as_ref().map_or(0, Draft::len);
+        let limit = self.queue_limit.min(RECORD_BYTES_MAX);
+        if bytes > limit {
+            return Err(AppendError::TooLarge { bytes, limit });
+        }
+        let (answer, pending) = oneshot::channel();
+        let mut queue = self.shared.queue.lock();
+        self.admit(&queue, bytes)?;
+        queue.bytes += bytes;
+        queue.waiting.push_back(Entry { draft, answer });
+        drop(queue);
+        self.shared.wake.notify_one();
+        Ok(Pending(pending))
+    }
+}
+
+#[async_trait]
+impl Log for EmbeddedLog {
+    fn enqueue(&self, record: Record) -> Result<Pending, AppendError> {
+        // overload must be cheap: refused before the work of encoding
+        self.admit(&self.shared.queue.lock(), 1)?;
+        let draft = self.draft(&record)?;
+        self.push(Some(draft))
+    }
+
+    async fn barrier(&self) -> Result<(), AppendError> {
+        self.push(None)?.await.map(drop)
+    }
+
+    fn tail(&self) -> Offset {
+        Offset(self.shared.tail.load(Ordering::Acquire))
+    }
+
+    fn head(&self) -> Offset {
+        Offset(self.shared.segments.read()[0].header.first)
+    }
+
+    fn protect(&self, from: Offset, now: Micros) {
+        let mut segments = self.shared.segments.write();
+        // oldest first and each removal durable before the next: no crash leaves a gap
+        while let [oldest, next, ..] = segments.as_slice() {
+            let used = self.shared.used.load(Ordering::Relaxed);
+            if next.header.first > from.0 || !self.retention.lets_go(oldest, used, now) {
+                return;
+            }
+            if let Err(error) = fs::remove_file(&oldest.path) {
+                tracing::warn!(file = %oldest.path.display(), %error, "a log file that is no longer needed stays");
+                return;
+            }
+            self.shared.used.fetch_sub(oldest.length.load(Ordering::Relaxed), Ordering::Relaxed);
+            segments.remove(0);
+            if let Err(error) = sync_directory(&self.shared.directory) {
+                tracing::warn!(directory = %self.shared.directory.display(), %error, "a removed log file may come back");
+                return;
+            }
+        }
+    }
+
+    fn scan(&self, from: Offset, only: Filter) -> Result<Scan, ReadError> {
+        // the tail first: a record before it is in the files listed after
+        let tail = self.tail();
+        let segments = self.shared.segments.read();
+        let head = Offset(segments[0].header.first);
+        if from < head {
+            return Err(ReadError::Gone { from, head });
+        }
+        if from > tail {
+            return Err(ReadError::Ahead { from, tail });
+        }
+        let begin = segments.partition_point(|segment| segment.header.first <= from.0) - 1;
+        let segments = segments[begin..].iter().cloned().collect();
+        let shared = self.shared.clone();
+        Ok(Box::new(Cursor { shared, segments, open: None, next: from.0, end: tail.0, only }))
+    }
+}
+
+impl Drop for EmbeddedLog {
+    fn drop(&mut self) {
+        self.shared.queue.lock().closing = true;
+        self.shared.wake.notify_one();
+        if let Some(writer) = self.writer.take() {
+            _ = writer.join(); // a panic of the writer has been told to all who waited
+        }
+    }
+}
+
+impl Retention {
+    /// Whether `segment`, the oldest of files of `used` bytes, need not be kept any more.
+    fn lets_go(&self, segment: &Segment, used: u64, now: Micros) -> bool {
+        let age = || {
+            let written = fs::metadata(&segment.path).and_then(|metadata| metadata.modified()).ok()?;
+            let written = written.duration_since(UNIX_EPOCH).ok()?.as_micros();
+            now.0.checked_sub(i64::try_from(written).ok()?)
+        };
+        self.bytes.is_some_and(|bytes| used > bytes)
+            || self.age_micros.is_some_and(|limit| age().is_some_and(|age| age > limit))
+    }
+}
+
+/// What the writer asks of the disk, so that a test can make the disk fail.
+trait Disk: Send {
+    fn write(&mut self, mut file: &File, bytes: &[u8]) -> io::Result<()> {
+        file.write_all(bytes)
+    }
+
+    fn sync(&mut self, file: &File) -> io::Result<()> {
+        file.sync_data()
+    }
+}
+
+/// The disk as it is.
+struct Os;
+impl Disk for Os {}
+
+/// Takes what waits and makes it durable, on a thread of its own.
+struct Writer {
+    shared: Arc<Shared>,
+    disk: Box<dyn Disk>,
+    segment_bytes: u64,
+    max_bytes: Option<u64>,
+    segment: Arc<Segment>,
+    file: File,
+    /// Durable bytes of the file.
+    position: u64,
+    /// Offset of the next record.
+    next: u64,
+    /// Where in the file each schema is that its records use.
+    schemas: HashMap<Arc<[u8]>, u64>,
+    buffer: Vec<u8>,
+}
+
+impl Writer {
+    fn run(mut self) {
+        let shared = self.shared.clone();
+        let _told = TellWhenGone(&shared);
+        while let Some(group) = self.wait_for_group() {
+            let bytes: usize = group.iter().filter_map(|entry| entry.draft.as_ref()).map(Draft::len).sum();
+            let first = self.next;
+            let (drafts, answers): (Vec<_>, Vec<_>) =
+                group.into_iter().map(|entry| (entry.draft, entry.answer)).unzip();
+            let is_record: Vec<bool> = drafts.iter().map(Option::is_some).collect();
+            let result = self.commit(drafts.into_iter().flatten().collect());
+            let mut queue = shared.queue.lock();
+            queue.bytes -= bytes;
+            if let Err(error @ AppendError::Failed { .. }) = &result {
+                queue.failed = Some(error.clone());
+            }
+            drop(queue);
+            let mut offset = first;
+            for (answer, is_record) in answers.into_iter().zip(is_record) {
+                // a caller may have left
+                _ = match (&result, is_record) {
+                    (Err(AppendError::Full { .. }), false) | (Ok(()), false) => answer.send(Ok(Offset(offset))),
+                    (Err(error), _) => answer.send(Err(error.clone())),
+                    (Ok(()), true) => {
+                        offset += 1;
+                        answer.send(Ok(Offset(offset - 1)))
+                    }
+                };
+            }
+        }
+    }
+
+    /// All that waits, up to a bound; `None` when the log is closed and nothing waits.
+    fn wait_for_group(&self) -> Option<Vec<Entry>> {
+        let limit = GROUP_BYTES_MAX.min(usize::try_from(self.segment_bytes).unwrap_or(usize::MAX));
+        let mut queue = self.shared.queue.lock();
+        while queue.waiting.is_empty() {
+            if queue.closing {
+                return None;
+            }
+            self.shared.wake.wait(&mut queue);
+        }
+        let mut bytes = 0;
+        let mut group = Vec::with_capacity(queue.waiting.len());
+        while let Some(entry) = queue.waiting.front() {
+            bytes += entry.draft.as_ref().map_or(0, Draft::len);
+            if bytes > limit && !group.is_empty() {
+                break;
+            }
+            group.extend(queue.waiting.pop_front());
+        }
+        Some(group)
+    }
+
+    /// Makes all of `drafts` durable, or none of them part of the log.
+    fn commit(&mut self, drafts: Vec<Draft>) -> Result<(), AppendError> {
+        if let Some(failed) = &self.shared.queue.lock().failed {
+            return Err(failed.clone());
+        }
+        if drafts.is_empty() {
+            return Ok(());
+        }
+        if self.position >= self.segment_bytes && self.position > HEADER as u64 {
+            self.roll()?;
+        }
+        let count = drafts.len() as u64;
+        let places = self.fill(drafts);
+        let result = self.write();
+        if result.is_err() {
+            self.schemas.retain(|_, position| *position < self.position);
+            return result;
+        }
+        for (offset, position) in places {
+            self.segment.note(offset, position);
+        }
+        self.position += self.buffer.len() as u64;
+        self.next += count;
+        self.segment.length.store(self.position, Ordering::Release);
+        self.shared.used.fetch_add(self.buffer.len() as u64, Ordering::Relaxed);
+        // whoever sees this tail finds all before it in the files
+        self.shared.tail.store(self.next, Ordering::Release);
+        metrics::counter!("tidewatch_log_appends_total").increment(count);
+        metrics::counter!("tidewatch_log_appended_bytes_total").increment(self.buffer.len() as u64);
+        metrics::histogram!("tidewatch_log_group_records").record(count as f64);
+        Ok(())
+    }
+
+    /// Lays out `drafts` in the buffer, each schema before its first use: offset and position of each record.
+    fn fill(&mut self, drafts: Vec<Draft>) -> Vec<(u64, u64)> {
+        self.buffer.clear();
+        self.buffer.shrink_to(GROUP_BYTES_MAX);
+        let salt = self.segment.header.salt;
+        let mut places = Vec::with_capacity(drafts.len());
+        for (draft, offset) in drafts.into_iter().zip(self.next..) {
+            let place = self.position + self.buffer.len() as u64;
+            places.push((offset, place));
+            let schema = draft.schema.as_ref().map_or(0, |schema| {
+                *self.schemas.entry(schema.ipc.clone()).or_insert_with(|| {
+                    Draft::schema(schema).seal(offset, 0, salt, &mut self.buffer);
+                    place
+                })
+            });
+            draft.seal(offset, schema, salt, &mut self.buffer);
+        }
+        places
+    }
+
+    /// Writes the buffer and waits for the disk.
+    fn write(&mut self) -> Result<(), AppendError> {
+        let used = self.shared.used.load(Ordering::Relaxed);
+        if let Some(limit) = self.max_bytes.filter(|limit| used + self.buffer.len() as u64 > *limit) {
+            return Err(self.full(Room::Configured(limit)));
+        }
+        let written = self.disk.write(&self.file, &self.buffer).and_then(|()| {
+            let begun = Instant::now();
+            let synced = self.disk.sync(&self.file);
+            metrics::histogram!("tidewatch_log_fsync_seconds").record(begun.elapsed().as_secs_f64());
+            synced
+        });
+        let Err(cause) = written else { return Ok(()) };
+        // What was begun goes, so that no restart takes it for durable. After a full disk that is all there is
+        // to do; this syncs a shorter file and does not try the failed sync again.
+        let cut = self.file.set_len(self.position).and_then(|()| self.disk.sync(&self.file));
+        match cut {
+            Ok(()) if is_disk_full(&cause) => Err(self.full(Room::Disk)),
+            _ => Err(self.failed(self.segment.path.clone(), cause)),
+        }
+    }
+
+    /// Goes on in a new file.
+    fn roll(&mut self) -> Result<(), AppendError> {
+        let before = (self.segment.header.first, self.position);
+        match create(self.disk.as_mut(), &self.shared.directory, self.next, before) {
+            Ok((segment, file)) => {
+                (self.segment, self.file, self.position) = (segment.clone(), file, HEADER as u64);
+                self.schemas.clear();
+                self.shared.used.fetch_add(HEADER as u64, Ordering::Relaxed);
+                self.shared.segments.write().push(segment);
+                Ok(())
+            }
+            Err(cause) if is_disk_full(&cause) => Err(self.full(Room::Disk)),
+            Err(cause) => Err(self.failed(self.shared.directory.join(UNFINISHED), cause)),
+        }
+    }
+
+    fn full(&self, room: Room) -> AppendError {
+        let used = self.shared.used.load(Ordering::Relaxed);
+        AppendError::Full { directory: self.shared.directory.clone(), used, room }
+    }
+
+    fn failed(&self, file: PathBuf, cause: io::Error) -> AppendError {
+        tracing::error!(file = %file.display(), %cause, "the log takes no more records until a restart");
+        AppendError::Failed { file, cause: Arc::new(cause) }
+    }
+}
+
+/// Leaves nobody waiting for a writer that is gone, whether it was closed or panicked.
+struct TellWhenGone<'a>(&'a Shared);
+
+impl Drop for TellWhenGone<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue.lock();
+        queue.failed.get_or_insert(AppendError::Stopped);
+        queue.waiting.clear(); // dropping the sender answers
+    }
+}
+
+fn is_disk_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Walks the records of one scan.
+struct Cursor {
+    shared: Arc<Shared>,
+    /// Those not read to their end yet.
+    segments: VecDeque<Arc<Segment>>,
+    /// Reads the first of them.
+    open: Option<Reader>,
+    /// Offset of the next record.
+    next: u64,
+    /// Where the scan ends.
+    end: u64,
+    only: Filter,
+}
+
+impl Iterator for Cursor {
+    type Item = Result<(Offset, Record), ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let item = self.advance().transpose();
+        if let Some(Err(_)) = item {
+            self.end = self.next; // nothing after an error
+        }
+        item
+    }
+}
+
+impl Cursor {
+    fn advance(&mut self) -> Result<Option<(Offset, Record)>, ReadError> {
+        while self.next < self.end {
+            let segment = self.segments.front().expect("the newest file reaches up to the tail");
+            let reader = match &mut self.open {
+                Some(reader) => reader,
+                closed => closed.insert(self.shared.open(segment, self.next)?),
+            };
+            let position = reader.position;
+            let corrupt = |reason| ReadError::Corrupt { file: segment.path.clone(), position, reason };
+            let Some(frame) = reader.read().map_err(|fault| segment.fault(fault))? else {
+                let follower = self.segments.get(1).map(|segment| segment.header.first);
+                if follower != Some(reader.expected) {
+                    return Err(corrupt(format!("the file ends before offset {}", reader.expected)));
+                }
+                self.segments.pop_front();
+                self.open = None;
+                continue;
+            };
+            // an index leads to some record before the first one wanted
+            if frame.is_schema() || frame.offset < self.next {
+                continue;
+            }
+            let offset = frame.offset;
+            self.next = offset + 1;
+            if frame.matches(&self.only) {
+                let schema = if frame.is_events() { Some(segment.schema(frame.schema)?) } else { None };
+                return Ok(Some((Offset(offset), frame.decode(schema).map_err(corrupt)?)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Shared {
+    /// A reader at the record `from` or before it. A file can have been dropped since the scan began.
+    fn open(&self, segment: &Segment, from: u64) -> Result<Reader, ReadError> {
+        segment.read_from(from).map_err(|error| {
+            let head = self.segments.read()[0].header.first;
+            if from < head { ReadError::Gone { from: Offset(from), head: Offset(head) } } else { error }
+        })
+    }
+}
+
+fn open_io(file: &Path, source: io::Error) -> OpenError {
+    OpenError::Io { file: file.to_owned(), source }
+}
+
+fn lock(directory: &Path) -> Result<File, OpenError> {
+    let path = directory.join(LOCK_FILE);
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|error| open_io(&path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked { directory: directory.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(open_io(&path, error)),
+    }
+}
+
+/// The files of a log, oldest first, each checked against what the next one says of it.
+fn list(directory: &Path) -> Result<Vec<Arc<Segment>>, OpenError> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory).map_err(|e| open_io(directory, e))? {
+        let path = entry.map_err(|e| open_io(directory, e))?.path();
+        if path.extension().is_some_and(|extension| extension == "log") {
+            paths.push(path);
+        }
+    }
+    paths.sort_unstable();
+    let mut segments: Vec<Arc<Segment>> = Vec::with_capacity(paths.len());
+    for path in paths {
+        let header = Header::read(&path)?;
+        let length = fs::metadata(&path).map_err(|e| open_io(&path, e))?.len();
+        if let Some(before) = segments.last() {
+            let (first, end) = header.before;
+            let length = before.length.load(Ordering::Relaxed);
+            if first != before.header.first {
+                let reason = format!("the file before it, `{}`, is missing", file_name(first).display());
+                return Err(OpenError::Corrupt { file: path, position: 0, reason });
+            }
+            if end != length {
+                let reason = format!("the file has {length} bytes and had {end} when it was complete");
+                return Err(OpenError::Corrupt { file: before.path.clone(), position: length.min(end), reason });
+            }
+        }
+        segments.push(Arc::new(Segment::new(path, header, length)));
+    }
+    Ok(segments)
+}
+
+/// Checks the newest file whole and cuts its torn tail: the file to append to, the offset of its next record.
+fn reopen(disk: &mut dyn Disk, segment: &Segment) -> Result<(File, u64), OpenError> {
+    let (next, torn) = segment.verify()?;
+    let io = |error| open_io(&segment.path, error);
+    let file = OpenOptions::new().append(true).open(&segment.path).map_err(io)?;
+    if let Some(torn) = torn {
+        tracing::warn!(
+            file = %segment.path.display(), position = torn.position, bytes = torn.bytes, reason = torn.reason,
+            "cut off a log record that was never completed",
+        );
+        file.set_len(torn.position).map_err(io)?;
+        segment.length.store(torn.position, Ordering::Release);
+    }
+    // a killed process can leave intact records that the disk does not have yet, and all will be told of them
+    disk.sync(&file).map_err(io)?;
+    Ok((file, next))
+}
+
+/// Makes the file whose first record will have offset `first`.
+fn create(disk: &mut dyn Disk, directory: &Path, first: u64, before: (u64, u64)) -> io::Result<(Arc<Segment>, File)> {
+    let header = Header { salt: rand::random(), first, before };
+    let unfinished = directory.join(UNFINISHED);
+    let path = directory.join(file_name(first));
+    _ = fs::remove_file(&unfinished); // left by a crash or a full disk
+    let file = OpenOptions::new().create_new(true).append(true).open(&unfinished)?;
+    disk.write(&file, &header.to_bytes())?;
+    disk.sync(&file)?;
+    fs::rename(&unfinished, &path)?;
+    sync_directory(directory)?;
+    Ok((Arc::new(Segment::new(path, header, HEADER as u64)), file))
+}
+
+/// Makes the names in `directory` durable.
+fn sync_directory(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+fn sync_parent(directory: &Path) -> io::Result<()> {
+    match directory.parent() {
+        Some(parent) if parent != Path::new("") => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
+}
+
+#[cfg(test)]
+mod tests;
