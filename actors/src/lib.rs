@@ -1,1 +1,24 @@
-//! actors
+//! Supervision: workspaces, portfolios and agent sessions as actors that fail and restart alone.
+//! Knows no HTTP and no wire format.
+
+pub mod agent; // AI agent sessions and the built-in analyst
+pub mod clock; // where the time comes from
+mod definition; // what users define in a workspace
+mod fault; // why a request could not be served
+pub mod outlet; // what actors push
+mod portfolio; // a portfolio's actor
+mod query; // the pool of query workers
+mod root; // starts workspaces, and starts them again
+pub mod rows; // a metric's rows as JSON
+mod system; // the whole system as the gateway sees it
+mod tenant; // the order of a workspace's events
+mod workspace; // a workspace's actor
+
+pub use definition::{MetricDefinition, RuleDefinition};
+pub use fault::{Fault, FaultKind};
+pub use outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
+pub use system::{
+    ActorInfo, Ingested, Limits, Part, Parts, QueryAnswer, QueryRequest, RowsPage, RowsQuery, StreamInfo, System,
+    Throughput,
+};
+pub use workspace::MetricInfo;

@@ -60,6 +60,12 @@ impl Prices {
         changed
     }
 
+    /// Sets the last price of one symbol.
+    pub fn set(&mut self, symbol: String, price: Price) {
+        self.0.insert(symbol, price);
+    }
+
+    /// The last price of `symbol`; `None` before its first trade.
     pub fn get(&self, symbol: &str) -> Option<Price> {
         self.0.get(symbol).copied()
     }

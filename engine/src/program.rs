@@ -143,8 +143,7 @@ impl Program {
     pub(crate) fn selected(&self, batch: &RecordBatch) -> Result<Option<BooleanArray>> {
         let Some(filter) = &self.parts.filter else { return Ok(None) };
         let mask = filter.evaluate(batch)?.into_array(batch.num_rows())?;
-        let mask = mask.as_boolean();
-        let mask = if mask.null_count() > 0 { compute::prep_null_mask_filter(mask) } else { mask.clone() };
+        let mask = null_is_false(mask.as_boolean());
         Ok((mask.true_count() < mask.len()).then_some(mask))
     }
 
@@ -181,7 +180,7 @@ impl Program {
         let mut chosen = groups;
         if let Some(having) = &self.parts.having {
             let mask = having.evaluate(&chosen)?.into_array(chosen.num_rows())?;
-            let mask = compute::prep_null_mask_filter(mask.as_boolean());
+            let mask = null_is_false(mask.as_boolean());
             chosen = compute::filter_record_batch(&chosen, &mask)?;
             kept = Finished::Some(mask.values().set_indices().map(|row| row as u32).collect());
         }
@@ -201,6 +200,11 @@ impl Program {
         }
         Ok((batch, kept))
     }
+}
+
+/// In WHERE and HAVING, NULL keeps no row.
+fn null_is_false(mask: &BooleanArray) -> BooleanArray {
+    if mask.null_count() > 0 { compute::prep_null_mask_filter(mask) } else { mask.clone() }
 }
 
 /// Arguments of one aggregate call for a batch.

@@ -83,6 +83,15 @@ impl Workspace {
         Ok(())
     }
 
+    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log.
+    pub fn adopt(&mut self, other: Workspace) {
+        self.metrics.extend(other.metrics);
+        for (stream, time) in other.streams {
+            let mine = self.streams.entry(stream).or_default();
+            mine.frontier = mine.frontier.max(time.frontier);
+        }
+    }
+
     /// Forgets a metric, its state and its rules.
     pub fn remove(&mut self, name: &ItemName) {
         self.metrics.remove(name);

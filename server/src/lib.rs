@@ -1,1 +1,13 @@
-//! server
+//! Wiring: configuration, and the whole system built from what it is handed. The binary, the end-to-end
+//! tests and the benches build it the same way.
+
+pub mod admin; // users and workspaces of a data directory
+mod app; // the parts put together, served and drained
+pub mod check; // is this file fit for use
+pub mod client; // the commands that talk to a running server
+mod config; // where settings come from, and what they may be
+pub mod demo; // sample workspaces fed by simulators or by an exchange
+pub mod measure; // how fast is this machine
+
+pub use app::{App, shutdown_signal};
+pub use config::{Config, ConfigError, Limits};

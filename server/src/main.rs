@@ -1,1 +1,123 @@
-fn main() {}
+//! `tidewatch`: one binary for the engine, the demonstration and the tools around them.
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use server::client::{self, Query, Replay};
+use server::demo::Speed;
+use server::{App, Config, admin, check, measure};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use streams::feed::Feed;
+use tracing_subscriber::EnvFilter;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Actor-based real-time streaming engine: events in, live metrics, alerts and answers out.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything embedded: three sample workspaces, live data and the web console.
+    #[command(after_help = "Example: tidewatch demo --live coinbase")]
+    Demo {
+        /// Take the fund's market from this exchange: coinbase, kraken or binance.
+        #[arg(long)]
+        live: Option<Feed>,
+        /// How fast the simulated past of a new demo goes by until it reaches the present: 60x, or max.
+        #[arg(long, default_value = "max")]
+        speed: Speed,
+        /// Where the demo keeps its data; the same directory continues where it was.
+        #[arg(long, default_value = "tidewatch-demo")]
+        data_dir: PathBuf,
+        #[arg(long, default_value = "127.0.0.1:8080")]
+        listen: std::net::SocketAddr,
+        /// Seed of the simulators: the same seed tells the same story.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// The engine.
+    #[command(after_help = "Example: TIDEWATCH__AUTH__SECRET=$(openssl rand -base64 48) tidewatch serve --config tidewatch.toml")]
+    Serve {
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Sends recorded events from files to a running server.
+    #[command(after_help = "Example: tidewatch replay trades.parquet -w acme -s market.trades --ts ts_ns --ts-unit ns --map 'price=price_e4*0.0001' --map qty=size")]
+    Replay(Replay),
+    /// Asks a running server in SQL.
+    #[command(after_help = "Example: tidewatch query 'SELECT symbol, count(*) FROM market.trades GROUP BY symbol' -w acme")]
+    Query(Query),
+    /// Validates a configuration file or a metric's SQL; says line, column and mend.
+    #[command(after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql")]
+    Check { file: PathBuf },
+    /// Workspaces of a data directory.
+    #[command(subcommand, after_help = "Example: tidewatch workspace create acme --owner ada@example.com")]
+    Workspace(admin::WorkspaceCommand),
+    /// Users of a data directory.
+    #[command(subcommand, after_help = "Example: tidewatch user create ada@example.com --admin < password.txt")]
+    User(admin::UserCommand),
+    /// Applies migrations to the store.
+    #[command(after_help = "Example: tidewatch migrate --config tidewatch.toml")]
+    Migrate {
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON.
+    #[command(after_help = "Example: tidewatch bench ingest --seconds 10")]
+    Bench(measure::Bench),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run(args.command));
+    // a blocking read must not hold the exit
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Demo { live, speed, data_dir, listen, seed } => {
+            server::demo::run(server::demo::Demo { live, speed, data_dir, listen, seed }).await
+        }
+        Command::Serve { config } => {
+            let config = Config::load(config.as_deref())?;
+            let app = App::build(config).await?;
+            tracing::info!(address = %app.address(), "serving");
+            app.serve_until(server::shutdown_signal()).await
+        }
+        Command::Replay(args) => client::replay(args).await,
+        Command::Query(args) => client::query(args).await,
+        Command::Check { file } => check::run(&file).await,
+        Command::Workspace(command) => admin::workspace(command).await,
+        Command::User(command) => admin::user(command).await,
+        Command::Migrate { config } => {
+            let url = Config::load(config.as_deref())?.store_url();
+            let version = sql::store::migrate(&url).await.with_context(|| url.clone())?;
+            println!("{url} is at migration {version}");
+            Ok(())
+        }
+        Command::Bench(args) => measure::run(args).await,
+    }
+}

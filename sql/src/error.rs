@@ -88,8 +88,11 @@ impl SqlError {
         if self.line.is_some() {
             return self;
         }
+        let unknown = self.message.strip_prefix("No field named ").map(|rest| {
+            rest.split(". ").next().unwrap_or(rest).trim_end_matches('.').trim_matches('"')
+        });
         let quoted = self.message.split(['\'', '"', '`']).skip(1).step_by(2);
-        let words = quoted.flat_map(|word| [word, word.rsplit('.').next().unwrap_or(word)]);
+        let words = unknown.into_iter().chain(quoted).flat_map(|word| [word, word.rsplit('.').next().unwrap_or(word)]);
         let found = words.filter(|word| !word.is_empty()).find_map(|word| {
             sql.to_ascii_lowercase().find(&word.to_ascii_lowercase())
         });

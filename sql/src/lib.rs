@@ -3,6 +3,7 @@
 
 mod error; // what is wrong with a piece of SQL, where, and what to write instead
 pub mod plan; // from a metric's SQL to the program the engine runs
+pub mod query; // questions asked once
 pub mod store; // what outlives the process: users, definitions, results, checkpoints
 
 pub use error::SqlError;

@@ -2,5 +2,8 @@
 //! Knows no SQL, no actor and no HTTP.
 
 pub mod schema; // columns of a stream, and the streams every workspace has
+pub mod decode; // events as clients send them become Arrow columns
 pub mod log; // records of all workspaces in one durable order: the seam, and the log in files
 pub mod reader; // files as events: CSV, JSON, Parquet, Excel, compressed or not
+pub mod feed; // live trades of exchanges over WebSocket
+pub mod simulate; // worlds from a seed, for demonstrations and tests

@@ -36,7 +36,7 @@ pub use workspaces::{Member, Workspace};
 
 use engine::event::WorkspaceId;
 use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool, SqliteRow};
-use sqlx::{FromRow, Transaction, query, query_as, query_scalar};
+use sqlx::{FromRow, Transaction, query, query_scalar};
 
 /// The store. A clone is another handle to the same connections.
 ///

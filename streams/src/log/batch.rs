@@ -1,7 +1,7 @@
 //! Arrow batches as bytes: the IPC encoding, without what the schema or the data already says.
 //!
 //! An IPC message spends 16 bytes of metadata on every buffer and every column and repeats its frame for each
-//! batch: for one trade about six times the trade. Here the lengths are variable-width integers, positions
+//! batch: for one trade that is most of the message. Here the lengths are variable-width integers, positions
 //! follow from the lengths, and the message is put together again when a batch is read.
 
 use arrow::array::ArrayRef;

@@ -229,7 +229,8 @@ impl Log for EmbeddedLog {
             self.shared.used.fetch_sub(oldest.length.load(Ordering::Relaxed), Ordering::Relaxed);
             segments.remove(0);
             if let Err(error) = sync_directory(&self.shared.directory) {
-                tracing::warn!(directory = %self.shared.directory.display(), %error, "a removed log file may come back");
+                let directory = self.shared.directory.display();
+                tracing::warn!(%directory, %error, "a removed log file may come back");
                 return;
             }
         }
@@ -511,7 +512,10 @@ impl Cursor {
             let segment = self.segments.front().expect("the newest file reaches up to the tail");
             let reader = match &mut self.open {
                 Some(reader) => reader,
-                closed => closed.insert(self.shared.open(segment, self.next)?),
+                closed => {
+                    let reader = segment.read_from(self.next);
+                    closed.insert(reader.map_err(|error| self.shared.gone_or(error, self.next))?)
+                }
             };
             let position = reader.position;
             let corrupt = |reason| ReadError::Corrupt { file: segment.path.clone(), position, reason };
@@ -531,7 +535,8 @@ impl Cursor {
             let offset = frame.offset;
             self.next = offset + 1;
             if frame.matches(&self.only) {
-                let schema = if frame.is_events() { Some(segment.schema(frame.schema)?) } else { None };
+                let schema = frame.is_events().then(|| segment.schema(frame.schema)).transpose();
+                let schema = schema.map_err(|error| self.shared.gone_or(error, offset))?;
                 return Ok(Some((Offset(offset), frame.decode(schema).map_err(corrupt)?)));
             }
         }
@@ -540,12 +545,10 @@ impl Cursor {
 }
 
 impl Shared {
-    /// A reader at the record `from` or before it. A file can have been dropped since the scan began.
-    fn open(&self, segment: &Segment, from: u64) -> Result<Reader, ReadError> {
-        segment.read_from(from).map_err(|error| {
-            let head = self.segments.read()[0].header.first;
-            if from < head { ReadError::Gone { from: Offset(from), head: Offset(head) } } else { error }
-        })
+    /// `error` as what a scan at offset `at` says of it: a file can have been dropped since the scan began.
+    fn gone_or(&self, error: ReadError, at: u64) -> ReadError {
+        let head = self.segments.read()[0].header.first;
+        if at < head { ReadError::Gone { from: Offset(at), head: Offset(head) } } else { error }
     }
 }
 

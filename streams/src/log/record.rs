@@ -1,8 +1,8 @@
 //! One record as bytes, with its checksum.
 //!
 //! ```text
-//! length u32 | crc32c u32 | offset u64 | schema u64 | kind u8 | flags u8 | workspace | stream | least ts, greatest ts | payload
-//! └───────────── prefix: the writer ──────────────┘ └───────────────────────── rest: the caller ─────────────────────────┘
+//! prefix, the writer:  length u32 | crc32c u32 | offset u64 | schema u64
+//! rest, the caller:    kind u8 | flags u8 | workspace | stream | least ts i64, greatest ts i64 | payload
 //! ```
 //! Little-endian. `length` counts all of it, `schema` is the position in the file of the schema record that a
 //! batch was written with, a name is its length in a byte and its text, the two `ts` are there when flagged.
@@ -261,9 +261,9 @@ mod tests {
     }
 
     #[test]
-    fn one_trade_costs_less_than_600_bytes() {
+    fn one_trade_costs_less_than_256_bytes() {
         let length = one_trade().len();
-        assert!(length < 400, "{length} bytes");
+        assert!(length < 256, "{length} bytes");
     }
 
     #[test]

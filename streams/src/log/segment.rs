@@ -1,7 +1,7 @@
 //! One file of records: a header, then records back to back.
 //!
 //! ```text
-//! magic 8 | version u32 | salt u32 | first offset u64 | first offset and length of the file before u64, u64 | crc32c u32
+//! magic 8 | version u32 | salt u32 | first offset u64 | of the file before: first offset u64, length u64 | crc32c u32
 //! ```
 //! A file is written under another name and renamed when its header is durable, so a header is never torn. It
 //! names the file before it, so that a file gone or cut short is noticed when the log is opened.

@@ -1,6 +1,6 @@
 //! How the columns of a file become the columns of a stream.
 
-use super::time::{TimeUnit, TimeUnitError};
+use crate::decode::TsUnit;
 
 /// What is taken from a file and under which name. The default takes every column under its own name,
 /// with event time in `ts` (milliseconds or RFC 3339). Once [`Mapping::column`] names a column, only
@@ -9,7 +9,7 @@ use super::time::{TimeUnit, TimeUnitError};
 pub struct Mapping {
     pub(super) columns: Vec<Target>,
     pub(super) ts: Option<String>,
-    pub(super) unit: TimeUnit,
+    pub(super) unit: TsUnit,
 }
 
 /// One column of the stream and where its values come from.
@@ -57,8 +57,8 @@ pub enum MappingError {
     Factor { mapping: String, factor: String },
     #[error("mapping `{mapping}`: `{target}` already has a source; keep one of them")]
     Twice { mapping: String, target: String },
-    #[error(transparent)]
-    Unit(#[from] TimeUnitError),
+    #[error("{0}; RFC 3339 text needs no unit")]
+    Unit(String),
 }
 
 impl Mapping {
@@ -99,7 +99,7 @@ impl Mapping {
     /// Takes event time from column `source`. A number counts `unit`s (`s`, `ms`, `us`, `ns`) since the epoch;
     /// text is RFC 3339, or a date and time without an offset, which is UTC.
     pub fn time(mut self, source: &str, unit: &str) -> Result<Mapping, MappingError> {
-        self.unit = unit.parse()?;
+        self.unit = unit.parse().map_err(MappingError::Unit)?;
         self.ts = Some(source.to_owned());
         Ok(self)
     }

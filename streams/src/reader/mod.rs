@@ -13,7 +13,6 @@ mod xlsx;
 
 pub use mapping::{Mapping, MappingError};
 pub use row::RowFault;
-pub use time::TimeUnitError;
 
 use crate::schema::StreamSchema;
 use engine::event::Micros;

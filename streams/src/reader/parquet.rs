@@ -37,15 +37,17 @@ enum Cells {
     /// Microseconds, UTC.
     Time(arrow::array::TimestampMicrosecondArray),
     /// Any other type, as JSON; `ends[i]` is where row `i` ends, a null is empty.
-    Json { text: String, ends: Vec<usize> },
+    Json {
+        text: String,
+        ends: Vec<usize>,
+    },
 }
 
 impl ParquetRows {
     pub fn open(source: Source, context: &Context) -> Result<ParquetRows, ReadError> {
         let format = |detail: String| ReadError::Format { file: source.name.clone(), format: "parquet", detail };
         let file = source.file.try_clone().map_err(|error| source.failed(error))?;
-        let builder =
-            ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| format(error.to_string()))?;
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| format(error.to_string()))?;
         let names: Vec<String> = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
         let mut layout = context.layout(&source, &names)?;
         // Only the columns that are wanted are decoded; the layout then counts among those.

@@ -2,7 +2,8 @@
 
 use super::Chunk;
 use super::mapping::{From, Mapping, Scale, Target};
-use super::time::{TimeUnit, instant_of_text};
+use super::time::{instant_of_count, instant_of_float, instant_of_number, instant_of_text};
+use crate::decode::TsUnit;
 use crate::schema::{ColumnType, StreamSchema};
 use chrono::{DateTime, SecondsFormat};
 use engine::event::Micros;
@@ -62,7 +63,7 @@ pub(super) struct Layout {
     pub fields: Vec<Field>,
     /// Members that are the same in every event, each followed by a comma.
     constants: Vec<u8>,
-    unit: TimeUnit,
+    unit: TsUnit,
 }
 
 /// A mapping names a column that the file does not have.
@@ -90,7 +91,7 @@ impl Layout {
         }
         for (source, name) in sources.iter().enumerate() {
             let name = name.as_ref();
-            if passes(mapping, schema, name) {
+            if !name.is_empty() && passes(mapping, schema, name) {
                 layout.fields.push(Field::new(name, source, wanted(schema, name), None));
             }
         }
@@ -171,7 +172,7 @@ impl Field {
 /// An event under construction at the end of a chunk.
 pub(super) struct EventWriter<'a> {
     chunk: &'a mut Chunk,
-    unit: TimeUnit,
+    unit: TsUnit,
     start: usize,
     ts: Option<Micros>,
 }
@@ -278,16 +279,16 @@ fn write_float(out: &mut Vec<u8>, value: f64) {
     }
 }
 
-fn instant(field: &Field, value: &Value<'_>, unit: TimeUnit) -> Result<Option<Micros>, RowFault> {
-    let of_text = |text: &str| unit.instant_of_number(text).or_else(|| instant_of_text(text));
+fn instant(field: &Field, value: &Value<'_>, unit: TsUnit) -> Result<Option<Micros>, RowFault> {
+    let of_text = |text: &str| instant_of_number(text, unit).or_else(|| instant_of_text(text));
     let (instant, shown_as) = match value {
         Value::Null => return Ok(None),
         Value::Json("null") => return Ok(None),
         Value::Text(text) if text.trim().is_empty() => return Ok(None),
         Value::Time(time) => (Some(*time), Cow::Borrowed("")),
-        Value::Int(count) => (unit.instant(*count), Cow::Owned(count.to_string())),
+        Value::Int(count) => (instant_of_count(*count, unit), Cow::Owned(count.to_string())),
         Value::Float(count) if count.is_nan() => return Ok(None),
-        Value::Float(count) => (unit.instant_of_float(*count), Cow::Owned(count.to_string())),
+        Value::Float(count) => (instant_of_float(*count, unit), Cow::Owned(count.to_string())),
         Value::Bool(yes) => (None, Cow::Owned(yes.to_string())),
         Value::Text(text) => (of_text(text.trim()), Cow::Borrowed(*text)),
         Value::Json(json) => {
@@ -400,7 +401,8 @@ fn is_json_number(text: &[u8], whole: bool) -> bool {
     }
     rest = &rest[int..];
     if whole {
-        return rest.is_empty() && (int < 19 || std::str::from_utf8(text).is_ok_and(|text| text.parse::<i64>().is_ok()));
+        return rest.is_empty()
+            && (int < 19 || std::str::from_utf8(text).is_ok_and(|text| text.parse::<i64>().is_ok()));
     }
     if let Some(fraction) = rest.strip_prefix(b".") {
         let length = digits(fraction);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::decode::{Bounds, Format, TsUnit, decode};
 use crate::schema::built_in;
 use serde_json::Value as Json;
 use std::io::Write;
@@ -80,6 +81,14 @@ fn csv_is_typed_by_the_stream_and_the_rest_stays_text() {
 }
 
 #[test]
+fn ingest_accepts_what_is_read() {
+    let (body, now) = (EVENTS.join("\n"), Micros(1_400_000_000_000_000));
+    let (schema, bounds) = (schema("market.trades"), Bounds::default());
+    let decoded = decode(schema, body.as_bytes(), Format::Ndjson, TsUnit::Micros, &bounds, now).unwrap();
+    assert_eq!((decoded.batch.num_rows(), decoded.errors), (2, Vec::new()));
+}
+
+#[test]
 fn compressed_files_read_like_plain_ones_also_in_several_frames() {
     let (first, second) = CSV.split_at(60);
     let gz = [gzip(first.as_bytes()), gzip(second.as_bytes())].concat();
@@ -111,7 +120,8 @@ fn a_mapped_column_that_is_not_there_is_named_with_those_that_are() {
 #[test]
 fn json_lines_elements_and_values_keep_their_types() {
     let events = [r#"{"symbol":"A","price":1.50,"extra":{"a": [1]}}"#, r#"{"ts":5000,"symbol":"B"}"#];
-    let lines = "{\"symbol\":\"A\",\"price\":1.50,\"qty\":null,\"extra\":{\"a\": [1]}}\r\n\n{\"ts\":5,\"symbol\":\"B\"}";
+    let lines =
+        "{\"symbol\":\"A\",\"price\":1.50,\"qty\":null,\"extra\":{\"a\": [1]}}\r\n\n{\"ts\":5,\"symbol\":\"B\"}";
     check("a.ndjson", lines.as_bytes(), Mapping::default(), &events);
     check("a.json", lines.as_bytes(), Mapping::default(), &events);
     let array = "[{\"symbol\":\"A\",\"price\":1.50,\"extra\":{\"a\":\n[1]}},\n{\"ts\":5,\n\"symbol\":\"B\"}]";
@@ -253,7 +263,9 @@ fn recorded_bars_read_from_compressed_csv() {
     let mapping = Mapping::default()
         .time("timestamp", "s")
         .and_then(|m| m.column("symbol='BTC-PERP'"))
-        .and_then(|m| ["open", "high", "low", "close", "volume"].iter().try_fold(m, |m, c| m.column(&format!("{c}={c}"))))
+        .and_then(|m| {
+            ["open", "high", "low", "close", "volume"].iter().try_fold(m, |m, c| m.column(&format!("{c}={c}")))
+        })
         .unwrap();
     let reader = Reader::open(&path, schema("market.bars"), mapping, LINE_BYTES_MAX).unwrap();
     let events: usize = reader.map(|chunk| chunk.unwrap().events.len()).sum();

@@ -1,87 +1,56 @@
 //! Instants in files and frames: numbers in a unit, or dates as people and exchanges write them.
 
+use crate::decode::TsUnit;
 use chrono::{DateTime, NaiveDate, NaiveDateTime};
 use engine::event::Micros;
 
-/// What one step of a numeric time column is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum TimeUnit {
-    Seconds,
-    #[default]
-    Millis,
-    Micros,
-    Nanos,
-}
-
-impl std::str::FromStr for TimeUnit {
-    type Err = TimeUnitError;
-    fn from_str(text: &str) -> Result<Self, TimeUnitError> {
-        Ok(match text {
-            "s" => TimeUnit::Seconds,
-            "ms" => TimeUnit::Millis,
-            "us" => TimeUnit::Micros,
-            "ns" => TimeUnit::Nanos,
-            _ => return Err(TimeUnitError(text.to_owned())),
-        })
+/// Digits after the point when a count of `unit`s is written in seconds.
+fn digits(unit: TsUnit) -> i32 {
+    match unit {
+        TsUnit::Seconds => 0,
+        TsUnit::Millis => 3,
+        TsUnit::Micros => 6,
+        TsUnit::Nanos => 9,
     }
 }
 
-/// A time unit nobody knows.
-#[derive(Debug, thiserror::Error)]
-#[error("time unit `{0}` is none of s, ms, us, ns; RFC 3339 text needs no unit")]
-pub struct TimeUnitError(String);
-
-impl TimeUnit {
-    /// Digits after the point when the unit is written in seconds.
-    fn digits(self) -> u32 {
-        match self {
-            TimeUnit::Seconds => 0,
-            TimeUnit::Millis => 3,
-            TimeUnit::Micros => 6,
-            TimeUnit::Nanos => 9,
-        }
+/// The instant `count` units after the epoch, rounded down to a microsecond. `None` when it is out of range.
+pub(crate) fn instant_of_count(count: i64, unit: TsUnit) -> Option<Micros> {
+    match unit {
+        TsUnit::Seconds => count.checked_mul(1_000_000).map(Micros),
+        TsUnit::Millis => count.checked_mul(1_000).map(Micros),
+        TsUnit::Micros => Some(Micros(count)),
+        TsUnit::Nanos => Some(Micros(count.div_euclid(1_000))),
     }
+}
 
-    /// The instant `count` units after the epoch, rounded down to a microsecond. `None` when it is out of range.
-    pub(crate) fn instant(self, count: i64) -> Option<Micros> {
-        match self {
-            TimeUnit::Seconds => count.checked_mul(1_000_000).map(Micros),
-            TimeUnit::Millis => count.checked_mul(1_000).map(Micros),
-            TimeUnit::Micros => Some(Micros(count)),
-            TimeUnit::Nanos => Some(Micros(count.div_euclid(1_000))),
-        }
+/// An instant written as a decimal number of units (`1618678142.557535`), exact to the microsecond.
+/// `None` when the text is no number or the instant is out of range.
+pub(crate) fn instant_of_number(text: &str, unit: TsUnit) -> Option<Micros> {
+    if let Ok(count) = text.parse() {
+        return instant_of_count(count, unit);
     }
+    let decimal = text.split_once('.').filter(|(_, fraction)| fraction.bytes().all(|b| b.is_ascii_digit()));
+    let Some((whole, fraction)) = decimal else {
+        return instant_of_float(text.parse().ok()?, unit);
+    };
+    let whole_units = i128::from(whole.parse::<i64>().ok()?);
+    let micro_digits = 6 - digits(unit);
+    if micro_digits < 0 {
+        let unit_micros = 10i128.pow(micro_digits.unsigned_abs());
+        return i64::try_from(whole_units.div_euclid(unit_micros)).ok().map(Micros);
+    }
+    // `.5` with six digits for microseconds is 500000; further digits are less than a microsecond
+    let kept = fraction.bytes().chain(std::iter::repeat(b'0')).take(micro_digits as usize);
+    let part = kept.fold(0i128, |part, digit| part * 10 + i128::from(digit - b'0'));
+    let signed = if whole.starts_with('-') { -part } else { part };
+    i64::try_from(whole_units * 10i128.pow(micro_digits as u32) + signed).ok().map(Micros)
+}
 
-    /// An instant written as a decimal number of units (`1618678142.557535`), exact to the microsecond.
-    /// `None` when the text is no plain number or the instant is out of range.
-    pub(crate) fn instant_of_number(self, text: &str) -> Option<Micros> {
-        if let Ok(count) = text.parse() {
-            return self.instant(count);
-        }
-        let Some((whole, fraction)) = text.split_once('.') else {
-            return self.instant_of_float(text.parse().ok()?);
-        };
-        if fraction.is_empty() || !fraction.bytes().all(|b| b.is_ascii_digit()) {
-            return self.instant_of_float(text.parse().ok()?);
-        }
-        let negative = whole.starts_with('-');
-        let seconds_scale = 6 - self.digits() as i32;
-        let mut micros = i128::from(whole.parse::<i64>().ok()?) * 10i128.pow(seconds_scale.max(0) as u32);
-        for (place, digit) in fraction.bytes().take(seconds_scale.max(0) as usize).enumerate() {
-            let part = i128::from(digit - b'0') * 10i128.pow(seconds_scale as u32 - 1 - place as u32);
-            micros += if negative { -part } else { part };
-        }
-        if seconds_scale < 0 {
-            micros = micros.div_euclid(10i128.pow(seconds_scale.unsigned_abs()));
-        }
-        i64::try_from(micros).ok().map(Micros)
-    }
-
-    /// An instant as a float of units: what spreadsheets and `double` columns hold.
-    pub(crate) fn instant_of_float(self, count: f64) -> Option<Micros> {
-        let micros = count * 10f64.powi(6 - self.digits() as i32);
-        (micros.abs() < i64::MAX as f64).then_some(Micros(micros.floor() as i64))
-    }
+/// An instant as a float of units: what spreadsheets and `double` columns hold.
+pub(crate) fn instant_of_float(count: f64, unit: TsUnit) -> Option<Micros> {
+    let micros = count * 10f64.powi(6 - digits(unit));
+    (micros.abs() < i64::MAX as f64).then_some(Micros(micros.floor() as i64))
 }
 
 /// An instant written as RFC 3339, or as `2022-01-31 23:59:59.123` or `2022-01-31`, which are then UTC.
@@ -105,8 +74,8 @@ mod tests {
     #[test]
     fn a_number_of_any_unit_is_exact_to_the_microsecond() {
         let check = |unit: &str, text: &str, micros: i64| {
-            let unit: TimeUnit = unit.parse().unwrap();
-            assert_eq!(unit.instant_of_number(text), Some(Micros(micros)), "{text} {unit:?}");
+            let unit: TsUnit = unit.parse().unwrap();
+            assert_eq!(instant_of_number(text, unit), Some(Micros(micros)), "{text} {unit:?}");
         };
         check("s", "1618678142", 1_618_678_142_000_000);
         check("s", "1618678142.557535", 1_618_678_142_557_535);
@@ -139,9 +108,9 @@ mod tests {
 
     #[test]
     fn an_instant_beyond_the_range_is_none_and_no_overflow() {
-        assert_eq!(TimeUnit::Seconds.instant_of_number("9223372036854775807"), None);
-        assert_eq!(TimeUnit::Seconds.instant_of_number("9223372036854775807.5"), None);
-        assert_eq!(TimeUnit::Seconds.instant_of_float(f64::NAN), None);
-        assert_eq!(TimeUnit::Millis.instant_of_float(f64::INFINITY), None);
+        assert_eq!(instant_of_number("9223372036854775807", TsUnit::Seconds), None);
+        assert_eq!(instant_of_number("9223372036854775807.5", TsUnit::Seconds), None);
+        assert_eq!(instant_of_float(f64::NAN, TsUnit::Seconds), None);
+        assert_eq!(instant_of_float(f64::INFINITY, TsUnit::Millis), None);
     }
 }

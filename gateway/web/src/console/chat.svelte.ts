@@ -1,6 +1,6 @@
 /** The chat with one agent: a thread per workspace and tab, which a reload finds again on the server. */
 import { Conversation, newId, type AguiEvent, type Message } from '../client';
-import { explain, tidewatch } from './app.svelte';
+import { app, explain, tidewatch } from './app.svelte';
 
 export class Chat {
   messages = $state.raw<Message[]>([]);
@@ -9,6 +9,7 @@ export class Chat {
   problem = $state<string | null>(null);
 
   #conversation = new Conversation();
+  #key: string;
   #thread: string;
   #run = '';
   #listening = new AbortController();
@@ -18,15 +19,16 @@ export class Chat {
     readonly workspace: string,
     readonly agent: string,
   ) {
-    const key = `tidewatch.thread.${workspace}.${agent}`;
-    const known = sessionStorage.getItem(key);
+    // By user, so that the next one to sign in on this tab does not open the thread of the last.
+    this.#key = `tidewatch.thread.${app.me?.user.id}.${workspace}.${agent}`;
+    const known = sessionStorage.getItem(this.#key);
     this.#thread = known ?? newId();
-    sessionStorage.setItem(key, this.#thread);
     // No messages asks for those of the thread. A server that does not know it has nothing to show, nor to complain of.
     if (known) void this.#follow([]).then(() => (this.problem = null));
   }
 
   async ask(question: string): Promise<void> {
+    sessionStorage.setItem(this.#key, this.#thread);
     this.#conversation.messages.push({ id: newId(), role: 'user', content: question });
     await this.#follow(this.#conversation.messages);
   }
@@ -46,7 +48,7 @@ export class Chat {
     this.#listening = new AbortController();
     this.#conversation = new Conversation();
     this.#thread = newId();
-    sessionStorage.setItem(`tidewatch.thread.${this.workspace}.${this.agent}`, this.#thread);
+    sessionStorage.removeItem(this.#key);
     this.messages = [];
     this.problem = null;
     this.running = false;

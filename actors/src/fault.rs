@@ -1,0 +1,94 @@
+//! Why a request could not be served: a stable code, what to do, and what kind of answer it is.
+
+use sql::SqlError;
+use sql::store::StoreError;
+use std::time::Duration;
+use streams::log::AppendError;
+
+/// What kind of answer a fault is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultKind {
+    /// What was named does not exist.
+    NotFound,
+    /// The request can never work as it stands.
+    Invalid,
+    /// It contradicts what is there.
+    Conflict,
+    /// Over a rate or quota of the caller's.
+    Limit { retry_after: Duration },
+    /// The system is overloaded; the same request may work later.
+    Busy { retry_after: Duration },
+    /// Not the caller's doing.
+    Internal,
+}
+
+/// A refused request.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{detail}")]
+pub struct Fault {
+    pub kind: FaultKind,
+    /// Stable, snake_case.
+    pub code: &'static str,
+    pub detail: String,
+    /// Place in the SQL that was sent.
+    pub line: Option<u64>,
+    pub column: Option<u64>,
+}
+
+impl Fault {
+    pub fn new(kind: FaultKind, code: &'static str, detail: impl Into<String>) -> Self {
+        Self { kind, code, detail: detail.into(), line: None, column: None }
+    }
+
+    pub fn not_found(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(FaultKind::NotFound, code, detail)
+    }
+
+    pub fn invalid(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(FaultKind::Invalid, code, detail)
+    }
+
+    /// Something of ours failed; the caller may try again, the log says more.
+    pub fn internal(error: impl std::fmt::Display) -> Self {
+        Self::new(FaultKind::Internal, "internal", error.to_string())
+    }
+}
+
+const SOON: Duration = Duration::from_secs(1);
+
+impl From<SqlError> for Fault {
+    fn from(error: SqlError) -> Self {
+        let (line, column) = (error.line, error.column);
+        Self { line, column, ..Self::invalid("bad_sql", error.to_string()) }
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        let kind = match &error {
+            StoreError::Exists { .. } => return Self::new(FaultKind::Conflict, "exists", error.to_string()),
+            StoreError::Missing { .. } | StoreError::NoWorkspace { .. } => {
+                return Self::not_found("not_found", error.to_string());
+            }
+            StoreError::Cursor { .. } => return Self::invalid("bad_cursor", error.to_string()),
+            StoreError::Busy { .. } => FaultKind::Busy { retry_after: SOON },
+            _ => FaultKind::Internal,
+        };
+        Self::new(kind, "store_unavailable", error.to_string())
+    }
+}
+
+impl From<AppendError> for Fault {
+    fn from(error: AppendError) -> Self {
+        let (kind, code) = match &error {
+            AppendError::Busy { .. } => (FaultKind::Busy { retry_after: SOON }, "backpressure"),
+            AppendError::Full { .. } => (FaultKind::Busy { retry_after: Duration::from_secs(30) }, "log_full"),
+            AppendError::TooLarge { .. } => (FaultKind::Invalid, "batch_too_large"),
+            AppendError::Unencodable { .. } => (FaultKind::Invalid, "unencodable"),
+            AppendError::Failed { .. } | AppendError::Stopped => {
+                (FaultKind::Busy { retry_after: Duration::from_secs(30) }, "log_unavailable")
+            }
+        };
+        Self::new(kind, code, error.to_string())
+    }
+}

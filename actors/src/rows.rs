@@ -1,0 +1,122 @@
+//! A metric's rows as JSON: what the store keeps and what HTTP answers.
+
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Schema, TimeUnit, TimestampMicrosecondType};
+use arrow::error::ArrowError;
+use arrow::json::LineDelimitedWriter;
+use arrow::json::writer::{LineDelimited, WriterBuilder};
+use engine::event::{ItemName, Micros};
+use engine::metric::Rows;
+use engine::program::Program;
+use serde_json::{Map, Value};
+use sql::store::FinalRow;
+use std::io::Write;
+use std::sync::Arc;
+
+/// An instant as the contract writes it: RFC 3339, microseconds, UTC.
+pub fn rfc3339(at: Micros) -> String {
+    match chrono::DateTime::from_timestamp_micros(at.0) {
+        Some(time) => time.format("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(),
+        None => at.0.to_string(),
+    }
+}
+
+/// One JSON object a row, NULL written out, times as the contract writes them.
+pub fn json_lines(batch: &RecordBatch) -> Result<Vec<String>, ArrowError> {
+    if batch.num_columns() == 0 {
+        return Ok(vec!["{}".to_owned(); batch.num_rows()]);
+    }
+    let batch = with_times_as_text(batch)?;
+    let mut writer: LineDelimitedWriter<_> =
+        WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
+    writer.write(&batch)?;
+    writer.finish()?;
+    let mut bytes = writer.into_inner();
+    bytes.flush()?;
+    let text = String::from_utf8(bytes).map_err(|error| ArrowError::JsonError(error.to_string()))?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+fn with_times_as_text(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+    let mut fields = Vec::new();
+    let mut columns: Vec<ArrayRef> = Vec::new();
+    for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
+        if let DataType::Timestamp(unit, _) = field.data_type() {
+            let micros = arrow::compute::cast(column, &DataType::Timestamp(TimeUnit::Microsecond, None))?;
+            debug_assert!(matches!(unit, TimeUnit::Second | TimeUnit::Millisecond | TimeUnit::Microsecond | TimeUnit::Nanosecond));
+            let text: StringArray = micros
+                .as_primitive::<TimestampMicrosecondType>()
+                .iter()
+                .map(|at| at.map(|at| rfc3339(Micros(at))))
+                .collect();
+            fields.push(Field::new(field.name(), DataType::Utf8, true));
+            columns.push(Arc::new(text));
+        } else {
+            fields.push(field.as_ref().clone().with_nullable(true));
+            columns.push(column.clone());
+        }
+    }
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)
+}
+
+/// The first `count` columns behind the two bounds, and the columns after them.
+fn split(batch: &RecordBatch, keys: usize) -> Result<(RecordBatch, RecordBatch), ArrowError> {
+    let all = batch.num_columns();
+    let keys_at: Vec<usize> = (2..2 + keys).collect();
+    let values_at: Vec<usize> = (2 + keys..all).collect();
+    Ok((batch.project(&keys_at)?, batch.project(&values_at)?))
+}
+
+fn time(batch: &RecordBatch, column: usize, row: usize) -> Micros {
+    Micros(batch.column(column).as_primitive::<TimestampMicrosecondType>().value(row))
+}
+
+/// Final rows as the store keeps them.
+pub fn to_store(metric: &ItemName, program: &Program, rows: &Rows) -> Result<Vec<FinalRow>, ArrowError> {
+    let batch = &rows.batch;
+    let (keys, values) = split(batch, program.key_count())?;
+    let (keys, values) = (json_lines(&keys)?, json_lines(&values)?);
+    let rows = keys.into_iter().zip(values).enumerate().map(|(row, (key, values))| FinalRow {
+        metric: metric.clone(),
+        window_start: time(batch, 0, row),
+        window_end: time(batch, 1, row),
+        key,
+        revision: rows.revisions.as_ref().map_or(0, |revisions| revisions[row]),
+        row: values,
+    });
+    Ok(rows.collect())
+}
+
+/// A row the store kept, as the contract shows it.
+pub fn from_store(row: &FinalRow) -> Result<Map<String, Value>, serde_json::Error> {
+    let mut map = bounds(row.window_start, row.window_end);
+    map.extend(serde_json::from_str::<Map<String, Value>>(&row.key)?);
+    map.extend(serde_json::from_str::<Map<String, Value>>(&row.row)?);
+    map.insert("final".into(), true.into());
+    map.insert("revision".into(), row.revision.into());
+    Ok(map)
+}
+
+/// Rows from memory, as the contract shows them.
+pub fn to_json(rows: &Rows) -> Result<Vec<Map<String, Value>>, ArrowError> {
+    let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
+    let lines = json_lines(&rows.batch)?;
+    lines
+        .iter()
+        .enumerate()
+        .map(|(row, line)| {
+            let mut map: Map<String, Value> = serde_json::from_str(line).map_err(broken)?;
+            let revision = rows.revisions.as_ref().map(|revisions| revisions[row]);
+            map.insert("final".into(), revision.is_some().into());
+            map.insert("revision".into(), revision.unwrap_or(0).into());
+            Ok(map)
+        })
+        .collect()
+}
+
+fn bounds(start: Micros, end: Micros) -> Map<String, Value> {
+    let mut map = Map::new();
+    map.insert("window_start".into(), rfc3339(start).into());
+    map.insert("window_end".into(), rfc3339(end).into());
+    map
+}

@@ -1,0 +1,706 @@
+//! Who is asking: passwords, access and refresh tokens, API keys.
+
+use crate::config::AuthConfig;
+use crate::permission::Role;
+use crate::problem::Problem;
+use argon2::password_hash::{PasswordHasher, SaltString};
+use argon2::{Argon2, PasswordHash, PasswordVerifier};
+use axum::http::StatusCode;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use engine::event::{Micros, Span, WorkspaceId};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use parking_lot::{Mutex, RwLock};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use sql::store::{ApiKey, RefreshToken, Spent, Store, StoreError, User};
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+const ISSUER: &str = "tidewatch";
+const AUDIENCE: &str = "tidewatch-api";
+/// The `typ` of access tokens (RFC 9068): no other token of ours passes for one.
+const ACCESS_TYPE: &str = "at+jwt";
+/// How far the clocks of servers that share a secret may differ.
+const LEEWAY: Span = Span::seconds(30);
+/// A longer token is none of ours.
+const TOKEN_BYTES_MAX: usize = 8 << 10;
+const SECRET_BYTES_MIN: usize = 32;
+
+const PASSWORD_BYTES_MIN: usize = 8;
+const PASSWORD_BYTES_MAX: usize = 1 << 10;
+/// How long a sign-in waits for its turn to be checked: each check takes 19 MiB, so few run at once.
+const HASH_WAIT: Duration = Duration::from_secs(5);
+
+/// Wrong passwords in a row for one account from one address before each further try has to wait.
+const FREE_TRIES: u32 = 5;
+const TRY_WAIT_MAX: Span = Span::seconds(60);
+/// Failures are forgotten after this long without another.
+const FORGET_TRIES: Span = Span::seconds(15 * 60);
+
+/// Who somebody is and what they may do is looked up again after this long, so that a change made by another process
+/// takes effect; a change made by this one does at once.
+const REMEMBER: Span = Span::seconds(1);
+const REMEMBER_MAX: usize = 10_000;
+
+/// Why sign-in cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    #[error("auth.secret is not set: put the output of `openssl rand -base64 48` there or into auth.secret_file")]
+    NoSecret,
+    #[error(
+        "auth.secret has {found} bytes and needs {SECRET_BYTES_MIN} or more: make one with `openssl rand -base64 48`"
+    )]
+    ShortSecret { found: usize },
+    #[error("cannot read auth.secret_file `{path}`: {source}")]
+    SecretFile { path: PathBuf, source: std::io::Error },
+    #[error("auth.access_minutes and auth.refresh_days must be 1 or more")]
+    Lifetime,
+    #[error("auth.bootstrap_email is set without auth.bootstrap_password: set both or none")]
+    NoBootstrapPassword,
+    #[error("the first admin cannot be made: {0}")]
+    Bootstrap(String),
+}
+
+/// Checks and issues credentials.
+pub struct Auth {
+    signing: EncodingKey,
+    checking: DecodingKey,
+    validation: Validation,
+    access: Span,
+    refresh: Span,
+    bootstrap: Option<(String, String)>,
+    hashing: Arc<Semaphore>,
+    /// Checked for users that do not exist, so that they take as long as those that do.
+    dummy_hash: Arc<str>,
+    tries: Mutex<HashMap<(String, Option<IpAddr>), Tries>>,
+    callers: Remembered<[u8; 32], Caller>,
+    roles: Remembered<(WorkspaceId, String), Option<Role>>,
+}
+
+/// Somebody with good credentials.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// User id, or `key:ID`.
+    pub(crate) id: String,
+    /// What people know them by: e-mail address, or `key:NAME`.
+    pub(crate) name: String,
+    /// May administer the whole installation.
+    pub(crate) admin: bool,
+    /// When the credentials end.
+    pub(crate) expires_at: Option<Micros>,
+    pub(crate) by: By,
+}
+
+/// What a caller came with.
+#[derive(Clone, Debug)]
+pub(crate) enum By {
+    /// An access token of this family of refresh tokens.
+    Session { family: String },
+    /// An API key: good for one workspace and role.
+    Key { workspace: WorkspaceId, role: Role },
+}
+
+/// Access and refresh token of a sign-in.
+#[derive(Debug, Serialize)]
+pub(crate) struct Tokens {
+    access_token: String,
+    refresh_token: String,
+    token_type: &'static str,
+    /// Seconds until the access token ends.
+    expires_in: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Claims {
+    iss: String,
+    aud: String,
+    /// User id.
+    sub: String,
+    /// Family of refresh tokens.
+    sid: String,
+    iat: i64,
+    exp: i64,
+}
+
+/// Failed sign-ins of one account from one address.
+struct Tries {
+    failed: u32,
+    last: Micros,
+}
+
+impl Tries {
+    /// No try before this instant.
+    fn until(&self) -> Micros {
+        let Some(over) = self.failed.checked_sub(FREE_TRIES) else { return Micros::MIN };
+        self.last.plus(Span::seconds(1 << over.min(10)).min(TRY_WAIT_MAX))
+    }
+}
+
+impl Auth {
+    /// Reads the secret and checks that it is long enough.
+    pub fn new(config: &AuthConfig) -> Result<Auth, AuthError> {
+        let secret = match (&config.secret, &config.secret_file) {
+            (Some(secret), _) => secret.clone(),
+            (None, Some(path)) => {
+                let read = std::fs::read_to_string(path);
+                read.map_err(|source| AuthError::SecretFile { path: path.clone(), source })?.trim().to_owned()
+            }
+            (None, None) => return Err(AuthError::NoSecret),
+        };
+        if secret.len() < SECRET_BYTES_MIN {
+            return Err(AuthError::ShortSecret { found: secret.len() });
+        }
+        if config.access_minutes == 0 || config.refresh_days == 0 {
+            return Err(AuthError::Lifetime);
+        }
+        let bootstrap = match (&config.bootstrap_email, &config.bootstrap_password) {
+            (Some(email), Some(password)) => Some((email.clone(), password.clone())),
+            (Some(_), None) => return Err(AuthError::NoBootstrapPassword),
+            (None, _) => None,
+        };
+        let mut validation = Validation::new(Algorithm::HS256);
+        validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+        validation.set_issuer(&[ISSUER]);
+        validation.set_audience(&[AUDIENCE]);
+        validation.validate_exp = false; // checked against the time that is handed in
+        let dummy_hash = hash("nobody has this password").map_err(|e| AuthError::Bootstrap(e.to_string()))?;
+        Ok(Auth {
+            signing: EncodingKey::from_secret(secret.as_bytes()),
+            checking: DecodingKey::from_secret(secret.as_bytes()),
+            validation,
+            access: Span::seconds(i64::from(config.access_minutes) * 60),
+            refresh: Span::seconds(i64::from(config.refresh_days) * 86_400),
+            bootstrap,
+            hashing: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from))),
+            dummy_hash: dummy_hash.into(),
+            tries: Mutex::default(),
+            callers: Remembered::default(),
+            roles: Remembered::default(),
+        })
+    }
+
+    /// Makes the configured first admin where there is no user yet: whether one was made.
+    pub async fn bootstrap(&self, store: &Store, now: Micros) -> Result<bool, AuthError> {
+        let Some((email, password)) = &self.bootstrap else { return Ok(false) };
+        let count = store.user_count().await.map_err(|error| AuthError::Bootstrap(error.to_string()))?;
+        if count > 0 {
+            return Ok(false);
+        }
+        let made = self.create_user(store, email, password, true, now).await;
+        made.map_err(|problem| AuthError::Bootstrap(problem.detail))?;
+        Ok(true)
+    }
+
+    /// Adds a user who signs in with this address and password.
+    pub(crate) async fn create_user(
+        &self,
+        store: &Store,
+        email: &str,
+        password: &str,
+        admin: bool,
+        now: Micros,
+    ) -> Result<User, Problem> {
+        check_email(email)?;
+        check_password(password)?;
+        let password = password.to_owned();
+        let password_hash = self.hashing(move || hash(&password)).await?.map_err(Problem::internal)?;
+        let id = uuid::Uuid::now_v7().to_string();
+        let user = User { id, email: email.to_lowercase(), password_hash, admin, created_at: now };
+        match store.create_user(&user).await {
+            Ok(()) => Ok(user),
+            Err(StoreError::Exists { .. }) => {
+                Err(Problem::conflict("user_exists", format!("there is a user `{}` already", user.email)))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Signs in. An unknown user takes as long, and gets the same answer, as a wrong password.
+    pub(crate) async fn login(
+        &self,
+        store: &Store,
+        email: &str,
+        password: String,
+        from: Option<IpAddr>,
+        now: Micros,
+    ) -> Result<Tokens, Problem> {
+        let email: String = email.to_lowercase().chars().take(320).collect();
+        self.throttle(&email, from, now)?;
+        let user = store.user_by_email(&email).await?;
+        let known: Arc<str> = user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
+        let too_long = password.len() > PASSWORD_BYTES_MAX;
+        let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
+        let Some(user) = user.filter(|_| good) else {
+            self.failed(email, from, now);
+            let problem = Problem::unauthorized("e-mail address or password is wrong");
+            return Err(Problem { code: "bad_credentials", ..problem });
+        };
+        self.tries.lock().remove(&(email, from));
+        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+    }
+
+    /// Spends a refresh token for a new pair. Reuse of a spent one revokes the family.
+    pub(crate) async fn refresh(&self, store: &Store, refresh_token: &str, now: Micros) -> Result<Tokens, Problem> {
+        match store.spend_refresh(&digest_text(refresh_token), now).await? {
+            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await,
+            Spent::Reused { family, user } => {
+                tracing::warn!(user, "a spent refresh token came again; its family is revoked");
+                self.revoke(store, &family).await?;
+                Err(Problem::unauthorized("this refresh token was used before; sign in again"))
+            }
+            Spent::Expired => Err(Problem::unauthorized("this refresh token has expired; sign in again")),
+            Spent::Unknown => Err(Problem::unauthorized("this refresh token is not valid; sign in again")),
+        }
+    }
+
+    /// Ends a sign-in: its refresh and access tokens are useless from now on.
+    pub(crate) async fn revoke(&self, store: &Store, family: &str) -> Result<(), Problem> {
+        store.revoke_family(family).await?;
+        self.forget();
+        Ok(())
+    }
+
+    /// The family a refresh token belongs to, spending it.
+    pub(crate) async fn family_of(
+        &self,
+        store: &Store,
+        refresh_token: &str,
+        now: Micros,
+    ) -> Result<Option<String>, Problem> {
+        Ok(match store.spend_refresh(&digest_text(refresh_token), now).await? {
+            Spent::Ok(RefreshToken { family, .. }) | Spent::Reused { family, .. } => Some(family),
+            Spent::Expired | Spent::Unknown => None,
+        })
+    }
+
+    async fn issue(&self, store: &Store, user: &str, family: String, now: Micros) -> Result<Tokens, Problem> {
+        let refresh_token = random_token("");
+        let token = RefreshToken {
+            token_hash: digest_text(&refresh_token),
+            family: family.clone(),
+            user: user.to_owned(),
+            issued_at: now,
+            expires_at: now.plus(self.refresh),
+        };
+        store.insert_refresh(&token).await?;
+        let access_token = self.sign(user, &family, now)?;
+        Ok(Tokens { access_token, refresh_token, token_type: "Bearer", expires_in: self.access.0 / 1_000_000 })
+    }
+
+    fn sign(&self, user: &str, family: &str, now: Micros) -> Result<String, Problem> {
+        let seconds = now.0.div_euclid(1_000_000);
+        let claims = Claims {
+            iss: ISSUER.into(),
+            aud: AUDIENCE.into(),
+            sub: user.into(),
+            sid: family.into(),
+            iat: seconds,
+            exp: seconds + self.access.0 / 1_000_000,
+        };
+        let header = Header { typ: Some(ACCESS_TYPE.into()), ..Header::new(Algorithm::HS256) };
+        jsonwebtoken::encode(&header, &claims, &self.signing).map_err(Problem::internal)
+    }
+
+    /// The claims of a good access token; `None` for any other text.
+    fn claims(&self, token: &str, now: Micros) -> Option<Claims> {
+        let data = jsonwebtoken::decode::<Claims>(token, &self.checking, &self.validation).ok()?;
+        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)).plus(LEEWAY) > now;
+        (data.header.typ.as_deref() == Some(ACCESS_TYPE) && in_time).then_some(data.claims)
+    }
+
+    /// Whoever an access token or API key belongs to.
+    pub(crate) async fn authenticate(&self, store: &Store, token: &str, now: Micros) -> Result<Caller, Problem> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return Err(unauthenticated());
+        }
+        let key: [u8; 32] = Sha256::digest(token).into();
+        let found = match self.callers.get(&key, now) {
+            Some(caller) => caller,
+            None => {
+                let since = self.callers.changes();
+                let caller = match token.starts_with(KEY_PREFIX) {
+                    true => self.by_key(store, token).await?,
+                    false => self.by_token(store, token, now).await?,
+                };
+                self.callers.put(key, caller.clone(), since, now);
+                caller
+            }
+        };
+        match found.expires_at {
+            Some(end) if end <= now => Err(unauthenticated()),
+            _ => Ok(found),
+        }
+    }
+
+    async fn by_token(&self, store: &Store, token: &str, now: Micros) -> Result<Caller, Problem> {
+        let claims = self.claims(token, now).ok_or_else(unauthenticated)?;
+        if store.family_revoked(&claims.sid).await? {
+            return Err(unauthenticated());
+        }
+        let user = store.user_by_id(&claims.sub).await?.ok_or_else(unauthenticated)?;
+        Ok(Caller {
+            id: user.id,
+            name: user.email,
+            admin: user.admin,
+            expires_at: Some(Micros(claims.exp.saturating_mul(1_000_000)).plus(LEEWAY)),
+            by: By::Session { family: claims.sid },
+        })
+    }
+
+    async fn by_key(&self, store: &Store, key: &str) -> Result<Caller, Problem> {
+        let found = store.api_key_by_hash(&digest_text(key)).await?.filter(|key| key.revoked_at.is_none());
+        let key = found.ok_or_else(unauthenticated)?;
+        Ok(Caller {
+            id: format!("key:{}", key.id),
+            name: format!("key:{}", key.name),
+            admin: false,
+            expires_at: key.expires_at,
+            by: By::Key { role: key.role.parse()?, workspace: key.workspace },
+        })
+    }
+
+    /// The caller's role in a workspace; the problem is the same for a foreign workspace and a missing one.
+    pub(crate) async fn role(
+        &self,
+        store: &Store,
+        caller: &Caller,
+        workspace: &WorkspaceId,
+        now: Micros,
+    ) -> Result<Role, Problem> {
+        let role = match &caller.by {
+            By::Key { workspace: own, role } => (own == workspace).then_some(*role),
+            By::Session { .. } => {
+                let key = (workspace.clone(), caller.id.clone());
+                match self.roles.get(&key, now) {
+                    Some(role) => role,
+                    None => {
+                        let since = self.roles.changes();
+                        let role = self.stored_role(store, caller, workspace).await?;
+                        self.roles.put(key, role, since, now);
+                        role
+                    }
+                }
+            }
+        };
+        role.ok_or_else(|| Problem::workspace_not_found(workspace.as_str()))
+    }
+
+    async fn stored_role(
+        &self,
+        store: &Store,
+        caller: &Caller,
+        workspace: &WorkspaceId,
+    ) -> Result<Option<Role>, Problem> {
+        if let Some(role) = store.role(workspace, &caller.id).await? {
+            return Ok(Some(role.parse()?));
+        }
+        let exists = caller.admin && store.workspace(workspace).await?.is_some();
+        Ok(exists.then_some(Role::Admin))
+    }
+
+    /// Who may do what has changed: nothing that was looked up before counts any more.
+    pub(crate) fn forget(&self) {
+        self.callers.forget();
+        self.roles.forget();
+    }
+
+    fn throttle(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
+        let tries = self.tries.lock();
+        let until = tries.get(&(email.to_owned(), from)).map_or(Micros::MIN, Tries::until);
+        if until <= now {
+            return Ok(());
+        }
+        let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
+        let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
+        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail).retry_after(wait))
+    }
+
+    fn failed(&self, email: String, from: Option<IpAddr>, now: Micros) {
+        let mut all = self.tries.lock();
+        if all.len() >= REMEMBER_MAX {
+            all.retain(|_, tries| tries.until() > now);
+        }
+        let tries = all.entry((email, from)).or_insert(Tries { failed: 0, last: now });
+        if tries.last.plus(FORGET_TRIES) < now {
+            tries.failed = 0;
+        }
+        tries.failed = tries.failed.saturating_add(1);
+        tries.last = now;
+    }
+
+    /// Runs work that takes much memory and time, little of it at once.
+    async fn hashing<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+        let busy = |_| {
+            let detail = "too many sign-ins at once; try again in a moment";
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail).retry_after(Duration::from_secs(1))
+        };
+        let permit = self.hashing.clone().acquire_owned();
+        let permit = tokio::time::timeout(HASH_WAIT, permit).await.map_err(busy)?.map_err(Problem::internal)?;
+        let work = move || {
+            let done = work();
+            drop(permit);
+            done
+        };
+        tokio::task::spawn_blocking(work).await.map_err(Problem::internal)
+    }
+}
+
+/// Argon2id with the parameters OWASP asks for as a minimum (19 MiB, 2 passes, 1 lane), which are the crate's defaults.
+fn hash(password: &str) -> Result<String, argon2::password_hash::Error> {
+    let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>())?;
+    Ok(Argon2::default().hash_password(password.as_bytes(), &salt)?.to_string())
+}
+
+fn verify(password: &str, known: &str) -> bool {
+    PasswordHash::new(known)
+        .is_ok_and(|known| Argon2::default().verify_password(password.as_bytes(), &known).is_ok())
+}
+
+fn check_email(email: &str) -> Result<(), Problem> {
+    let good = email.len() <= 254
+        && !email.contains(|c: char| c.is_whitespace() || c.is_control())
+        && email.split_once('@').is_some_and(|(name, host)| !name.is_empty() && !host.is_empty() && !host.contains('@'));
+    let shown: String = email.chars().take(80).collect();
+    if good { Ok(()) } else { Err(Problem::invalid("bad_email", format!("`{shown}` is no e-mail address"))) }
+}
+
+fn check_password(password: &str) -> Result<(), Problem> {
+    let bytes = password.len();
+    if (PASSWORD_BYTES_MIN..=PASSWORD_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    let detail = format!("a password has {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX} bytes, this one has {bytes}");
+    Err(Problem::invalid("bad_password", detail))
+}
+
+fn unauthenticated() -> Problem {
+    Problem::unauthorized("send `authorization: Bearer TOKEN` with a valid access token or API key")
+}
+
+/// What every API key starts with, so that leaked ones can be found by search.
+const KEY_PREFIX: &str = "tw_";
+
+/// 256 random bits as text.
+fn random_token(prefix: &str) -> String {
+    format!("{prefix}{}", URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>()))
+}
+
+/// What is stored in place of a token. A fast hash is enough: nobody guesses 256 random bits.
+fn digest_text(token: &str) -> String {
+    Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A new API key: the key itself, shown once, and what is stored of it.
+pub(crate) fn new_key(workspace: &WorkspaceId, name: String, role: Role, by: &Caller, now: Micros) -> (String, ApiKey) {
+    let key = random_token(KEY_PREFIX);
+    let stored = ApiKey {
+        id: uuid::Uuid::now_v7().to_string(),
+        workspace: workspace.clone(),
+        name,
+        role: role.as_str().to_owned(),
+        key_hash: digest_text(&key),
+        prefix: key.chars().take(KEY_PREFIX.len() + 6).collect(),
+        created_by: by.id.clone(),
+        created_at: now,
+        expires_at: None,
+        revoked_at: None,
+    };
+    (key, stored)
+}
+
+/// Answers of the store that are good for [`REMEMBER`], at most [`REMEMBER_MAX`] of them.
+struct Remembered<K, V> {
+    entries: RwLock<HashMap<K, (V, Micros)>>,
+    changes: AtomicU64,
+}
+
+impl<K, V> Default for Remembered<K, V> {
+    fn default() -> Self {
+        Self { entries: RwLock::default(), changes: AtomicU64::new(0) }
+    }
+}
+
+impl<K: Hash + Eq, V: Clone> Remembered<K, V> {
+    fn get(&self, key: &K, now: Micros) -> Option<V> {
+        let entries = self.entries.read();
+        entries.get(key).filter(|(_, until)| *until > now).map(|(value, _)| value.clone())
+    }
+
+    /// To be read before the store is asked, and handed to [`Remembered::put`].
+    fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Keeps an answer, unless it may be older than a change.
+    fn put(&self, key: K, value: V, since: u64, now: Micros) {
+        let mut entries = self.entries.write();
+        if self.changes.load(Ordering::Acquire) != since {
+            return;
+        }
+        if entries.len() >= REMEMBER_MAX {
+            entries.retain(|_, (_, until)| *until > now);
+        }
+        if entries.len() < REMEMBER_MAX {
+            entries.insert(key, (value, now.plus(REMEMBER)));
+        }
+    }
+
+    fn forget(&self) {
+        let mut entries = self.entries.write();
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        entries.clear();
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+    pub(crate) fn auth() -> Auth {
+        Auth::new(&AuthConfig { secret: Some(SECRET.into()), ..AuthConfig::default() }).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::*;
+    use super::*;
+    use serde_json::{Value, json};
+
+    const NOW: Micros = Micros(1_700_000_000_000_000);
+
+    fn good() -> Value {
+        let now = NOW.0 / 1_000_000;
+        json!({"iss": ISSUER, "aud": AUDIENCE, "sub": "ann", "sid": "f", "iat": now, "exp": now + 1800})
+    }
+
+    fn forge(claims: &Value, header: Header, secret: &str) -> String {
+        jsonwebtoken::encode(&header, claims, &EncodingKey::from_secret(secret.as_bytes())).unwrap()
+    }
+
+    fn access_header() -> Header {
+        Header { typ: Some(ACCESS_TYPE.into()), ..Header::new(Algorithm::HS256) }
+    }
+
+    #[test]
+    fn a_token_of_ours_is_good_until_it_expires() {
+        let auth = auth();
+        let token = auth.sign("ann", "family", NOW).unwrap();
+        assert_eq!(auth.claims(&token, NOW).unwrap().sub, "ann");
+        let end = NOW.plus(Span::seconds(30 * 60)).plus(LEEWAY);
+        assert!(auth.claims(&token, end.minus(Span::seconds(1))).is_some());
+        assert!(auth.claims(&token, end).is_none());
+    }
+
+    #[test]
+    fn a_token_that_lacks_a_claim_or_has_a_wrong_one_is_refused() {
+        let auth = auth();
+        assert!(auth.claims(&forge(&good(), access_header(), SECRET), NOW).is_some());
+        for claim in ["iss", "aud", "sub", "exp", "sid"] {
+            let mut claims = good();
+            claims.as_object_mut().unwrap().remove(claim);
+            assert!(auth.claims(&forge(&claims, access_header(), SECRET), NOW).is_none(), "without {claim}");
+        }
+        for (claim, wrong) in [("iss", "somebody"), ("aud", "another-api"), ("exp", "never")] {
+            let mut claims = good();
+            claims[claim] = wrong.into();
+            assert!(auth.claims(&forge(&claims, access_header(), SECRET), NOW).is_none(), "{claim} {wrong}");
+        }
+    }
+
+    #[test]
+    fn a_token_of_another_type_algorithm_or_secret_is_refused() {
+        let auth = auth();
+        for typ in [None, Some("JWT"), Some("rt+jwt")] {
+            let header = Header { typ: typ.map(Into::into), ..access_header() };
+            assert!(auth.claims(&forge(&good(), header, SECRET), NOW).is_none(), "{typ:?}");
+        }
+        let hs512 = Header { typ: Some(ACCESS_TYPE.into()), ..Header::new(Algorithm::HS512) };
+        assert!(auth.claims(&forge(&good(), hs512, SECRET), NOW).is_none());
+        assert!(auth.claims(&forge(&good(), access_header(), &"x".repeat(32)), NOW).is_none());
+    }
+
+    #[test]
+    fn a_token_without_a_signature_is_refused() {
+        let auth = auth();
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        for alg in ["none", "None", "NONE", "HS256"] {
+            let header = part(&json!({"alg": alg, "typ": ACCESS_TYPE}));
+            let token = format!("{header}.{}.", part(&good()));
+            assert!(auth.claims(&token, NOW).is_none(), "{alg}");
+        }
+        for junk in ["", ".", "..", "a.b.c", "tw_"] {
+            assert!(auth.claims(junk, NOW).is_none(), "{junk}");
+        }
+    }
+
+    #[test]
+    fn a_short_or_missing_secret_is_refused_and_says_how_to_make_one() {
+        for secret in [None, Some("x".repeat(31))] {
+            let config = AuthConfig { secret, ..AuthConfig::default() };
+            let error = Auth::new(&config).err().unwrap().to_string();
+            assert!(error.contains("openssl rand -base64 48"), "{error}");
+        }
+    }
+
+    #[test]
+    fn after_five_wrong_passwords_each_try_waits_longer_up_to_a_minute() {
+        let auth = auth();
+        let address = Some(IpAddr::from([10, 0, 0, 1]));
+        let mut now = NOW;
+        for _ in 0..5 {
+            assert!(auth.throttle("ann@example.com", address, now).is_ok());
+            auth.failed("ann@example.com".into(), address, now);
+        }
+        for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let almost = now.plus(Span(Span::seconds(wait).0 - 1));
+            let refused = auth.throttle("ann@example.com", address, almost).unwrap_err();
+            assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS, "{wait}");
+            assert!(auth.throttle("ann@example.com", Some(IpAddr::from([10, 0, 0, 2])), almost).is_ok());
+            assert!(auth.throttle("bob@example.com", address, almost).is_ok());
+            now = now.plus(Span::seconds(wait));
+            assert!(auth.throttle("ann@example.com", address, now).is_ok());
+            auth.failed("ann@example.com".into(), address, now);
+        }
+    }
+
+    #[test]
+    fn a_password_is_verified_by_its_hash_and_two_hashes_differ() {
+        let (one, two) = (hash("correct horse").unwrap(), hash("correct horse").unwrap());
+        assert!(one.starts_with("$argon2id$v=19$m=19456,t=2,p=1$") && one != two);
+        assert!(verify("correct horse", &one) && !verify("wrong horse", &one) && !verify("", "no hash"));
+    }
+
+    #[test]
+    fn an_answer_older_than_a_change_is_not_remembered() {
+        let remembered = Remembered::<u8, u8>::default();
+        let before = remembered.changes();
+        remembered.forget();
+        remembered.put(1, 1, before, NOW);
+        assert_eq!(remembered.get(&1, NOW), None);
+        remembered.put(1, 2, remembered.changes(), NOW);
+        assert_eq!(remembered.get(&1, NOW), Some(2));
+        assert_eq!(remembered.get(&1, NOW.plus(REMEMBER)), None);
+    }
+
+    #[test]
+    fn addresses_and_passwords_are_checked() {
+        for bad in ["", "ann", "@x", "ann@", "a b@x", "a@b@c"] {
+            assert!(check_email(bad).is_err(), "{bad}");
+        }
+        assert!(check_email("ann@example.com").is_ok());
+        for bad in ["short", &"x".repeat(1025)] {
+            assert!(check_password(bad).is_err());
+        }
+        assert!(check_password(&"x".repeat(64)).is_ok());
+    }
+}

@@ -1,0 +1,291 @@
+//! Bodies with events: read within bounds, decompressed within bounds, decoded off the event loop when large.
+
+use crate::AppState;
+use crate::config::Limits;
+use crate::extract::Member;
+use crate::problem::Problem;
+use actors::Ingested;
+use axum::body::Body;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
+use bytes::Bytes;
+use engine::event::StreamName;
+use futures::StreamExt;
+use serde_json::{Value, json};
+use std::io::Read;
+use std::sync::Arc;
+use std::time::Duration;
+use streams::decode::{Bounds, Decoded, Format, TsUnit, decode};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes of request bodies in memory at the same time, over all connections.
+const IN_FLIGHT_BYTES: usize = 256 << 20;
+/// Large bodies that are decompressed and decoded at the same time: each may take `limits.decompressed_bytes`.
+const DECODING: usize = 4;
+/// Bodies larger than this are decoded off the event loop: beyond it, others would wait noticeably.
+const INLINE_BYTES: usize = 256 << 10;
+/// The same for compressed ones, which may grow a thousandfold.
+const INLINE_COMPRESSED_BYTES: usize = 4 << 10;
+/// Each part of a body must come within this time.
+const PART_WAIT: Duration = Duration::from_secs(30);
+/// Windows of zstd beyond 2^this bytes are refused: the decoder allocates them whole.
+const ZSTD_WINDOW_LOG_MAX: u32 = 25;
+
+/// What all requests share so that together they stay within bounds.
+pub(crate) struct Intake {
+    in_flight: Arc<Semaphore>,
+    decoding: Arc<Semaphore>,
+}
+
+impl Default for Intake {
+    fn default() -> Self {
+        Self {
+            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES)),
+            decoding: Arc::new(Semaphore::new(DECODING)),
+        }
+    }
+}
+
+/// How a body is packed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Encoding {
+    Identity,
+    Gzip,
+    Zstd,
+}
+
+impl Encoding {
+    fn of(headers: &HeaderMap) -> Result<Encoding, Problem> {
+        let Some(name) = headers.get(CONTENT_ENCODING) else { return Ok(Encoding::Identity) };
+        match name.as_bytes().trim_ascii().to_ascii_lowercase().as_slice() {
+            b"" | b"identity" => Ok(Encoding::Identity),
+            b"gzip" | b"x-gzip" => Ok(Encoding::Gzip),
+            b"zstd" => Ok(Encoding::Zstd),
+            _ => Err(Problem::unsupported_type("content-encoding must be gzip, zstd or absent")),
+        }
+    }
+}
+
+fn format_of(headers: &HeaderMap) -> Result<Format, Problem> {
+    let text = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    match essence.as_str() {
+        "application/x-ndjson" | "application/ndjson" | "application/jsonl" => Ok(Format::Ndjson),
+        "application/json" => Ok(Format::Json),
+        "application/vnd.apache.arrow.stream" => Ok(Format::Arrow),
+        _ => Err(Problem::unsupported_type(
+            "content-type must be application/x-ndjson, application/json or application/vnd.apache.arrow.stream",
+        )),
+    }
+}
+
+/// Takes in the events of a request; answers once the good ones are durable.
+pub(crate) async fn take_body(
+    state: &AppState,
+    member: &Member,
+    stream: &StreamName,
+    unit: TsUnit,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Value, Problem> {
+    let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
+    // before the body is read: a stream that is not there needs none
+    state.system.schema(&member.workspace, stream).await?;
+    let limits = &state.config.limits;
+    let (body, _held) = state.intake.read(headers, body, limits.body_bytes).await?;
+    let large = body.len() > if encoding == Encoding::Identity { INLINE_BYTES } else { INLINE_COMPRESSED_BYTES };
+    let _turn = if large { Some(state.intake.turn().await?) } else { None };
+    let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
+    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+}
+
+/// Takes in events that came in a frame: one JSON object or an array of them.
+pub(crate) async fn take_frame(
+    state: &AppState,
+    member: &Member,
+    stream: &StreamName,
+    events: Bytes,
+) -> Result<Value, Problem> {
+    let large = events.len() > INLINE_BYTES;
+    let (format, encoding) = (Format::Json, Encoding::Identity);
+    let decoded = decode_body(state, member, stream, TsUnit::default(), format, encoding, events, large).await?;
+    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+}
+
+#[expect(clippy::too_many_arguments, reason = "how a body is packed, written and counted are different things")]
+async fn decode_body(
+    state: &AppState,
+    member: &Member,
+    stream: &StreamName,
+    unit: TsUnit,
+    format: Format,
+    encoding: Encoding,
+    body: Bytes,
+    large: bool,
+) -> Result<Decoded, Problem> {
+    let schema = state.system.schema(&member.workspace, stream).await?;
+    let limits = state.config.limits;
+    let now = state.system.now();
+    let work = move || {
+        let body = unpack(body, encoding, &limits)?;
+        let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
+        Ok(decode(&schema, &body, format, unit, &bounds, now)?)
+    };
+    if large { tokio::task::spawn_blocking(work).await.map_err(Problem::internal)? } else { work() }
+}
+
+impl Intake {
+    /// The whole body, and what it holds of the memory for bodies.
+    async fn read(
+        &self,
+        headers: &HeaderMap,
+        body: Body,
+        most: usize,
+    ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Problem> {
+        let over = || Problem::too_large(format!("the body is larger than limits.body_bytes = {most}; send less at a time"));
+        let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        if announced.is_some_and(|bytes| bytes > most as u64) {
+            return Err(over());
+        }
+        let mut parts: Vec<Bytes> = Vec::new();
+        let (mut bytes, mut held) = (0, None::<OwnedSemaphorePermit>);
+        let mut body = body.into_data_stream();
+        let slow = |_| {
+            let detail = format!("nothing of the body came for {} s", PART_WAIT.as_secs());
+            Problem::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", detail)
+        };
+        while let Some(part) = tokio::time::timeout(PART_WAIT, body.next()).await.map_err(slow)? {
+            let part = part.map_err(|_| Problem::invalid("unreadable_body", "the body ended before it was complete"))?;
+            bytes += part.len();
+            if bytes > most {
+                return Err(over());
+            }
+            let permit = self.in_flight.clone().try_acquire_many_owned(part.len() as u32).map_err(|_| busy())?;
+            match &mut held {
+                Some(held) => held.merge(permit),
+                None => held = Some(permit),
+            }
+            parts.push(part);
+        }
+        let body = match parts.as_slice() {
+            [whole] => whole.clone(),
+            parts => parts.concat().into(),
+        };
+        Ok((body, held))
+    }
+
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, Problem> {
+        self.decoding.clone().acquire_owned().await.map_err(Problem::internal)
+    }
+}
+
+fn busy() -> Problem {
+    let detail = "too many requests with large bodies at once; try again in a moment";
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "backpressure", detail).retry_after(Duration::from_secs(1))
+}
+
+/// The body as it was before it was compressed.
+fn unpack(body: Bytes, encoding: Encoding, limits: &Limits) -> Result<Bytes, Problem> {
+    let broken = |error: std::io::Error| {
+        Problem::invalid("bad_encoding", format!("the body is not what its content-encoding says: {error}"))
+    };
+    let most = limits.decompressed_bytes;
+    let mut out = Vec::new();
+    let read = |reader: &mut dyn Read, out: &mut Vec<u8>| reader.take(most as u64 + 1).read_to_end(out);
+    match encoding {
+        Encoding::Identity => return Ok(body),
+        Encoding::Gzip => read(&mut flate2::read::MultiGzDecoder::new(body.as_ref()), &mut out).map_err(broken)?,
+        Encoding::Zstd => {
+            let mut reader = zstd::stream::read::Decoder::new(body.as_ref()).map_err(broken)?;
+            reader.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(broken)?;
+            read(&mut reader, &mut out).map_err(broken)?
+        }
+    };
+    if out.len() > most {
+        let detail = format!("the body is larger than limits.decompressed_bytes = {most} once decompressed");
+        return Err(Problem::too_large(detail));
+    }
+    Ok(out.into())
+}
+
+/// The answer to an ingest, as the contract shows it.
+fn answer(done: &Ingested) -> Value {
+    let errors: Vec<Value> = done
+        .errors
+        .iter()
+        .map(|error| json!({"index": error.index, "code": error.code, "detail": error.detail}))
+        .collect();
+    json!({
+        "accepted": done.accepted, "duplicates": done.duplicates, "rejected": done.rejected,
+        "errors": errors, "offset": done.offset,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn limits(decompressed_bytes: usize) -> Limits {
+        Limits { decompressed_bytes, ..Limits::default() }
+    }
+
+    fn gzip(text: &[u8]) -> Bytes {
+        let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        writer.write_all(text).unwrap();
+        writer.finish().unwrap().into()
+    }
+
+    #[test]
+    fn a_compressed_body_is_read_up_to_its_decompressed_bound() {
+        let text = vec![b'a'; 1000];
+        for (encoding, body) in [
+            (Encoding::Identity, Bytes::from(text.clone())),
+            (Encoding::Gzip, gzip(&text)),
+            (Encoding::Zstd, zstd::encode_all(text.as_slice(), 3).unwrap().into()),
+        ] {
+            assert_eq!(unpack(body.clone(), encoding, &limits(1000)).unwrap(), text, "{encoding:?}");
+            if encoding != Encoding::Identity {
+                let refused = unpack(body, encoding, &limits(999)).unwrap_err();
+                assert_eq!((refused.status().as_u16(), refused.code), (413, "body_too_large"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_body_that_is_not_what_it_says_is_refused() {
+        for encoding in [Encoding::Gzip, Encoding::Zstd] {
+            let refused = unpack(Bytes::from_static(b"{}"), encoding, &limits(1000)).unwrap_err();
+            assert_eq!((refused.status().as_u16(), refused.code), (400, "bad_encoding"));
+        }
+        let mut cut = gzip(b"hello hello hello").to_vec();
+        cut.truncate(cut.len() - 9);
+        assert_eq!(unpack(cut.into(), Encoding::Gzip, &limits(1000)).unwrap_err().code, "bad_encoding");
+    }
+
+    #[tokio::test]
+    async fn a_body_over_the_limit_is_refused_announced_or_not() {
+        let intake = Intake::default();
+        let mut headers = HeaderMap::new();
+        let (body, held) = intake.read(&headers, Body::from("12345"), 5).await.unwrap();
+        assert_eq!((body.as_ref(), held.unwrap().num_permits()), (b"12345".as_slice(), 5));
+        assert_eq!(intake.read(&headers, Body::from("123456"), 5).await.unwrap_err().code, "body_too_large");
+        headers.insert(CONTENT_LENGTH, 6.into());
+        assert_eq!(intake.read(&headers, Body::empty(), 5).await.unwrap_err().code, "body_too_large");
+        assert_eq!(intake.in_flight.available_permits(), IN_FLIGHT_BYTES);
+    }
+
+    #[test]
+    fn types_are_read_with_parameters_and_unknown_ones_are_415() {
+        let typed = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, text.parse().unwrap());
+            format_of(&headers)
+        };
+        assert_eq!(typed("application/json; charset=utf-8").unwrap(), Format::Json);
+        assert_eq!(typed("Application/X-NDJSON").unwrap(), Format::Ndjson);
+        assert_eq!(typed("application/vnd.apache.arrow.stream").unwrap(), Format::Arrow);
+        assert_eq!(typed("text/plain").unwrap_err().status().as_u16(), 415);
+        assert_eq!(format_of(&HeaderMap::new()).unwrap_err().status().as_u16(), 415);
+    }
+}

@@ -1,0 +1,221 @@
+//! Alert rules, firings, acknowledgement and silences.
+
+use super::metrics::instant;
+use crate::AppState;
+use crate::encode;
+use crate::extract::{Json, Listing, Member, Path};
+use crate::permission::Permission;
+use crate::problem::Problem;
+use crate::span::{Text, format};
+use actors::RuleDefinition;
+use actors::rows::rfc3339;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post, put};
+use engine::event::ItemName;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sql::store::Silence;
+use std::collections::BTreeMap;
+
+pub(super) fn routes() -> Router<AppState> {
+    Router::new()
+        .route("/api/v1/workspaces/{ws}/alert-rules", get(rules).post(create_rule))
+        .route("/api/v1/workspaces/{ws}/alert-rules/{rule}", put(put_rule).delete(remove_rule))
+        .route("/api/v1/workspaces/{ws}/alerts", get(alerts))
+        .route("/api/v1/workspaces/{ws}/alerts/{alert}/ack", post(ack))
+        .route("/api/v1/workspaces/{ws}/silences", get(silences).post(create_silence))
+        .route("/api/v1/workspaces/{ws}/silences/{silence}", delete(remove_silence))
+}
+
+/// The severity of a rule that names none.
+const SEVERITY: &str = "warning";
+
+fn rule_json(name: &ItemName, rule: &RuleDefinition) -> Value {
+    json!({
+        "name": name, "metric": rule.metric, "condition": rule.condition,
+        "for": format(rule.hold.unwrap_or_default()), "severity": rule.severity.as_deref().unwrap_or(SEVERITY),
+    })
+}
+
+async fn rules(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let rules = state.system.alert_rules(&member.workspace).await?;
+    let rules: Vec<Value> = rules.iter().map(|(name, rule)| rule_json(name, rule)).collect();
+    Ok(axum::Json(json!({"rules": rules})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    /// In the body of POST; in a PUT it may repeat the path.
+    name: Option<String>,
+    metric: String,
+    condition: String,
+    #[serde(rename = "for")]
+    hold: Option<Text>,
+    severity: Option<String>,
+}
+
+async fn create_rule(
+    State(state): State<AppState>,
+    member: Member,
+    Json(mut rule): Json<Rule>,
+) -> Result<Response, Problem> {
+    let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
+    let name: ItemName = name.parse()?;
+    if state.system.alert_rules(&member.workspace).await?.iter().any(|(known, _)| *known == name) {
+        let detail = format!("there is an alert rule `{name}` already; change it with PUT …/alert-rules/{name}");
+        return Err(Problem::conflict("exists", detail));
+    }
+    let defined = define_rule(&state, &member, name, rule).await?;
+    Ok((StatusCode::CREATED, axum::Json(defined)).into_response())
+}
+
+async fn put_rule(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+    Json(rule): Json<Rule>,
+) -> Result<axum::Json<Value>, Problem> {
+    if rule.name.as_ref().is_some_and(|other| *other != name) {
+        return Err(Problem::invalid("bad_body", "`name` in the body is not the one in the path"));
+    }
+    Ok(axum::Json(define_rule(&state, &member, name.parse()?, rule).await?))
+}
+
+async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
+    member.may(Permission::Define)?;
+    let definition = RuleDefinition {
+        metric: rule.metric.parse()?,
+        condition: rule.condition,
+        hold: rule.hold.map(|text| text.0),
+        severity: rule.severity,
+    };
+    let shown = rule_json(&name, &definition);
+    state.system.define_alert_rule(&member.workspace, name, definition).await?;
+    Ok(shown)
+}
+
+async fn remove_rule(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+) -> Result<StatusCode, Problem> {
+    member.may(Permission::Define)?;
+    state.system.remove_alert_rule(&member.workspace, &name.parse()?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn alerts(
+    State(state): State<AppState>,
+    member: Member,
+    mut page: Listing,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let (limit, wanted, before) = (page.limit, page.take("state"), page.take("before"));
+    page.done()?;
+    if wanted.as_deref().is_some_and(|state| !matches!(state, "firing" | "resolved")) {
+        return Err(Problem::invalid("bad_parameter", "state must be firing or resolved"));
+    }
+    let store = state.system.store();
+    let (alerts, next) = store.alerts(&member.workspace, wanted.as_deref(), limit, before.as_deref()).await?;
+    let mut answer = json!({"alerts": alerts.iter().map(encode::alert).collect::<Vec<Value>>()});
+    if let Some(next) = next {
+        answer["next"] = next.into();
+    }
+    Ok(axum::Json(answer))
+}
+
+async fn ack(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, alert)): Path<(String, String)>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Respond)?;
+    let acked = state.system.ack_alert(&member.workspace, &alert, &member.name).await?;
+    Ok(axum::Json(encode::alert(&acked)))
+}
+
+fn silence_json(silence: &Silence) -> Value {
+    json!({
+        "id": silence.id, "matchers": silence.matchers, "starts_at": rfc3339(silence.starts_at),
+        "ends_at": rfc3339(silence.ends_at), "comment": silence.comment, "created_by": silence.created_by,
+    })
+}
+
+async fn silences(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let silences = state.system.store().silences(&member.workspace).await?;
+    Ok(axum::Json(json!({"silences": silences.iter().map(silence_json).collect::<Vec<Value>>()})))
+}
+
+/// The most silences a workspace has; those that ended long ago make room.
+const SILENCES_MAX: usize = 1_000;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewSilence {
+    /// Labels and the value each must have.
+    matchers: BTreeMap<String, String>,
+    starts_at: Option<String>,
+    ends_at: Option<String>,
+    /// In place of `ends_at`.
+    duration: Option<Text>,
+    #[serde(default)]
+    comment: String,
+}
+
+async fn create_silence(
+    State(state): State<AppState>,
+    member: Member,
+    Json(new): Json<NewSilence>,
+) -> Result<Response, Problem> {
+    member.may(Permission::Respond)?;
+    let starts_at = match &new.starts_at {
+        Some(text) => instant("starts_at", text)?,
+        None => state.system.now(),
+    };
+    let ends_at = match (&new.ends_at, new.duration) {
+        (Some(text), None) => instant("ends_at", text)?,
+        (None, Some(duration)) => starts_at.plus(duration.0),
+        _ => return Err(Problem::invalid("bad_body", "say when the silence ends: either `ends_at` or `duration`")),
+    };
+    if ends_at <= starts_at {
+        return Err(Problem::invalid("bad_body", "a silence must end after it starts"));
+    }
+    if new.matchers.is_empty() || new.matchers.len() > 20 || new.comment.chars().count() > 1_000 {
+        let detail = "`matchers` needs 1 to 20 labels such as {\"symbol\":\"AAPL\"}; `comment` has up to 1000 characters";
+        return Err(Problem::invalid("bad_body", detail));
+    }
+    let store = state.system.store();
+    if store.silences(&member.workspace).await?.len() >= SILENCES_MAX {
+        let detail = format!("this workspace has {SILENCES_MAX} silences, the most there can be; delete old ones");
+        return Err(Problem::conflict("limit_reached", detail));
+    }
+    let silence = Silence {
+        id: uuid::Uuid::now_v7().to_string(),
+        workspace: member.workspace,
+        matchers: json!(new.matchers),
+        starts_at,
+        ends_at,
+        comment: new.comment,
+        created_by: member.name,
+    };
+    store.put_silence(&silence).await?;
+    Ok((StatusCode::CREATED, axum::Json(silence_json(&silence))).into_response())
+}
+
+async fn remove_silence(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, silence)): Path<(String, String)>,
+) -> Result<StatusCode, Problem> {
+    member.may(Permission::Respond)?;
+    if !state.system.store().delete_silence(&member.workspace, &silence).await? {
+        return Err(Problem::not_found("unknown_silence", "there is no such silence"));
+    }
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,47 @@
+//! Whether the process lives and can serve. Open to all, so nothing here says more than that.
+
+use crate::AppState;
+use crate::problem::Code;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+pub(super) fn routes() -> Router<AppState> {
+    Router::new().route("/health", get(health)).route("/ready", get(ready))
+}
+
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+async fn ready(State(state): State<AppState>) -> Response {
+    let parts = state.system.readiness().await;
+    let closing = state.closing.is_cancelled();
+    let mut reasons: Vec<String> =
+        parts.iter().filter(|part| !part.ok).map(|part| format!("{}: {}", part.name, part.detail)).collect();
+    if closing {
+        reasons.push("the server is shutting down".to_owned());
+    }
+    if reasons.is_empty() {
+        return Json(json!({"status": "ready", "parts": parts})).into_response();
+    }
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let document = json!({
+        "type": "about:blank", "title": status.canonical_reason(), "status": status.as_u16(), "code": "not_ready",
+        "detail": reasons.join("; "), "parts": parts,
+    });
+    let mut response = (status, Json(document)).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    response.extensions_mut().insert(Code("not_ready"));
+    response
+}
+
+/// Figures of the process as Prometheus reads them.
+pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(CONTENT_TYPE, text)], state.metrics.render())
+}

@@ -1,0 +1,194 @@
+//! Metrics: their definitions and their rows.
+
+use crate::AppState;
+use crate::extract::{Json, Listing, Member, Path};
+use crate::permission::Permission;
+use crate::problem::Problem;
+use crate::span::{Text, format};
+use actors::{MetricDefinition, MetricInfo, RowsQuery};
+use arrow::datatypes::{DataType, Field};
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::{get, put};
+use engine::event::{ItemName, Micros};
+use engine::window::Window;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+pub(super) fn routes() -> Router<AppState> {
+    Router::new()
+        .route("/api/v1/workspaces/{ws}/metrics", get(list))
+        .route("/api/v1/workspaces/{ws}/metrics/{metric}", put(define).delete(remove))
+        .route("/api/v1/workspaces/{ws}/metrics/{metric}/rows", get(rows))
+}
+
+/// A column's type in the words of the contract; Arrow's own where it has none.
+pub(super) fn type_name(kind: &DataType) -> String {
+    match kind {
+        kind if kind.is_integer() => "int64".to_owned(),
+        kind if kind.is_floating() => "float64".to_owned(),
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => "utf8".to_owned(),
+        DataType::Boolean => "bool".to_owned(),
+        DataType::Timestamp(..) => "timestamp".to_owned(),
+        DataType::Decimal128(precision, scale) => format!("decimal({precision},{scale})"),
+        other => other.to_string().to_lowercase(),
+    }
+}
+
+fn window(window: Window) -> Value {
+    match window {
+        Window::Tumble { size } => json!({"kind": "tumble", "size": format(size)}),
+        Window::Hop { slide, size } => json!({"kind": "hop", "slide": format(slide), "size": format(size)}),
+    }
+}
+
+fn shown(info: &MetricInfo) -> Value {
+    let (program, definition) = (&info.program, &info.definition);
+    let fields = program.output().fields();
+    let (keys, values) = fields[2..].split_at(program.key_count());
+    let keys: Vec<&str> = keys.iter().map(|key| key.name().as_str()).collect();
+    let value = |field: &std::sync::Arc<Field>| json!({"name": field.name(), "type": type_name(field.data_type())});
+    let mut shown = json!({
+        "name": info.name, "sql": definition.sql, "stream": program.stream(), "keys": keys,
+        "values": values.iter().map(value).collect::<Vec<Value>>(), "window": window(program.window()),
+        "state": {"bytes": info.state_bytes, "keys": info.keys, "panes": info.panes},
+    });
+    let spans = [
+        ("emit", definition.emit),
+        ("retain", definition.retain),
+        ("max_delay", definition.max_delay),
+        ("allowed_lateness", definition.allowed_lateness),
+        ("backfill", definition.backfill),
+    ];
+    for (name, span) in spans {
+        if let Some(span) = span {
+            shown[name] = format(span).into();
+        }
+    }
+    if let Some(failure) = &info.failure {
+        shown["failure"] = failure.as_str().into();
+    }
+    shown
+}
+
+async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let metrics: Vec<Value> = state.system.metrics(&member.workspace).await?.iter().map(shown).collect();
+    Ok(axum::Json(json!({"metrics": metrics})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Definition {
+    sql: String,
+    emit: Option<Text>,
+    retain: Option<Text>,
+    max_delay: Option<Text>,
+    allowed_lateness: Option<Text>,
+    backfill: Option<Text>,
+}
+
+async fn define(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+    Json(body): Json<Definition>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Define)?;
+    let name: ItemName = name.parse()?;
+    let span = |text: Option<Text>| text.map(|text| text.0);
+    let definition = MetricDefinition {
+        sql: body.sql,
+        emit: span(body.emit),
+        retain: span(body.retain),
+        max_delay: span(body.max_delay),
+        allowed_lateness: span(body.allowed_lateness),
+        backfill: span(body.backfill),
+    };
+    state.system.define_metric(&member.workspace, name.clone(), definition).await?;
+    let metrics = state.system.metrics(&member.workspace).await?;
+    let defined = metrics.iter().find(|info| info.name == name).map(shown);
+    Ok(axum::Json(defined.unwrap_or(Value::Null)))
+}
+
+async fn remove(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+) -> Result<StatusCode, Problem> {
+    member.may(Permission::Define)?;
+    state.system.remove_metric(&member.workspace, &name.parse()?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// An instant in a query string: RFC 3339.
+pub(super) fn instant(name: &str, text: &str) -> Result<Micros, Problem> {
+    // a `+` that was not escaped arrives as a space
+    let found = chrono::DateTime::parse_from_rfc3339(&text.replace(' ', "+"));
+    found.map(|at| Micros(at.timestamp_micros())).map_err(|error| {
+        let text: String = text.chars().take(40).collect();
+        Problem::invalid("bad_parameter", format!("{name} `{text}` is no RFC 3339 time such as 2026-01-31T12:00:00Z: {error}"))
+    })
+}
+
+/// A page of rows as a query string asks for it; what is no parameter is a key column.
+fn rows_query(mut page: Listing) -> Result<RowsQuery, Problem> {
+    let only_final = match page.take("final").as_deref() {
+        None => None,
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        Some(_) => return Err(Problem::invalid("bad_parameter", "final must be true or false")),
+    };
+    Ok(RowsQuery {
+        from: page.take("from").map(|text| instant("from", &text)).transpose()?,
+        to: page.take("to").map(|text| instant("to", &text)).transpose()?,
+        limit: page.limit,
+        after: page.take("after"),
+        only_final,
+        keys: page.rest.into_iter().collect(),
+    })
+}
+
+async fn rows(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+    page: Listing,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let page = state.system.metric_rows(&member.workspace, &name.parse()?, rows_query(page)?).await?;
+    let mut answer = json!({"rows": page.rows});
+    if let Some(next) = page.next {
+        answer["next"] = next.into();
+    }
+    Ok(axum::Json(answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn query(parameters: &[(&str, &str)]) -> Result<RowsQuery, Problem> {
+        let rest: HashMap<String, String> =
+            parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        rows_query(Listing { limit: 7, rest })
+    }
+
+    #[test]
+    fn what_is_no_parameter_filters_by_a_key() {
+        let wanted = query(&[("symbol", "AAPL"), ("final", "true"), ("from", "2026-01-01T00:00:00Z")]).unwrap();
+        assert_eq!(wanted.keys, [("symbol".to_owned(), "AAPL".to_owned())]);
+        assert_eq!((wanted.only_final, wanted.limit), (Some(true), 7));
+        assert_eq!(wanted.from, Some(Micros(1_767_225_600_000_000)));
+    }
+
+    #[test]
+    fn a_plus_that_was_not_escaped_is_still_an_offset() {
+        assert_eq!(instant("to", "1970-01-01T01:00:00 01:00").unwrap(), Micros(0));
+        assert_eq!(instant("to", "1970-01-01T00:00:00.000001Z").unwrap(), Micros(1));
+        assert_eq!(query(&[("to", "yesterday")]).unwrap_err().code, "bad_parameter");
+        assert_eq!(query(&[("final", "maybe")]).unwrap_err().code, "bad_parameter");
+    }
+}

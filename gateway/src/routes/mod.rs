@@ -1,0 +1,32 @@
+//! The HTTP API by area: what each path reads, which permission it needs, what it answers.
+
+mod alerts; // rules, firings, acknowledgement, silences
+mod health; // whether the process lives and can serve
+mod metrics; // definitions and rows
+mod people; // members and API keys of a workspace
+mod portfolios; // positions and their live valuation
+mod query; // SQL asked once
+mod session; // signing in and out, and who am I
+mod streams; // schemas and ingest
+mod system; // what the installation is doing, and the audit log
+mod workspaces; // tenants
+
+use crate::AppState;
+use axum::Router;
+
+pub(crate) use health::metrics as prometheus;
+
+/// Every route of the HTTP API but those of agents and the WebSocket.
+pub(crate) fn routes() -> Router<AppState> {
+    Router::new()
+        .merge(health::routes())
+        .merge(session::routes())
+        .merge(workspaces::routes())
+        .merge(people::routes())
+        .merge(streams::routes())
+        .merge(metrics::routes())
+        .merge(query::routes())
+        .merge(alerts::routes())
+        .merge(portfolios::routes())
+        .merge(system::routes())
+}

@@ -1,0 +1,122 @@
+//! Workspaces: the tenants.
+
+use super::session::workspace as shown;
+use crate::AppState;
+use crate::auth::Caller;
+use crate::extract::{Json, Listing, Member};
+use crate::permission::{Permission, Role};
+use crate::problem::Problem;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use engine::event::WorkspaceId;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sql::store::Workspace;
+
+pub(super) fn routes() -> Router<AppState> {
+    Router::new()
+        .route("/api/v1/workspaces", get(list).post(create))
+        .route("/api/v1/workspaces/{ws}", get(read).patch(update).delete(delete))
+}
+
+/// The caller's own; an admin of the installation sees all.
+async fn list(State(state): State<AppState>, caller: Caller, mut page: Listing) -> Result<axum::Json<Value>, Problem> {
+    let caller = caller.user()?;
+    let (limit, after) = (page.limit, page.take("after"));
+    page.done()?;
+    let store = state.system.store();
+    let mut all: Vec<(Workspace, Role)> = Vec::new();
+    for (workspace, role) in store.workspaces_of(&caller.id).await? {
+        all.push((workspace, role.parse()?));
+    }
+    if caller.admin {
+        let own: Vec<WorkspaceId> = all.iter().map(|(workspace, _)| workspace.id.clone()).collect();
+        let others = store.all_workspaces().await?.into_iter().filter(|other| !own.contains(&other.id));
+        all.extend(others.map(|other| (other, Role::Admin)));
+        all.sort_by(|a, b| a.0.id.cmp(&b.0.id));
+    }
+    let mut rest = all.iter().filter(|(workspace, _)| after.as_deref().is_none_or(|after| workspace.id.as_str() > after));
+    let workspaces: Vec<Value> = rest.by_ref().take(limit).map(|(workspace, role)| shown(workspace, *role)).collect();
+    let mut answer = json!({"workspaces": workspaces});
+    if rest.next().is_some() {
+        answer["next"] = workspaces.last().map_or(Value::Null, |last| last["id"].clone());
+    }
+    Ok(axum::Json(answer))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct New {
+    id: String,
+    name: Option<String>,
+    pack: Option<String>,
+    tier: Option<String>,
+}
+
+async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<New>) -> Result<Response, Problem> {
+    let caller = caller.user()?;
+    let id: WorkspaceId = new.id.parse()?;
+    let workspace = Workspace {
+        name: label("name", new.name.as_deref().unwrap_or(id.as_str()))?,
+        pack: new.pack.map(|pack| label("pack", &pack)).transpose()?,
+        tier: label("tier", new.tier.as_deref().unwrap_or("standard"))?,
+        created_at: state.system.now(),
+        id,
+    };
+    let answer = shown(&workspace, Role::Owner);
+    let id = workspace.id.clone();
+    state.system.create_workspace(workspace, &caller.id).await.map_err(|fault| match fault.code {
+        "exists" => Problem::conflict("workspace_exists", format!("the workspace id `{id}` is taken; choose another")),
+        _ => fault.into(),
+    })?;
+    state.auth.forget();
+    Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
+}
+
+/// A short text for people: what `field` says.
+fn label(field: &str, text: &str) -> Result<String, Problem> {
+    let text = text.trim();
+    if text.is_empty() || text.chars().count() > 200 || text.chars().any(char::is_control) {
+        let detail = format!("`{field}` must be 1 to 200 characters without control characters");
+        return Err(Problem::invalid("bad_body", detail));
+    }
+    Ok(text.to_owned())
+}
+
+async fn read(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let found = state.system.store().workspace(&member.workspace).await?;
+    let found = found.ok_or_else(|| Problem::workspace_not_found(member.workspace.as_str()))?;
+    Ok(axum::Json(shown(&found, member.role)))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Changes {
+    name: Option<String>,
+    tier: Option<String>,
+}
+
+async fn update(
+    State(state): State<AppState>,
+    member: Member,
+    Json(changes): Json<Changes>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Manage)?;
+    let name = changes.name.map(|name| label("name", &name)).transpose()?;
+    let tier = changes.tier.map(|tier| label("tier", &tier)).transpose()?;
+    let store = state.system.store();
+    let changed = store.update_workspace(&member.workspace, name.as_deref(), tier.as_deref()).await?;
+    let changed = changed.ok_or_else(|| Problem::workspace_not_found(member.workspace.as_str()))?;
+    Ok(axum::Json(shown(&changed, member.role)))
+}
+
+async fn delete(State(state): State<AppState>, member: Member) -> Result<StatusCode, Problem> {
+    member.may(Permission::Delete)?;
+    state.system.delete_workspace(&member.workspace).await?;
+    state.auth.forget();
+    Ok(StatusCode::NO_CONTENT)
+}

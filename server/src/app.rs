@@ -1,0 +1,112 @@
+//! The parts put together: log, store, system and gateway; served until asked to stop, then drained.
+
+use crate::config::{Backend, Config};
+use actors::clock::{Clock, SystemClock};
+use actors::{Parts, System};
+use anyhow::{Context, Result, bail};
+use gateway::{AppState, Auth, Hub};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use sql::store::Store;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use streams::log::{EmbeddedLog, Log};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// A built system that listens and is ready to serve.
+pub struct App {
+    state: AppState,
+    listener: TcpListener,
+    metrics: PrometheusHandle,
+}
+
+/// How long a drain may take in all; the contract promises 10 s.
+const DRAIN: Duration = Duration::from_secs(8);
+
+impl App {
+    /// Opens log and store under `config.data_dir`, replays, and listens.
+    pub async fn build(config: Config) -> Result<App> {
+        let auth = Auth::new(&config.auth)?;
+        if config.log.backend != Backend::Embedded {
+            bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
+        }
+        std::fs::create_dir_all(&config.data_dir)
+            .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
+        // recorded once for the whole process, whatever the number of systems in it
+        static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
+        let metrics = match METRICS.get() {
+            Some(handle) => handle.clone(),
+            None => {
+                let handle = PrometheusBuilder::new().install_recorder()?;
+                METRICS.get_or_init(|| handle).clone()
+            }
+        };
+        let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
+        let log: Arc<dyn Log> = Arc::new(log);
+        let store = Store::open(&config.store_url()).await?;
+        let clock = Arc::new(SystemClock);
+        auth.bootstrap(&store, clock.now()).await?;
+        let wire = config.gateway();
+        let hub = Hub::new(&wire.limits);
+        let system = System::start(Parts {
+            store,
+            log,
+            outlet: hub.clone(),
+            clock,
+            limits: config.limits.system(),
+            agents: config.agents.clone(),
+        })
+        .await?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
+        let state = AppState {
+            system,
+            auth: Arc::new(auth),
+            hub,
+            config: Arc::new(wire),
+            closing: CancellationToken::new(),
+        };
+        Ok(App { state, listener, metrics })
+    }
+
+    /// Where it listens; the port is real also where 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.listener.local_addr().expect("a bound listener has an address")
+    }
+
+    /// The system behind the gateway.
+    pub fn system(&self) -> &System {
+        &self.state.system
+    }
+
+    /// Serves until `stop`, then drains: no new connections, answers finished, clients told to come back, state committed.
+    pub async fn serve_until(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let system = self.state.system.clone();
+        gateway::serve(self.listener, self.state, self.metrics, stop).await?;
+        tracing::info!("draining");
+        system.stop(DRAIN).await;
+        system.store().close().await;
+        tracing::info!("drained");
+        Ok(())
+    }
+}
+
+/// Completes on SIGTERM or SIGINT.
+pub async fn shutdown_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let wait = |kind| async move {
+        match signal(kind) {
+            Ok(mut signal) => _ = signal.recv().await,
+            Err(error) => {
+                tracing::error!(%error, "cannot listen for signals; stop the process by its id");
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        () = wait(SignalKind::terminate()) => {}
+        () = wait(SignalKind::interrupt()) => {}
+    }
+}

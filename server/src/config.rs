@@ -1,0 +1,248 @@
+//! Settings: `tidewatch.toml`, overridden by `TIDEWATCH__SECTION__KEY`, overridden by flags.
+
+use actors::agent::AgentConfig;
+use engine::event::ItemName;
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// The whole configuration. Unknown keys are errors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where HTTP and WebSocket are served.
+    pub listen: SocketAddr,
+    /// Where `/metrics` is served, when it shall not be on `listen`.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Origins of browsers that may call from elsewhere.
+    pub cors_origins: Vec<String>,
+    /// Holds the log and the embedded store.
+    pub data_dir: PathBuf,
+    pub log: LogConfig,
+    pub store: StoreConfig,
+    pub auth: gateway::AuthConfig,
+    pub limits: Limits,
+    /// Agents answered by an OpenAI-compatible model, by name.
+    pub agents: BTreeMap<ItemName, AgentConfig>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: ([127, 0, 0, 1], 8080).into(),
+            metrics_listen: None,
+            cors_origins: Vec::new(),
+            data_dir: PathBuf::from("data"),
+            log: LogConfig::default(),
+            store: StoreConfig::default(),
+            auth: gateway::AuthConfig::default(),
+            limits: Limits::default(),
+            agents: BTreeMap::new(),
+        }
+    }
+}
+
+/// Where events are made durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// Files under `data_dir`.
+    #[default]
+    Embedded,
+    Kafka,
+    Fluvio,
+}
+
+/// The section `log`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    pub backend: Backend,
+    /// Of a distributed backend.
+    pub brokers: Vec<String>,
+    pub segment_bytes: u64,
+    pub queue_bytes: usize,
+    pub max_bytes: Option<u64>,
+    pub retain_bytes: Option<u64>,
+    pub retain_hours: Option<u64>,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        let log = streams::log::Config::default();
+        Self {
+            backend: Backend::default(),
+            brokers: Vec::new(),
+            segment_bytes: log.segment_bytes,
+            queue_bytes: log.queue_bytes,
+            max_bytes: log.max_bytes,
+            retain_bytes: log.retain_bytes,
+            retain_hours: log.retain_hours,
+        }
+    }
+}
+
+impl LogConfig {
+    /// The settings of the embedded log.
+    pub fn embedded(&self) -> streams::log::Config {
+        streams::log::Config {
+            segment_bytes: self.segment_bytes,
+            queue_bytes: self.queue_bytes,
+            max_bytes: self.max_bytes,
+            retain_bytes: self.retain_bytes,
+            retain_hours: self.retain_hours,
+        }
+    }
+}
+
+/// The section `store`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// `sqlite:PATH`; a file under `data_dir` unless said.
+    pub url: Option<String>,
+}
+
+/// The section `limits`: every bound under its name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    pub mailbox_bytes: usize,
+    pub remembered_ids: usize,
+    pub query_rows: usize,
+    pub query_memory: usize,
+    pub query_ms: u64,
+    pub metrics: usize,
+    pub streams: usize,
+    pub alert_rules: usize,
+    pub body_bytes: usize,
+    pub decompressed_bytes: usize,
+    pub event_bytes: usize,
+    pub frame_bytes: usize,
+    pub subscriptions: usize,
+    pub connections: usize,
+    pub history_events: usize,
+    pub history_bytes: usize,
+    pub queue_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let (system, wire) = (actors::Limits::default(), gateway::Limits::default());
+        Self {
+            mailbox_bytes: system.mailbox_bytes,
+            remembered_ids: system.remembered_ids,
+            query_rows: system.query_rows,
+            query_memory: system.query_memory,
+            query_ms: system.query_ms,
+            metrics: system.metrics,
+            streams: system.streams,
+            alert_rules: system.alert_rules,
+            body_bytes: wire.body_bytes,
+            decompressed_bytes: wire.decompressed_bytes,
+            event_bytes: wire.event_bytes,
+            frame_bytes: wire.frame_bytes,
+            subscriptions: wire.subscriptions,
+            connections: wire.connections,
+            history_events: wire.history_events,
+            history_bytes: wire.history_bytes,
+            queue_bytes: wire.queue_bytes,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn system(&self) -> actors::Limits {
+        actors::Limits {
+            mailbox_bytes: self.mailbox_bytes,
+            remembered_ids: self.remembered_ids,
+            query_rows: self.query_rows,
+            query_memory: self.query_memory,
+            query_ms: self.query_ms,
+            metrics: self.metrics,
+            streams: self.streams,
+            alert_rules: self.alert_rules,
+        }
+    }
+
+    fn wire(&self) -> gateway::Limits {
+        gateway::Limits {
+            body_bytes: self.body_bytes,
+            decompressed_bytes: self.decompressed_bytes,
+            event_bytes: self.event_bytes,
+            frame_bytes: self.frame_bytes,
+            subscriptions: self.subscriptions,
+            connections: self.connections,
+            history_events: self.history_events,
+            history_bytes: self.history_bytes,
+            queue_bytes: self.queue_bytes,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("configuration file `{0}` does not exist; name another with --config or leave it out")]
+    NoFile(PathBuf),
+    #[error("configuration: {0}")]
+    Invalid(#[from] Box<figment::Error>),
+}
+
+impl Config {
+    /// Reads `file`, or `tidewatch.toml` where there is one, and the environment over it.
+    pub fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
+        let mut figment = Figment::from(Serialized::defaults(Config::default()));
+        match file {
+            Some(file) if !file.is_file() => return Err(ConfigError::NoFile(file.to_owned())),
+            Some(file) => figment = figment.merge(Toml::file_exact(file)),
+            None => figment = figment.merge(Toml::file("tidewatch.toml")),
+        }
+        let environment = Env::prefixed("TIDEWATCH__").split("__");
+        Ok(figment.merge(environment).extract().map_err(Box::new)?)
+    }
+
+    /// Address of the store.
+    pub fn store_url(&self) -> String {
+        self.store.url.clone().unwrap_or_else(|| format!("sqlite:{}", self.data_dir.join("tidewatch.db").display()))
+    }
+
+    pub(crate) fn gateway(&self) -> gateway::Config {
+        gateway::Config {
+            listen: self.listen,
+            auth: self.auth.clone(),
+            limits: self.limits.wire(),
+            cors_origins: self.cors_origins.clone(),
+            metrics_listen: self.metrics_listen,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(toml: &str) -> Result<Config, String> {
+        let figment = Figment::from(Serialized::defaults(Config::default())).merge(Toml::string(toml));
+        figment.extract().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_that_names_it() {
+        let error = read("[limits]\nbody_byte = 1").unwrap_err();
+        assert!(error.contains("body_byte"), "{error}");
+        let error = read("listn = \"127.0.0.1:1\"").unwrap_err();
+        assert!(error.contains("listn"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_said_keeps_its_default() {
+        let config = read("data_dir = \"/tmp/x\"\n[limits]\nmetrics = 7").unwrap();
+        assert_eq!((config.limits.metrics, config.limits.streams), (7, Limits::default().streams));
+        assert_eq!(config.store_url(), "sqlite:/tmp/x/tidewatch.db");
+        assert_eq!(config.listen.to_string(), "127.0.0.1:8080");
+    }
+}

@@ -1,0 +1,168 @@
+//! Questions asked once: read-only SQL over tables that are handed in.
+
+use crate::error::SqlError;
+use datafusion::arrow::array::RecordBatch;
+use datafusion::arrow::datatypes::SchemaRef;
+use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
+use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
+use datafusion::execution::SessionStateBuilder;
+use datafusion::execution::context::{SQLOptions, SessionContext};
+use datafusion::execution::memory_pool::FairSpillPool;
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::prelude::SessionConfig;
+use datafusion::sql::parser::Statement as DfStatement;
+use datafusion::sql::sqlparser::ast::Statement;
+use datafusion::sql::sqlparser::dialect::GenericDialect;
+use datafusion::sql::sqlparser::parser::{Parser, ParserError};
+use futures::StreamExt;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// What a question may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Rows of an answer; one more is an error, so that no answer is silently cut.
+    pub rows: usize,
+    /// Bytes of memory for sorts, joins and aggregates.
+    pub memory: usize,
+}
+
+/// A table the question may read.
+pub struct Table {
+    /// As in SQL: `["market", "trades"]` or `["vwap_1m"]`.
+    pub name: Vec<String>,
+    pub schema: SchemaRef,
+    pub batches: Vec<RecordBatch>,
+}
+
+/// Rows, all of one schema.
+#[derive(Debug)]
+pub struct Answer {
+    pub schema: SchemaRef,
+    pub batches: Vec<RecordBatch>,
+}
+
+/// Why a question has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum QueryError {
+    #[error(transparent)]
+    Sql(#[from] SqlError),
+    #[error("the answer has more than {0} rows; add LIMIT or aggregate, or raise limits.query_rows")]
+    TooManyRows(usize),
+    #[error("the query needs more than its {0} bytes of memory; ask for less at a time, or raise limits.query_memory")]
+    Memory(usize),
+    #[error("the query failed: {0}")]
+    Failed(String),
+}
+
+/// A question that may be run: one statement that reads.
+pub struct Question {
+    sql: String,
+    statement: Statement,
+}
+
+impl Question {
+    /// Parses `sql` and refuses all but one query.
+    pub fn parse(sql: &str) -> Result<Question, SqlError> {
+        let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
+        let statements = parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
+            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
+        })?;
+        match <[Statement; 1]>::try_from(statements) {
+            Ok([statement @ Statement::Query(_)]) => Ok(Question { sql: sql.to_owned(), statement }),
+            Ok(_) => Err(SqlError::new("only queries are allowed here: write a SELECT")),
+            Err(many) => Err(SqlError::new(format!("one statement at a time, this text has {}", many.len()))),
+        }
+    }
+
+    /// The tables it names, each as its parts.
+    pub fn tables(&self) -> Result<Vec<Vec<String>>, SqlError> {
+        let context = SessionContext::new();
+        let statement = DfStatement::Statement(Box::new(self.statement.clone()));
+        let tables = context.state().resolve_table_references(&statement);
+        let tables = tables.map_err(|error| SqlError::from_datafusion(&error, &self.sql))?;
+        Ok(tables.iter().map(datafusion::common::TableReference::to_vec).collect())
+    }
+
+    /// Runs it over `tables` and nothing else. `params` stand for `$1`, `$2`, ….
+    pub async fn run(self, params: &[Value], tables: Vec<Table>, bounds: Bounds) -> Result<Answer, QueryError> {
+        let convert = |error: DataFusionError| match error.find_root() {
+            DataFusionError::ResourcesExhausted(_) => QueryError::Memory(bounds.memory),
+            DataFusionError::Plan(_)
+            | DataFusionError::SQL(..)
+            | DataFusionError::SchemaError(..)
+            | DataFusionError::Diagnostic(..)
+            | DataFusionError::NotImplemented(_) => SqlError::from_datafusion(&error, &self.sql).into(),
+            other => QueryError::Failed(other.strip_backtrace()),
+        };
+        let mut config = SessionConfig::new().with_target_partitions(1).with_information_schema(false);
+        config.options_mut().sql_parser.collect_spans = true;
+        config.options_mut().execution.enable_recursive_ctes = false;
+        let runtime = RuntimeEnvBuilder::new()
+            .with_memory_pool(Arc::new(FairSpillPool::new(bounds.memory)))
+            .with_disk_manager_builder(
+                datafusion::execution::disk_manager::DiskManagerBuilder::default()
+                    .with_mode(datafusion::execution::disk_manager::DiskManagerMode::Disabled),
+            )
+            .build_arc()
+            .map_err(convert)?;
+        let state = SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
+        let context = SessionContext::new_with_state(state);
+        let catalog = context.catalog("datafusion").expect("the default catalog is there");
+        for table in tables {
+            let provider = Arc::new(MemTable::try_new(table.schema, vec![table.batches]).map_err(convert)?);
+            let (schema, name) = match table.name.as_slice() {
+                [name] => ("public", name),
+                [.., schema, name] => (schema.as_str(), name),
+                [] => continue,
+            };
+            let tables = match catalog.schema(schema) {
+                Some(tables) => tables,
+                None => {
+                    let tables: Arc<dyn SchemaProvider> = Arc::new(MemorySchemaProvider::new());
+                    catalog.register_schema(schema, tables.clone()).map_err(convert)?;
+                    tables
+                }
+            };
+            tables.register_table(name.clone(), provider).map_err(convert)?;
+        }
+        let statement = DfStatement::Statement(Box::new(self.statement.clone()));
+        let plan = context.state().statement_to_plan(statement).await.map_err(convert)?;
+        let read_only = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+        read_only.verify_plan(&plan).map_err(convert)?;
+        let plan = if params.is_empty() {
+            plan
+        } else {
+            let values = params.iter().map(|value| scalar(value).map(Into::into)).collect::<Result<Vec<_>, SqlError>>()?;
+            plan.with_param_values(ParamValues::List(values)).map_err(convert)?
+        };
+        let frame = context.execute_logical_plan(plan).await.map_err(convert)?;
+        let schema: SchemaRef = Arc::new(frame.schema().as_arrow().clone());
+        let mut stream = frame.execute_stream().await.map_err(convert)?;
+        let (mut batches, mut rows) = (Vec::new(), 0);
+        while let Some(batch) = stream.next().await {
+            let batch = batch.map_err(convert)?;
+            rows += batch.num_rows();
+            if rows > bounds.rows {
+                return Err(QueryError::TooManyRows(bounds.rows));
+            }
+            batches.push(batch);
+        }
+        Ok(Answer { schema, batches })
+    }
+}
+
+fn scalar(value: &Value) -> Result<ScalarValue, SqlError> {
+    Ok(match value {
+        Value::Null => ScalarValue::Null,
+        Value::Bool(value) => ScalarValue::from(*value),
+        Value::String(text) => ScalarValue::from(text.as_str()),
+        Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(int), _) => ScalarValue::from(int),
+            (None, Some(float)) => ScalarValue::from(float),
+            (None, None) => return Err(SqlError::new(format!("parameter {number} is no 64-bit number"))),
+        },
+        other => return Err(SqlError::new(format!("parameter {other} is neither text, number, boolean nor null"))),
+    })
+}
