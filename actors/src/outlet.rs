@@ -25,17 +25,41 @@ pub struct Update {
 #[derive(Clone, Debug)]
 pub enum What {
     /// New rows of a metric, final or provisional, in the order in which they became so.
-    Rows { metric: ItemName, program: Arc<Program>, rows: Arc<Rows> },
+    Rows {
+        metric: ItemName,
+        program: Arc<Program>,
+        rows: Arc<Rows>,
+    },
     /// A metric stopped.
-    MetricFailed { metric: ItemName, reason: String },
+    MetricFailed {
+        metric: ItemName,
+        reason: String,
+    },
     /// A metric is gone, or was defined anew: its rows so far say nothing about it any more.
-    MetricRemoved { metric: ItemName },
-    Alert { phase: AlertPhase, alert: Alert },
-    Portfolio { id: ItemName, summary: Arc<PortfolioSummary> },
+    MetricRemoved {
+        metric: ItemName,
+    },
+    Alert {
+        phase: AlertPhase,
+        alert: Alert,
+    },
+    Portfolio {
+        id: ItemName,
+        summary: Arc<PortfolioSummary>,
+    },
     /// Events as they were accepted; durable.
-    Events { stream: StreamName, batch: RecordBatch, offset: u64 },
+    Events {
+        stream: StreamName,
+        batch: RecordBatch,
+        offset: u64,
+    },
     /// One event of an agent run; `n` counts from 1.
-    Run { thread: String, run: String, n: u64, event: Arc<RunEvent> },
+    Run {
+        thread: String,
+        run: String,
+        n: u64,
+        event: Arc<RunEvent>,
+    },
 }
 
 /// A step in the life of an alert.

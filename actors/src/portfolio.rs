@@ -11,7 +11,10 @@ pub(crate) enum PortfolioMsg {
     /// New last prices of symbols it holds.
     Mark(Vec<(String, Price)>),
     /// It holds something else now.
-    Hold { positions: Vec<Position>, prices: Vec<(String, Price)> },
+    Hold {
+        positions: Vec<Position>,
+        prices: Vec<(String, Price)>,
+    },
     Summary(RpcReplyPort<Arc<PortfolioSummary>>),
 }
 

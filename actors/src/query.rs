@@ -35,17 +35,23 @@ impl Handler<Job> for Worker {
         let Job { question, params, tables, bounds, timeout, reply } = job;
         // actix does not bring a worker back that panicked, so no panic gets that far
         let work = std::panic::AssertUnwindSafe(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(Fault::internal)?;
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(Fault::internal)?;
             runtime.block_on(async {
                 let late = || {
-                    let detail = format!("the query ran longer than its {timeout:?}; ask for less, or raise timeout_ms");
+                    let detail =
+                        format!("the query ran longer than its {timeout:?}; ask for less, or raise timeout_ms");
                     Fault::invalid("query_timeout", detail)
                 };
-                tokio::time::timeout(timeout, question.run(&params, tables, bounds)).await.map_err(|_| late())?.map_err(fault)
+                tokio::time::timeout(timeout, question.run(&params, tables, bounds))
+                    .await
+                    .map_err(|_| late())?
+                    .map_err(fault)
             })
         });
-        let answer = std::panic::catch_unwind(work)
-            .unwrap_or_else(|_| Err(Fault::new(FaultKind::Invalid, "query_failed", "the query failed in its evaluation")));
+        let answer = std::panic::catch_unwind(work).unwrap_or_else(|_| {
+            Err(Fault::new(FaultKind::Invalid, "query_failed", "the query failed in its evaluation"))
+        });
         _ = reply.send(answer); // the caller may have left
     }
 }

@@ -1,6 +1,6 @@
 //! A metric's rows as JSON: what the store keeps and what HTTP answers.
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use arrow::json::LineDelimitedWriter;
@@ -43,7 +43,10 @@ fn with_times_as_text(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
     for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
         if let DataType::Timestamp(unit, _) = field.data_type() {
             let micros = arrow::compute::cast(column, &DataType::Timestamp(TimeUnit::Microsecond, None))?;
-            debug_assert!(matches!(unit, TimeUnit::Second | TimeUnit::Millisecond | TimeUnit::Microsecond | TimeUnit::Nanosecond));
+            debug_assert!(matches!(
+                unit,
+                TimeUnit::Second | TimeUnit::Millisecond | TimeUnit::Microsecond | TimeUnit::Nanosecond
+            ));
             let text: StringArray = micros
                 .as_primitive::<TimestampMicrosecondType>()
                 .iter()

@@ -280,7 +280,8 @@ impl System {
     fn adopt(&self, id: WorkspaceId, first: u64, rows: &[StreamRow]) -> Result<Arc<Tenant>, Fault> {
         let Deps { log, outlet, .. } = self.0.deps.as_ref();
         let limits = &self.0.limits;
-        let tenant = Tenant::new(id.clone(), first, log.clone(), outlet.clone(), limits.mailbox_bytes, limits.remembered_ids);
+        let tenant =
+            Tenant::new(id.clone(), first, log.clone(), outlet.clone(), limits.mailbox_bytes, limits.remembered_ids);
         {
             let mut schemas = tenant.schemas.write();
             schemas.extend(built_in_schemas());
@@ -409,9 +410,9 @@ impl System {
         {
             let schemas = tenant.schemas.read();
             match schemas.get(&stream) {
-                Some(known) => known.check_evolution(&schema).map_err(|error| {
-                    Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string())
-                })?,
+                Some(known) => known
+                    .check_evolution(&schema)
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
                 None if schemas.len() >= self.0.limits.streams + built_in().len() => {
                     return Err(over_limit("limits.streams", self.0.limits.streams));
                 }
@@ -592,15 +593,15 @@ impl System {
         let stored = RowQuery { limit: self.0.limits.query_rows * 10, ..RowQuery::default() };
         let (stored, more) = self.store().rows(id, &metric, &stored).await?;
         if more.is_some() {
-            let detail = format!("metric `{metric}` has too many rows for one query; read …/metrics/{metric}/rows in pages");
+            let detail =
+                format!("metric `{metric}` has too many rows for one query; read …/metrics/{metric}/rows in pages");
             return Err(Fault::invalid("query_memory", detail));
         }
         let finals = merge(stored, &recent, &query, false);
         let mut all = finals.iter().map(rows::from_store).collect::<Result<Vec<_>, _>>().map_err(Fault::internal)?;
         all.extend(live_rows(&recent, &query).map_err(Fault::internal)?);
         let schema = with_state(recent.program.output());
-        let mut decoder =
-            arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
+        let mut decoder = arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
         let mut batches = Vec::new();
         for rows in all.chunks(1024) {
             decoder.serialize(rows).map_err(Fault::internal)?;
@@ -613,8 +614,7 @@ impl System {
     async fn events(&self, id: &WorkspaceId, schema: &Arc<StreamSchema>) -> Result<Vec<RecordBatch>, Fault> {
         let (log, schema, most) = (self.0.deps.log.clone(), schema.clone(), self.0.limits.query_memory);
         let first = Offset(self.tenant(id)?.first);
-        let filter =
-            Filter { workspace: Some(id.clone()), stream: Some(schema.stream.clone()), ..Filter::default() };
+        let filter = Filter { workspace: Some(id.clone()), stream: Some(schema.stream.clone()), ..Filter::default() };
         let read = move || -> Result<Vec<RecordBatch>, Fault> {
             let (mut batches, mut bytes) = (Vec::new(), 0);
             for record in log.scan(log.head().max(first), filter).map_err(Fault::internal)? {
@@ -623,7 +623,9 @@ impl System {
                 bytes += batch.get_array_memory_size();
                 if bytes > most {
                     let stream = &schema.stream;
-                    let detail = format!("stream `{stream}` holds more than the {most} bytes of limits.query_memory; define a metric over it instead");
+                    let detail = format!(
+                        "stream `{stream}` holds more than the {most} bytes of limits.query_memory; define a metric over it instead"
+                    );
                     return Err(Fault::invalid("query_memory", detail));
                 }
                 batches.push(conform(&batch, schema.arrow())?);
@@ -702,7 +704,11 @@ impl System {
         if existed { Ok(()) } else { Err(unknown("position", "unknown_position", symbol)) }
     }
 
-    pub async fn portfolio_summary(&self, id: &WorkspaceId, portfolio: &ItemName) -> Result<Arc<PortfolioSummary>, Fault> {
+    pub async fn portfolio_summary(
+        &self,
+        id: &WorkspaceId,
+        portfolio: &ItemName,
+    ) -> Result<Arc<PortfolioSummary>, Fault> {
         self.ask(id, |reply| WorkspaceMsg::Summary { id: portfolio.clone(), reply }).await
     }
 
@@ -901,7 +907,10 @@ fn matches(row: &Map<String, Value>, wanted: &[(String, String)]) -> bool {
     wanted.iter().all(|(name, value)| match row.get(name) {
         Some(Value::String(text)) => text == value,
         Some(Value::Null) | None => false,
-        Some(other) => other.to_string() == *value,
+        Some(other) => {
+            let text = other.to_string();
+            text == *value
+        }
     })
 }
 

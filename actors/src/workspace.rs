@@ -30,8 +30,17 @@ use uuid::Uuid;
 
 /// All that reaches a workspace.
 pub(crate) enum WorkspaceMsg {
-    Events { offset: u64, stream: StreamName, batch: RecordBatch, permit: OwnedSemaphorePermit },
-    Advance { offset: u64, stream: StreamName, frontier: Micros },
+    Events {
+        offset: u64,
+        stream: StreamName,
+        batch: RecordBatch,
+        permit: OwnedSemaphorePermit,
+    },
+    Advance {
+        offset: u64,
+        stream: StreamName,
+        frontier: Micros,
+    },
     DeadLetters(Vec<DeadLetter>),
     /// Provisional rows are due.
     Tick,
@@ -40,16 +49,40 @@ pub(crate) enum WorkspaceMsg {
     /// Time to commit.
     Save,
     Saved(Result<u64, Unsaved>),
-    Define { name: ItemName, definition: MetricDefinition, program: Arc<Program>, reply: Reply<()> },
-    Remove { name: ItemName, reply: Reply<bool> },
-    Watch { name: ItemName, definition: RuleDefinition, reply: Reply<()> },
-    Unwatch { name: ItemName, reply: Reply<bool> },
+    Define {
+        name: ItemName,
+        definition: MetricDefinition,
+        program: Arc<Program>,
+        reply: Reply<()>,
+    },
+    Remove {
+        name: ItemName,
+        reply: Reply<bool>,
+    },
+    Watch {
+        name: ItemName,
+        definition: RuleDefinition,
+        reply: Reply<()>,
+    },
+    Unwatch {
+        name: ItemName,
+        reply: Reply<bool>,
+    },
     Metrics(RpcReplyPort<Vec<MetricInfo>>),
     Streams(RpcReplyPort<BTreeMap<StreamName, engine::workspace::StreamTime>>),
-    Rows { metric: ItemName, reply: Reply<Recent> },
+    Rows {
+        metric: ItemName,
+        reply: Reply<Recent>,
+    },
     /// A portfolio or its positions changed in the store.
-    Hold { id: ItemName, reply: Reply<()> },
-    Summary { id: ItemName, reply: Reply<Arc<PortfolioSummary>> },
+    Hold {
+        id: ItemName,
+        reply: Reply<()>,
+    },
+    Summary {
+        id: ItemName,
+        reply: Reply<Arc<PortfolioSummary>>,
+    },
     /// Commits what there is, then stops.
     Drain(RpcReplyPort<()>),
 }
@@ -267,6 +300,8 @@ impl State {
         let (id, store) = (self.tenant.id.clone(), self.deps.store.clone());
         let checkpoint = store.checkpoint(&id).await?;
         self.applied = checkpoint.as_ref().map_or(0, |c| c.offset).max(self.tenant.first).max(self.deps.log.head().0);
+        // a commit without the state stands for this offset until the state is saved again
+        self.tenant.counters.saved.store(self.applied, Relaxed);
         let mut later = Vec::new();
         for row in store.metrics(&id).await? {
             let definition: MetricDefinition = serde_json::from_value(row.definition)?;
@@ -278,7 +313,11 @@ impl State {
                 }
             };
             let defined = self.defined(definition, program, row.version, row.since_offset);
-            if row.since_offset <= self.applied { self.begin(row.name, defined)? } else { later.push((row.name, defined)) }
+            if row.since_offset <= self.applied {
+                self.begin(row.name, defined)?
+            } else {
+                later.push((row.name, defined))
+            }
         }
         for row in store.alert_rules(&id).await? {
             self.rules.insert(row.name, serde_json::from_value(row.definition)?);
@@ -316,7 +355,6 @@ impl State {
         if self.dirty || !self.unsaved.is_empty() {
             self.plan_save(myself);
         }
-        self.tenant.counters.saved.fetch_max(self.applied, Relaxed);
         Ok(())
     }
 
@@ -426,7 +464,13 @@ impl State {
         self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
     }
 
-    fn after(&mut self, myself: &ActorRef<WorkspaceMsg>, stream: &StreamName, outputs: Outputs, batch: Option<&RecordBatch>) {
+    fn after(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        stream: &StreamName,
+        outputs: Outputs,
+        batch: Option<&RecordBatch>,
+    ) {
         if let Some(batch) = batch {
             self.late(stream, batch, &outputs);
         }
@@ -528,7 +572,10 @@ impl State {
                 stream: stream.clone(),
                 at,
                 code: "late".to_owned(),
-                detail: format!("came after the window of metric `{}` was final and its allowed lateness over", late.metric),
+                detail: format!(
+                    "came after the window of metric `{}` was final and its allowed lateness over",
+                    late.metric
+                ),
                 payload: line.unwrap_or_default(),
             });
         }
@@ -733,7 +780,8 @@ impl State {
         {
             return Ok(()); // the same again changes nothing
         }
-        let since = if definition.backfill.is_some() { self.deps.log.head().0.max(self.tenant.first) } else { self.applied };
+        let since =
+            if definition.backfill.is_some() { self.deps.log.head().0.max(self.tenant.first) } else { self.applied };
         if self.metrics.contains_key(&name) {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
@@ -759,9 +807,8 @@ impl State {
     async fn compute(&mut self, name: &ItemName, since: u64) -> Result<(), ActorProcessingErr> {
         let defined = &self.metrics[name];
         let (program, version) = (defined.program.clone(), defined.version);
-        let oldest = defined.definition.backfill.and_then(|span| {
-            Some(self.engine.frontier(program.stream())?.minus(span))
-        });
+        let oldest =
+            defined.definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
         let mut alone = Workspace::default();
         alone.define(name.clone(), version, program.clone(), timing(&defined.definition))?;
         let until = self.applied;
@@ -845,7 +892,8 @@ impl State {
         };
         let program = defined.program.clone();
         let live = self.engine.live(metric).map_err(|error| Fault::invalid("metric_failed", error.to_string()))?;
-        let unsaved = self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
+        let unsaved =
+            self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
         Ok(Recent { program, unsaved, live })
     }
 
@@ -878,7 +926,8 @@ impl State {
             prices,
             outlet: self.deps.outlet.clone(),
         };
-        let (actor, _) = Actor::spawn_linked(None, PortfolioActor, start, myself.get_cell()).await.map_err(Fault::internal)?;
+        let (actor, _) =
+            Actor::spawn_linked(None, PortfolioActor, start, myself.get_cell()).await.map_err(Fault::internal)?;
         self.portfolios.insert(id, Held { actor, symbols });
         Ok(())
     }
@@ -909,7 +958,12 @@ impl State {
         });
     }
 
-    async fn portfolio_failed(&mut self, myself: &ActorRef<WorkspaceMsg>, cell: &ActorCell, error: &ActorProcessingErr) {
+    async fn portfolio_failed(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        cell: &ActorCell,
+        error: &ActorProcessingErr,
+    ) {
         let failed = self.portfolios.iter().find(|(_, held)| held.actor.get_id() == cell.get_id());
         let Some(id) = failed.map(|(id, _)| id.clone()) else { return };
         tracing::error!(workspace = %self.tenant.id, portfolio = %id, %error, "portfolio actor failed; starting it again");

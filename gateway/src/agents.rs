@@ -75,7 +75,8 @@ fn unknown_agent(name: &str) -> Problem {
     Problem::not_found("unknown_agent", format!("there is no agent `{name}`; GET agents names those there are"))
 }
 
-fn asker(member: &Member, agent: ItemName) -> Asker {
+/// A member as one who asks `agent`.
+pub(crate) fn asker(member: &Member, agent: ItemName) -> Asker {
     Asker { agent, user: member.user.clone(), may_hold: member.role.may(Permission::Hold) }
 }
 
@@ -246,6 +247,8 @@ const WAITING_MAX: usize = 16;
 const PING_EVERY: Duration = Duration::from_secs(25);
 /// A client that says nothing for so long, not even a pong, is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// A client that takes no frame for so long is gone.
+const SEND_WITHIN: Duration = Duration::from_secs(30);
 
 const PROTOCOL: &str = "tidewatch.v1";
 
@@ -436,7 +439,7 @@ impl Chat {
                         is_over = event.is_terminal();
                         feed(sink, agui::encode(&event, dialect)).await?;
                     }
-                    sink.flush().await.map_err(|_| Gone)?;
+                    in_time(sink.flush()).await?;
                     if is_over {
                         active = None;
                     }
@@ -461,7 +464,7 @@ impl Chat {
                     if heard.elapsed() > SILENCE_MAX {
                         return Err(Gone);
                     }
-                    sink.send(Message::Ping(Bytes::new())).await.map_err(|_| Gone)?;
+                    in_time(sink.send(Message::Ping(Bytes::new()))).await?;
                 }
                 () = until(&self.state, &signed_in.member) => {
                     close(sink, SIGN_IN_OVER, "the token has expired").await;
@@ -589,17 +592,24 @@ fn token_of(text: &str) -> Option<String> {
     (frame["type"] == "auth").then(|| frame["token"].as_str().map(str::to_owned))?
 }
 
+async fn in_time<E>(send: impl Future<Output = Result<(), E>>) -> Result<(), Gone> {
+    match timeout(SEND_WITHIN, send).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) | Err(_) => Err(Gone),
+    }
+}
+
 async fn feed(sink: &mut Sink, text: String) -> Result<(), Gone> {
-    sink.feed(Message::text(text)).await.map_err(|_| Gone)
+    in_time(sink.feed(Message::text(text))).await
 }
 
 /// Says what is wrong with a frame, as the one kind of event that clients expect outside a run.
 async fn tell(sink: &mut Sink, message: &str, code: &str) -> Result<(), Gone> {
-    sink.send(Message::text(agui::error(message, code).to_string())).await.map_err(|_| Gone)
+    in_time(sink.send(Message::text(agui::error(message, code).to_string()))).await
 }
 
 async fn close(sink: &mut Sink, code: u16, reason: &'static str) {
     let frame = CloseFrame { code, reason: reason.into() };
-    _ = sink.send(Message::Close(Some(frame))).await; // the client may have left
-    _ = sink.close().await;
+    _ = in_time(sink.send(Message::Close(Some(frame)))).await; // the client may have left
+    _ = in_time(sink.close()).await;
 }

@@ -33,7 +33,8 @@ const LEEWAY: Span = Span::seconds(30);
 const TOKEN_BYTES_MAX: usize = 8 << 10;
 const SECRET_BYTES_MIN: usize = 32;
 
-const PASSWORD_BYTES_MIN: usize = 8;
+/// A password has at least so many characters.
+pub const PASSWORD_CHARS_MIN: usize = 8;
 const PASSWORD_BYTES_MAX: usize = 1 << 10;
 /// How long a sign-in waits for its turn to be checked: each check takes 19 MiB, so few run at once.
 const HASH_WAIT: Duration = Duration::from_secs(5);
@@ -170,7 +171,7 @@ impl Auth {
         validation.set_issuer(&[ISSUER]);
         validation.set_audience(&[AUDIENCE]);
         validation.validate_exp = false; // checked against the time that is handed in
-        let dummy_hash = hash("nobody has this password").map_err(|e| AuthError::Bootstrap(e.to_string()))?;
+        let dummy_hash = hash_password("nobody has this password").map_err(|e| AuthError::Bootstrap(e.to_string()))?;
         Ok(Auth {
             signing: EncodingKey::from_secret(secret.as_bytes()),
             checking: DecodingKey::from_secret(secret.as_bytes()),
@@ -210,7 +211,7 @@ impl Auth {
         check_email(email)?;
         check_password(password)?;
         let password = password.to_owned();
-        let password_hash = self.hashing(move || hash(&password)).await?.map_err(Problem::internal)?;
+        let password_hash = self.hashing(move || hash_password(&password)).await?.map_err(Problem::internal)?;
         let id = uuid::Uuid::now_v7().to_string();
         let user = User { id, email: email.to_lowercase(), password_hash, admin, created_at: now };
         match store.create_user(&user).await {
@@ -452,8 +453,10 @@ impl Auth {
     }
 }
 
+/// A password as it is stored: a PHC string, different each time.
+///
 /// Argon2id with the parameters OWASP asks for as a minimum (19 MiB, 2 passes, 1 lane), which are the crate's defaults.
-fn hash(password: &str) -> Result<String, argon2::password_hash::Error> {
+pub fn hash_password(password: &str) -> Result<String, argon2::password_hash::Error> {
     let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>())?;
     Ok(Argon2::default().hash_password(password.as_bytes(), &salt)?.to_string())
 }
@@ -472,11 +475,10 @@ fn check_email(email: &str) -> Result<(), Problem> {
 }
 
 fn check_password(password: &str) -> Result<(), Problem> {
-    let bytes = password.len();
-    if (PASSWORD_BYTES_MIN..=PASSWORD_BYTES_MAX).contains(&bytes) {
+    if password.chars().count() >= PASSWORD_CHARS_MIN && password.len() <= PASSWORD_BYTES_MAX {
         return Ok(());
     }
-    let detail = format!("a password has {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX} bytes, this one has {bytes}");
+    let detail = format!("a password has at least {PASSWORD_CHARS_MIN} characters and at most {PASSWORD_BYTES_MAX} bytes");
     Err(Problem::invalid("bad_password", detail))
 }
 
@@ -675,7 +677,7 @@ mod tests {
 
     #[test]
     fn a_password_is_verified_by_its_hash_and_two_hashes_differ() {
-        let (one, two) = (hash("correct horse").unwrap(), hash("correct horse").unwrap());
+        let (one, two) = (hash_password("correct horse").unwrap(), hash_password("correct horse").unwrap());
         assert!(one.starts_with("$argon2id$v=19$m=19456,t=2,p=1$") && one != two);
         assert!(verify("correct horse", &one) && !verify("wrong horse", &one) && !verify("", "no hash"));
     }

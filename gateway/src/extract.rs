@@ -32,6 +32,11 @@ pub(crate) struct Query<T>(pub(crate) T);
 pub(crate) struct Seen(Arc<OnceLock<String>>);
 
 impl Seen {
+    /// Tells who it is; the first to tell is right.
+    pub(crate) fn tell(&self, name: String) {
+        _ = self.0.set(name); // somebody told it before
+    }
+
     pub(crate) fn name(&self) -> Option<&str> {
         self.0.get().map(String::as_str)
     }
@@ -50,7 +55,7 @@ impl FromRequestParts<AppState> for Caller {
         let token = bearer(parts).ok_or_else(missing)?;
         let caller = state.auth.authenticate(state.system.store(), token, state.system.now()).await?;
         if let Some(seen) = parts.extensions.get::<Seen>() {
-            _ = seen.0.set(caller.name.clone()); // the first extractor has told it already
+            seen.tell(caller.name.clone());
         }
         Ok(caller)
     }

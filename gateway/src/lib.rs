@@ -6,15 +6,40 @@ mod problem; // errors as clients see them
 mod permission; // what a role may do
 mod auth; // passwords, tokens, API keys
 mod extract; // what handlers take from a request
+mod span; // durations as people write them
+mod encode; // what is inside as JSON
+mod ingest; // bodies with events
+mod routes; // the HTTP API by area
 mod hub; // channels, and who listens to them
+mod socket; // the WebSocket
+mod agui; // agent runs as AG-UI events
+mod agents; // the routes of agents
+mod openapi; // what the API looks like
+mod console; // the web console
+mod edge; // what happens to every request and answer
+mod serve; // connections, and how they drain
 
-pub use auth::{Auth, AuthError};
+pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, hash_password};
 pub use config::{AuthConfig, Config, Limits};
 pub use hub::Hub;
+pub use serve::serve;
 
 use actors::System;
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
+use axum::http::{HeaderName, HeaderValue, Method};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::get;
+use ingest::Intake;
+use metrics_exporter_prometheus::PrometheusHandle;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
+use tower_http::compression::CompressionLayer;
+use tower_http::cors::CorsLayer;
 
 /// What every handler works with. A clone is another handle to it.
 #[derive(Clone)]
@@ -23,6 +48,56 @@ pub struct AppState {
     pub auth: Arc<Auth>,
     pub hub: Arc<Hub>,
     pub config: Arc<Config>,
+    /// Renders what `/metrics` answers.
+    pub metrics: PrometheusHandle,
     /// Cancelled when the server drains: long answers end then.
     pub closing: CancellationToken,
+    pub(crate) intake: Arc<Intake>,
+}
+
+impl AppState {
+    /// The state of a server that is not draining.
+    pub fn new(system: System, auth: Arc<Auth>, hub: Arc<Hub>, config: Arc<Config>, metrics: PrometheusHandle) -> Self {
+        Self { system, auth, hub, config, metrics, closing: CancellationToken::new(), intake: Arc::default() }
+    }
+}
+
+/// Bytes of a request body, but for those with events.
+const BODY_BYTES: usize = 1 << 20;
+/// Smaller answers are not worth compressing.
+const COMPRESSED_FROM: u16 = 1024;
+
+/// Every route, in its layers.
+pub(crate) fn router(state: AppState) -> Router {
+    let mut router = Router::new().merge(routes::routes()).merge(agents::routes()).merge(socket::routes());
+    router = router.merge(openapi::routes());
+    if state.config.metrics_listen.is_none() {
+        router = router.route("/metrics", get(routes::prometheus));
+    }
+    let compressed = SizeAbove::new(COMPRESSED_FROM).and(DefaultPredicate::new());
+    // the last layer is the outermost
+    router
+        .fallback(console::fallback)
+        .layer(from_fn(edge::measure))
+        .layer(from_fn_with_state(state.clone(), edge::audit))
+        .layer(DefaultBodyLimit::max(BODY_BYTES))
+        .layer(CompressionLayer::new().compress_when(compressed))
+        .layer(CatchPanicLayer::custom(problem::of_panic))
+        .layer(from_fn(problem::document_errors))
+        .layer(cors(&state.config.cors_origins))
+        .layer(from_fn(edge::identify))
+        .with_state(state)
+}
+
+/// Lets pages of the listed origins call; without any, pages of this server only.
+fn cors(origins: &[String]) -> CorsLayer {
+    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
+    let last_event_id = HeaderName::from_static("last-event-id");
+    let [request_id, retry_after] = ["x-request-id", "retry-after"].map(HeaderName::from_static);
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+        .allow_headers([AUTHORIZATION, CONTENT_TYPE, CONTENT_ENCODING, ACCEPT, last_event_id, request_id.clone()])
+        .expose_headers([request_id, retry_after])
+        .max_age(Duration::from_secs(3600))
 }

@@ -61,7 +61,8 @@ pub async fn workspace(command: WorkspaceCommand) -> Result<()> {
         WorkspaceCommand::Create { id, name, owner, config } => {
             let store = store(config).await?;
             let user = store.user_by_email(&owner.to_lowercase()).await?;
-            let user = user.with_context(|| format!("there is no user `{owner}`; create it with `tidewatch user create`"))?;
+            let user =
+                user.with_context(|| format!("there is no user `{owner}`; create it with `tidewatch user create`"))?;
             let name = name.unwrap_or_else(|| id.to_string());
             let created_at = SystemClock.now();
             let workspace = Workspace { id: id.clone(), name, pack: None, tier: "free".to_owned(), created_at };

@@ -12,13 +12,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use streams::log::{EmbeddedLog, Log};
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 /// A built system that listens and is ready to serve.
 pub struct App {
     state: AppState,
     listener: TcpListener,
-    metrics: PrometheusHandle,
 }
 
 /// How long a drain may take in all; the contract promises 10 s.
@@ -61,14 +59,8 @@ impl App {
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-        let state = AppState {
-            system,
-            auth: Arc::new(auth),
-            hub,
-            config: Arc::new(wire),
-            closing: CancellationToken::new(),
-        };
-        Ok(App { state, listener, metrics })
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), metrics);
+        Ok(App { state, listener })
     }
 
     /// Where it listens; the port is real also where 0 was asked for.
@@ -83,8 +75,8 @@ impl App {
 
     /// Serves until `stop`, then drains: no new connections, answers finished, clients told to come back, state committed.
     pub async fn serve_until(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let system = self.state.system.clone();
-        gateway::serve(self.listener, self.state, self.metrics, stop).await?;
+        let (system, config) = (self.state.system.clone(), self.state.config.clone());
+        gateway::serve(self.listener, self.state, &config, stop).await?;
         tracing::info!("draining");
         system.stop(DRAIN).await;
         system.store().close().await;

@@ -147,14 +147,23 @@ pub async fn replay(args: Replay) -> Result<()> {
     let seconds = began.elapsed().as_secs_f64();
     let Tally { accepted, duplicates, rejected, unreadable } = tally;
     let sent = accepted + duplicates + rejected;
-    println!("accepted {accepted}, duplicates {duplicates}, rejected {rejected}, unreadable rows {unreadable} in {seconds:.1} s ({:.0} events/s)", sent as f64 / seconds);
+    println!(
+        "accepted {accepted}, duplicates {duplicates}, rejected {rejected}, unreadable rows {unreadable} in {seconds:.1} s ({:.0} events/s)",
+        sent as f64 / seconds
+    );
     if accepted + duplicates == 0 {
         bail!("no event was accepted");
     }
     Ok(())
 }
 
-async fn send(session: &Session, args: &Replay, mut reader: Reader, bar: &ProgressBar, tally: &mut Tally) -> Result<()> {
+async fn send(
+    session: &Session,
+    args: &Replay,
+    mut reader: Reader,
+    bar: &ProgressBar,
+    tally: &mut Tally,
+) -> Result<()> {
     let path = format!("/api/v1/workspaces/{}/streams/{}/events?ts_unit=us", args.workspace, args.stream);
     let mut pace = Pacer::new(args.speed);
     loop {

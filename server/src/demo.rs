@@ -328,7 +328,8 @@ pub async fn run(demo: Demo) -> Result<()> {
     config.auth.bootstrap_password = Some(password.clone());
     let app = App::build(config).await?;
     let system = app.system().clone();
-    let user = system.store().user_by_email(EMAIL).await?.context("the demo's user is missing; delete the data directory")?;
+    let user =
+        system.store().user_by_email(EMAIL).await?.context("the demo's user is missing; delete the data directory")?;
     let fresh = prepare(&system, &user.id).await?;
     let stop = CancellationToken::new();
     let feeding = tokio::spawn(feed(system, fresh, speed, live, seed, stop.clone()));

@@ -42,16 +42,22 @@ enum Command {
         seed: u64,
     },
     /// The engine.
-    #[command(after_help = "Example: TIDEWATCH__AUTH__SECRET=$(openssl rand -base64 48) tidewatch serve --config tidewatch.toml")]
+    #[command(
+        after_help = "Example: TIDEWATCH__AUTH__SECRET=$(openssl rand -base64 48) tidewatch serve --config tidewatch.toml"
+    )]
     Serve {
         #[arg(long)]
         config: Option<PathBuf>,
     },
     /// Sends recorded events from files to a running server.
-    #[command(after_help = "Example: tidewatch replay trades.parquet -w acme -s market.trades --ts ts_ns --ts-unit ns --map 'price=price_e4*0.0001' --map qty=size")]
+    #[command(
+        after_help = "Example: tidewatch replay trades.parquet -w acme -s market.trades --ts ts_ns --ts-unit ns --map 'price=price_e4*0.0001' --map qty=size"
+    )]
     Replay(Replay),
     /// Asks a running server in SQL.
-    #[command(after_help = "Example: tidewatch query 'SELECT symbol, count(*) FROM market.trades GROUP BY symbol' -w acme")]
+    #[command(
+        after_help = "Example: tidewatch query 'SELECT symbol, count(*) FROM market.trades GROUP BY symbol' -w acme"
+    )]
     Query(Query),
     /// Validates a configuration file or a metric's SQL; says line, column and mend.
     #[command(after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql")]

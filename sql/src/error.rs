@@ -64,9 +64,10 @@ impl SqlError {
         }
         let text = error.find_root().strip_backtrace();
         let text = text.lines().next().unwrap_or_default();
-        let text = ["Error during planning: ", "SQL error: ", "Schema error: ", "Invalid or Unsupported Configuration: "]
-            .iter()
-            .fold(text, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
+        let text =
+            ["Error during planning: ", "SQL error: ", "Schema error: ", "Invalid or Unsupported Configuration: "]
+                .iter()
+                .fold(text, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
         SqlError::from_parser(text).placed(sql)
     }
 
@@ -76,7 +77,8 @@ impl SqlError {
         let text = text.strip_prefix("sql parser error: ").unwrap_or(text);
         if let Some((message, place)) = text.rsplit_once(" at Line: ")
             && let Some((line, column)) = place.split_once(", Column: ")
-            && let (Ok(line), Ok(column)) = (line.parse(), column.trim_end_matches(|c: char| !c.is_ascii_digit()).parse())
+            && let (Ok(line), Ok(column)) =
+                (line.parse(), column.trim_end_matches(|c: char| !c.is_ascii_digit()).parse())
         {
             return Self { line: Some(line), column: Some(column), message: message.to_owned(), help: None };
         }
@@ -88,14 +90,15 @@ impl SqlError {
         if self.line.is_some() {
             return self;
         }
-        let unknown = self.message.strip_prefix("No field named ").map(|rest| {
-            rest.split(". ").next().unwrap_or(rest).trim_end_matches('.').trim_matches('"')
-        });
+        let unknown = self
+            .message
+            .strip_prefix("No field named ")
+            .map(|rest| rest.split(". ").next().unwrap_or(rest).trim_end_matches('.').trim_matches('"'));
         let quoted = self.message.split(['\'', '"', '`']).skip(1).step_by(2);
         let words = unknown.into_iter().chain(quoted).flat_map(|word| [word, word.rsplit('.').next().unwrap_or(word)]);
-        let found = words.filter(|word| !word.is_empty()).find_map(|word| {
-            sql.to_ascii_lowercase().find(&word.to_ascii_lowercase())
-        });
+        let found = words
+            .filter(|word| !word.is_empty())
+            .find_map(|word| sql.to_ascii_lowercase().find(&word.to_ascii_lowercase()));
         // an unplaced error concerns the statement as a whole
         let (line, column) = place_of(sql, found.unwrap_or_else(|| sql.len() - sql.trim_start().len()));
         (self.line, self.column) = (Some(line), Some(column));

@@ -12,15 +12,15 @@ use datafusion::common::tree_node::TreeNode;
 use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, TableReference};
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::{ExecutionProps, SessionContext};
+use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::{Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, SkipType, SortExpr};
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
-use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::physical_expr::{LexOrdering, PhysicalExpr, PhysicalSortExpr, create_physical_sort_expr};
 use datafusion::prelude::SessionConfig;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{
-    self, Expr as SqlExpr, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, SetExpr,
-    Spanned, Statement, TableFactor, visit_expressions_mut,
+    self, Expr as SqlExpr, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, SetExpr, Spanned,
+    Statement, TableFactor, visit_expressions_mut,
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
@@ -33,8 +33,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Weak};
 
 /// The functions that cut time, as they are written.
-const WINDOWS: &str =
-    "tumble(ts, INTERVAL '1 minute') or hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes')";
+const WINDOWS: &str = "tumble(ts, INTERVAL '1 minute') or hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes')";
 
 /// Names a metric's own columns cannot have.
 const RESERVED: [&str; 4] = ["window_start", "window_end", "final", "revision"];
@@ -42,7 +41,14 @@ const RESERVED: [&str; 4] = ["window_start", "window_end", "final", "revision"];
 /// Plans metrics, each distinct text over one schema once for the whole process.
 #[derive(Default)]
 pub struct Planner {
-    programs: Mutex<HashMap<(String, usize), (SchemaRef, Weak<Program>)>>,
+    programs: Mutex<HashMap<(String, usize), Planned>>,
+}
+
+/// A program that some workspace still runs.
+struct Planned {
+    program: Weak<Program>,
+    /// Kept so that its address, which is part of the key, is not used again.
+    _input: SchemaRef,
 }
 
 impl Planner {
@@ -59,14 +65,13 @@ impl Planner {
                 .help(format!("define it with PUT …/streams/{} or name one that exists", metric.stream))
         })?;
         let key = (sql.to_owned(), Arc::as_ptr(&input) as usize);
-        if let Some(known) = self.programs.lock().get(&key).and_then(|(_, program)| program.upgrade()) {
+        if let Some(known) = self.programs.lock().get(&key).and_then(|known| known.program.upgrade()) {
             return Ok(known);
         }
         let program = Arc::new(metric.program(sql, input.clone()).await?);
         let mut programs = self.programs.lock();
-        programs.retain(|_, (_, program)| program.strong_count() > 0);
-        // the schema is kept beside the program, so that its address is not used again
-        programs.insert(key, (input, Arc::downgrade(&program)));
+        programs.retain(|_, known| known.program.strong_count() > 0);
+        programs.insert(key, Planned { program: Arc::downgrade(&program), _input: input });
         Ok(program)
     }
 }
@@ -74,7 +79,8 @@ impl Planner {
 /// An alert rule's condition over the rows of `program`: a boolean expression.
 pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
     let context = SessionContext::new_with_config(config());
-    let schema = DFSchema::try_from(program.output().as_ref().clone()).map_err(|e| SqlError::from_datafusion(&e, sql))?;
+    let schema =
+        DFSchema::try_from(program.output().as_ref().clone()).map_err(|e| SqlError::from_datafusion(&e, sql))?;
     let convert = |error: DataFusionError| SqlError::from_datafusion(&error, sql);
     let expr = context.parse_sql_expr(sql, &schema).map_err(convert)?;
     if expr.exists(|e| Ok(matches!(e, Expr::AggregateFunction(_) | Expr::WindowFunction(_)))).map_err(convert)? {
@@ -108,13 +114,16 @@ impl MetricSql {
     /// Reads the text, takes the window out of GROUP BY and refuses what no window program can do.
     pub fn parse(sql: &str) -> Result<MetricSql, SqlError> {
         let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-        let statements = parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-        })?;
+        let statements =
+            parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
+                ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+                ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
+            })?;
         let mut statement = match <[Statement; 1]>::try_from(statements) {
             Ok([statement]) => statement,
-            Err(many) => return Err(SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len()))),
+            Err(many) => {
+                return Err(SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())));
+            }
         };
         let place = statement.span().start;
         let Statement::Query(query) = &mut statement else {
@@ -125,7 +134,10 @@ impl MetricSql {
         }
         let select = match query.body.as_mut() {
             SetExpr::Select(select) => select,
-            other => return Err(unsupported("UNION, EXCEPT, INTERSECT and VALUES", "define one metric for each part").at(other.span().start)),
+            other => {
+                return Err(unsupported("UNION, EXCEPT, INTERSECT and VALUES", "define one metric for each part")
+                    .at(other.span().start));
+            }
         };
         if select.distinct.is_some() {
             return Err(unsupported("SELECT DISTINCT", "GROUP BY the columns instead").at(place));
@@ -161,9 +173,9 @@ impl MetricSql {
         let _ = visit_expressions_mut(&mut statement, |expr| {
             if same(expr, &call) {
                 *expr = column("window_start");
-            } else if let Err(error) | Ok(Some(error)) = window_of(expr).map(|w| {
-                w.map(|_| SqlError::new("a window call stands only in GROUP BY").at(expr.span().start))
-            }) {
+            } else if let Err(error) | Ok(Some(error)) = window_of(expr)
+                .map(|w| w.map(|_| SqlError::new("a window call stands only in GROUP BY").at(expr.span().start)))
+            {
                 nested = Some(error);
                 return ControlFlow::Break(());
             }
@@ -180,9 +192,7 @@ impl MetricSql {
         let context = SessionContext::new_with_config(config());
         let (schema, table) = self.stream.parts();
         let tables = Arc::new(MemorySchemaProvider::new());
-        tables
-            .register_table(table.to_owned(), Arc::new(EmptyTable::new(with_bounds(&input))))
-            .map_err(convert)?;
+        tables.register_table(table.to_owned(), Arc::new(EmptyTable::new(with_bounds(&input)))).map_err(convert)?;
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         catalog.register_schema(schema, tables).map_err(convert)?;
         let state = context.state();
@@ -221,7 +231,9 @@ fn stream_of(select: &ast::Select) -> Result<(StreamName, datafusion::sql::sqlpa
         return Err(unsupported("a join", "read one stream").at(join.relation.span().start));
     }
     let TableFactor::Table { name, args: None, .. } = &from.relation else {
-        return Err(unsupported("a subquery or table function in FROM", "read one stream").at(from.relation.span().start));
+        return Err(
+            unsupported("a subquery or table function in FROM", "read one stream").at(from.relation.span().start)
+        );
     };
     let place = name.span().start;
     let parts: Vec<&str> = name.0.iter().filter_map(|part| part.as_ident()).map(|ident| ident.value.as_str()).collect();
@@ -243,7 +255,11 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
         }
         _ => return Ok(None),
     };
-    let usage = || SqlError::new(format!("`{name}` takes ts and {wanted} constant interval(s)")).at(place).help(format!("write {WINDOWS}"));
+    let usage = || {
+        SqlError::new(format!("`{name}` takes ts and {wanted} constant interval(s)"))
+            .at(place)
+            .help(format!("write {WINDOWS}"))
+    };
     let FunctionArguments::List(list) = &call.args else { return Err(usage()) };
     let args: Vec<&SqlExpr> = list
         .args
@@ -262,7 +278,8 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
         _ => false,
     };
     if !is_ts {
-        return Err(SqlError::new(format!("`{name}` cuts event time: its first argument is ts, not `{}`", args[0])).at(args[0].span().start));
+        return Err(SqlError::new(format!("`{name}` cuts event time: its first argument is ts, not `{}`", args[0]))
+            .at(args[0].span().start));
     }
     let spans = args[1..].iter().map(|arg| interval(arg)).collect::<Result<Vec<_>, _>>()?;
     let window = if wanted == 1 { Window::tumble(spans[0]) } else { Window::hop(spans[0], spans[1]) };
@@ -273,7 +290,9 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
 fn interval(expr: &SqlExpr) -> Result<Span, SqlError> {
     let place = expr.span().start;
     let constant = || {
-        SqlError::new(format!("`{expr}` is not a constant interval")).at(place).help("write for example INTERVAL '1 minute'")
+        SqlError::new(format!("`{expr}` is not a constant interval"))
+            .at(place)
+            .help("write for example INTERVAL '1 minute'")
     };
     let SqlExpr::Interval(interval) = expr else { return Err(constant()) };
     let text = match interval.value.as_ref() {
@@ -291,7 +310,9 @@ fn interval(expr: &SqlExpr) -> Result<Span, SqlError> {
     let parsed = parse_interval_month_day_nano(&text)
         .map_err(|error| SqlError::new(format!("`{text}` is no interval: {error}")).at(place))?;
     if parsed.months != 0 {
-        return Err(SqlError::new("months and years have no fixed length").at(place).help("use days, for example INTERVAL '30 days'"));
+        return Err(SqlError::new("months and years have no fixed length")
+            .at(place)
+            .help("use days, for example INTERVAL '30 days'"));
     }
     if parsed.nanoseconds % 1_000 != 0 {
         return Err(SqlError::new(format!("`{text}` is finer than a microsecond")).at(place));
@@ -340,10 +361,9 @@ impl<'a> Shape<'a> {
         let (mut sort, mut skip, mut fetch, mut having): (&[SortExpr], _, _, _) = (&[], 0, None, None);
         if let LogicalPlan::Limit(limit) = plan {
             let constant = || SqlError::new("LIMIT and OFFSET of a metric are constant numbers");
-            let (SkipType::Literal(s), FetchType::Literal(f)) = (
-                limit.get_skip_type().map_err(|_| constant())?,
-                limit.get_fetch_type().map_err(|_| constant())?,
-            ) else {
+            let (SkipType::Literal(s), FetchType::Literal(f)) =
+                (limit.get_skip_type().map_err(|_| constant())?, limit.get_fetch_type().map_err(|_| constant())?)
+            else {
                 return Err(constant());
             };
             (skip, fetch) = (s, f);
@@ -356,7 +376,8 @@ impl<'a> Shape<'a> {
         }
         let LogicalPlan::Projection(projection) = plan else { return Err(odd(plan)) };
         if matches!(projection.input.as_ref(), LogicalPlan::Sort(_)) {
-            return Err(SqlError::new("ORDER BY uses an expression that is not selected").help("select it too, and order by its name"));
+            return Err(SqlError::new("ORDER BY uses an expression that is not selected")
+                .help("select it too, and order by its name"));
         }
         let select = projection.expr.as_slice();
         plan = &projection.input;
@@ -459,7 +480,9 @@ impl<'a> Shape<'a> {
         let mut seen: Vec<&str> = Vec::new();
         for (name, _) in keys.iter().map(|(n, e)| (n, e)).chain(values.iter().map(|(n, e)| (n, e))) {
             if seen.contains(&name.as_str()) {
-                return Err(SqlError::new(format!("two columns are called `{name}`")).help("rename one with AS").into());
+                return Err(SqlError::new(format!("two columns are called `{name}`"))
+                    .help("rename one with AS")
+                    .into());
             }
             seen.push(name);
         }
@@ -478,7 +501,10 @@ impl<'a> Shape<'a> {
                 Ok(Aggregate { call: lowered.aggregate, filter: lowered.filter })
             })
             .collect::<Result<Vec<_>, PartsError>>()?;
-        let having = self.having.map(|expr| no_subquery(expr).map_err(PartsError::from).and_then(|()| Ok(physical(expr, &layout)?))).transpose()?;
+        let having = self
+            .having
+            .map(|expr| no_subquery(expr).map_err(PartsError::from).and_then(|()| Ok(physical(expr, &layout)?)))
+            .transpose()?;
         let top = match (self.fetch, self.sort) {
             (None, []) if self.skip == 0 => None,
             (None, _) => {
@@ -487,7 +513,9 @@ impl<'a> Shape<'a> {
                     .into());
             }
             (Some(_), []) => {
-                return Err(SqlError::new("LIMIT without ORDER BY would keep arbitrary rows").help("add ORDER BY").into());
+                return Err(SqlError::new("LIMIT without ORDER BY would keep arbitrary rows")
+                    .help("add ORDER BY")
+                    .into());
             }
             (Some(limit), sort) => {
                 let projected: Vec<Field> = [("window_start", None), ("window_end", None)]
@@ -561,5 +589,10 @@ fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
 
 fn odd(plan: &LogicalPlan) -> SqlError {
     let first = plan.display().to_string();
-    unsupported(&format!("this shape of query ({})", first.split(':').next().unwrap_or_default()), format!("write SELECT … FROM stream [WHERE …] GROUP BY window, keys [HAVING …] [ORDER BY … LIMIT n], with {WINDOWS}"))
+    unsupported(
+        &format!("this shape of query ({})", first.split(':').next().unwrap_or_default()),
+        format!(
+            "write SELECT … FROM stream [WHERE …] GROUP BY window, keys [HAVING …] [ORDER BY … LIMIT n], with {WINDOWS}"
+        ),
+    )
 }

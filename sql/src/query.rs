@@ -65,10 +65,11 @@ impl Question {
     /// Parses `sql` and refuses all but one query.
     pub fn parse(sql: &str) -> Result<Question, SqlError> {
         let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-        let statements = parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-        })?;
+        let statements =
+            parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
+                ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+                ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
+            })?;
         match <[Statement; 1]>::try_from(statements) {
             Ok([statement @ Statement::Query(_)]) => Ok(Question { sql: sql.to_owned(), statement }),
             Ok(_) => Err(SqlError::new("only queries are allowed here: write a SELECT")),
@@ -107,7 +108,8 @@ impl Question {
             )
             .build_arc()
             .map_err(convert)?;
-        let state = SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
+        let state =
+            SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
         let context = SessionContext::new_with_state(state);
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         for table in tables {
@@ -134,7 +136,8 @@ impl Question {
         let plan = if params.is_empty() {
             plan
         } else {
-            let values = params.iter().map(|value| scalar(value).map(Into::into)).collect::<Result<Vec<_>, SqlError>>()?;
+            let values =
+                params.iter().map(|value| scalar(value).map(Into::into)).collect::<Result<Vec<_>, SqlError>>()?;
             plan.with_param_values(ParamValues::List(values)).map_err(convert)?
         };
         let frame = context.execute_logical_plan(plan).await.map_err(convert)?;

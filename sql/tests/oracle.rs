@@ -1,7 +1,9 @@
 //! The engine against batch SQL: whatever the order of events, the cuts into batches and the restarts in between,
 //! a metric's final rows are those of the same SQL run once over all events.
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt32Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt32Array,
+};
 use arrow::compute::{concat_batches, take_record_batch};
 use arrow::datatypes::{Float64Type, Int64Type, SchemaRef, TimestampMicrosecondType};
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
@@ -38,7 +40,8 @@ fn trades() -> StreamName {
 
 fn planned(sql: &str) -> Arc<Program> {
     let schema = |stream: &StreamName| built_in().iter().find(|s| s.stream == *stream).map(|s| s.arrow().clone());
-    futures::executor::block_on(Planner::default().program(sql, schema)).unwrap_or_else(|error| panic!("{sql}: {error}"))
+    futures::executor::block_on(Planner::default().program(sql, schema))
+        .unwrap_or_else(|error| panic!("{sql}: {error}"))
 }
 
 /// Trades as one batch: event time in microseconds, symbol, price, quantity.
@@ -47,16 +50,8 @@ fn batch(rows: &[(i64, &str, f64, f64)]) -> RecordBatch {
     let none = || Arc::new(StringArray::new_null(rows.len())) as ArrayRef;
     let ts = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.0)).with_timezone("+00:00");
     let symbols = StringArray::from_iter_values(rows.iter().map(|r| r.1));
-    let columns: Vec<ArrayRef> = vec![
-        Arc::new(ts),
-        none(),
-        Arc::new(symbols),
-        column(|r| r.2),
-        column(|r| r.3),
-        none(),
-        none(),
-        none(),
-    ];
+    let columns: Vec<ArrayRef> =
+        vec![Arc::new(ts), none(), Arc::new(symbols), column(|r| r.2), column(|r| r.3), none(), none(), none()];
     RecordBatch::try_new(trades_schema(), columns).unwrap()
 }
 
@@ -124,10 +119,17 @@ fn batch_rows(sql: &str, events: &RecordBatch) -> Rows {
         let start = |at: i64| at - at.rem_euclid(slide) - k * slide;
         let inside: Vec<u32> =
             (0..ts.len() as u32).filter(|&row| start(ts.value(row as usize)) + size > ts.value(row as usize)).collect();
-        let part = if inside.len() == ts.len() { events.clone() } else { take_record_batch(events, &UInt32Array::from(inside)).unwrap() };
+        let part = if inside.len() == ts.len() {
+            events.clone()
+        } else {
+            take_record_batch(events, &UInt32Array::from(inside)).unwrap()
+        };
         let ts = part.column(0).as_primitive::<TimestampMicrosecondType>();
         let column = |shift: i64| -> ArrayRef {
-            Arc::new(TimestampMicrosecondArray::from_iter_values(ts.values().iter().map(|&at| start(at) + shift)).with_timezone("+00:00"))
+            Arc::new(
+                TimestampMicrosecondArray::from_iter_values(ts.values().iter().map(|&at| start(at) + shift))
+                    .with_timezone("+00:00"),
+            )
         };
         let columns = part.columns().iter().cloned().chain([column(0), column(size)]).collect();
         parts.push(RecordBatch::try_new(schema.clone(), columns).unwrap());
@@ -175,7 +177,8 @@ fn recorded(path: &Path, symbol: &str) -> RecordBatch {
     let batches: Vec<RecordBatch> = reader.map(|batch| batch.unwrap()).collect();
     let all = concat_batches(batches[0].schema_ref(), &batches).unwrap();
     let ints = |name: &str| {
-        let column = arrow::compute::cast(all.column_by_name(name).unwrap(), &arrow::datatypes::DataType::Int64).unwrap();
+        let column =
+            arrow::compute::cast(all.column_by_name(name).unwrap(), &arrow::datatypes::DataType::Int64).unwrap();
         column.as_primitive::<Int64Type>().values().to_vec()
     };
     let (ts, price, size) = (ints("ts_ns"), ints("price_e4"), ints("size"));
@@ -209,7 +212,12 @@ fn real_trades_give_the_rows_of_one_batch_query_over_the_whole_file() {
 fn event() -> impl Strategy<Value = (i64, &'static str, f64, f64)> {
     // around the epoch, so that windows before it are met too; prices and sizes whose sums are exact
     let price = prop_oneof![4 => (1..4000i32).prop_map(|p| f64::from(p) / 8.0), 1 => (-8..8i32).prop_map(f64::from)];
-    (-400_000_000..400_000_000i64, prop::sample::select(vec!["A", "B", "C", ""]), price, (1..100i32).prop_map(f64::from))
+    (
+        -400_000_000..400_000_000i64,
+        prop::sample::select(vec!["A", "B", "C", ""]),
+        price,
+        (1..100i32).prop_map(f64::from),
+    )
 }
 
 fn windows() -> impl Strategy<Value = String> {
@@ -293,7 +301,9 @@ fn a_final_row_comes_once_and_a_late_event_within_the_allowed_lateness_corrects_
             .flat_map(|(batch, revisions)| {
                 let start = batch.column(0).as_primitive::<TimestampMicrosecondType>();
                 let volume = batch.column(4).as_primitive::<Float64Type>();
-                (0..batch.num_rows()).map(|r| (start.value(r) / second, revisions[r], volume.value(r))).collect::<Vec<_>>()
+                (0..batch.num_rows())
+                    .map(|r| (start.value(r) / second, revisions[r], volume.value(r)))
+                    .collect::<Vec<_>>()
             })
             .collect()
     };
@@ -310,7 +320,8 @@ fn a_final_row_comes_once_and_a_late_event_within_the_allowed_lateness_corrects_
 fn the_top_rows_of_each_window_are_kept_and_ties_go_to_the_smaller_key() {
     let text = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol \
                 ORDER BY volume DESC LIMIT 2";
-    let rows = [(1, "C", 1.0, 5.0), (2, "B", 1.0, 5.0), (3, "A", 1.0, 1.0), (4, "D", 1.0, 9.0), (11_000_000, "A", 1.0, 1.0)];
+    let rows =
+        [(1, "C", 1.0, 5.0), (2, "B", 1.0, 5.0), (3, "A", 1.0, 1.0), (4, "D", 1.0, 9.0), (11_000_000, "A", 1.0, 1.0)];
     let timing = Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO };
     let ours = engine_rows(&planned(text), timing, &[batch(&rows)], &[]);
     let keys: Vec<&str> = ours.keys().map(|(_, _, key)| key.as_str()).collect();
@@ -329,21 +340,45 @@ fn sql_that_cannot_be_a_metric_is_refused_with_its_place_and_what_to_write() {
     refused("SELEC 1", 1, 1, "SELEC");
     refused("SELECT count(*) FROM market.trades\nGROUP BY symbl, tumble(ts, INTERVAL '1 minute')", 2, 10, "symbl");
     refused("SELECT count(*) FROM market.trades GROUP BY symbol", 1, 1, "add a window to GROUP BY");
-    refused("SELECT count(*) FROM market.nothing GROUP BY tumble(ts, INTERVAL '1 minute')", 1, 22, "no stream `market.nothing`");
-    refused("SELECT count(*) FROM market.trades GROUP BY tumble(price, INTERVAL '1 minute')", 1, 52, "first argument is ts");
+    refused(
+        "SELECT count(*) FROM market.nothing GROUP BY tumble(ts, INTERVAL '1 minute')",
+        1,
+        22,
+        "no stream `market.nothing`",
+    );
+    refused(
+        "SELECT count(*) FROM market.trades GROUP BY tumble(price, INTERVAL '1 minute')",
+        1,
+        52,
+        "first argument is ts",
+    );
     refused("SELECT count(*) FROM market.trades GROUP BY tumble(ts, qty)", 1, 56, "constant interval");
     refused("SELECT count(*) FROM market.trades GROUP BY tumble(ts, INTERVAL '0 seconds')", 1, 45, "longer than zero");
-    refused("SELECT count(*) FROM market.trades GROUP BY hop(ts, INTERVAL '2 minutes', INTERVAL '1 minute')", 1, 45, "longer than size");
-    refused("SELECT count(*) FROM market.trades GROUP BY tumble(ts, INTERVAL '1 month')", 1, 56, "use days");
+    refused(
+        "SELECT count(*) FROM market.trades GROUP BY hop(ts, INTERVAL '2 minutes', INTERVAL '1 minute')",
+        1,
+        45,
+        "longer than size",
+    );
+    refused("SELECT count(*) FROM market.trades GROUP BY tumble(ts, INTERVAL '1 month')", 1, 65, "use days");
     refused("SELECT nosuch(price) FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute')", 1, 8, "nosuch");
     refused("SELECT sum(venue) FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute')", 1, 8, "sum");
-    refused("SELECT a.price FROM market.trades a, market.quotes b GROUP BY tumble(ts, INTERVAL '1 minute')", 1, 38, "a join is not supported");
+    refused(
+        "SELECT a.price FROM market.trades a, market.quotes b GROUP BY tumble(ts, INTERVAL '1 minute')",
+        1,
+        38,
+        "a join is not supported",
+    );
 }
 
 #[test]
 fn windows_of_the_planner_are_those_that_were_written() {
-    let window = |text: &str| MetricSql::parse(&format!("SELECT count(*) FROM market.trades GROUP BY {text}")).unwrap().window;
+    let window =
+        |text: &str| MetricSql::parse(&format!("SELECT count(*) FROM market.trades GROUP BY {text}")).unwrap().window;
     assert_eq!(window("tumble(ts, INTERVAL '90' SECOND)"), Window::tumble(Span::seconds(90)).unwrap());
-    assert_eq!(window("HOP(ts, INTERVAL '1 day', INTERVAL '7 days')"), Window::hop(Span::seconds(86_400), Span::seconds(604_800)).unwrap());
+    assert_eq!(
+        window("HOP(ts, INTERVAL '1 day', INTERVAL '7 days')"),
+        Window::hop(Span::seconds(86_400), Span::seconds(604_800)).unwrap()
+    );
     assert_eq!(window("tumble(ts, INTERVAL '1 hour 30 minutes')"), Window::tumble(Span::seconds(5_400)).unwrap());
 }

@@ -306,7 +306,11 @@ impl<'s> Rows<'s> {
     /// Reads one event; a bad one leaves the columns as they were.
     fn event(&mut self, text: &[u8]) {
         if text.len() > self.bounds.event_bytes {
-            let detail = format!("the event has {} bytes, more than limits.event_bytes = {}", text.len(), self.bounds.event_bytes);
+            let detail = format!(
+                "the event has {} bytes, more than limits.event_bytes = {}",
+                text.len(),
+                self.bounds.event_bytes
+            );
             self.reject("event_too_large", detail, text);
             self.index += 1;
             return;
@@ -346,7 +350,11 @@ impl<'s> Rows<'s> {
         let at = text.get(error.column().saturating_sub(1)..).unwrap_or_default();
         let at = at.strip_prefix(b"-").unwrap_or(at);
         if [&b"NaN"[..], b"Infinity", b"inf", b"nan"].iter().any(|word| at.starts_with(word)) {
-            return self.reject("not_finite", format!("NaN and Infinity are no JSON numbers (column {})", error.column()), text);
+            return self.reject(
+                "not_finite",
+                format!("NaN and Infinity are no JSON numbers (column {})", error.column()),
+                text,
+            );
         }
         let message = message.replace("line 1 column", "column");
         self.reject("malformed_json", message, text);
@@ -361,7 +369,8 @@ impl<'s> Rows<'s> {
     }
 
     fn check_ts<E: serde::de::Error>(&self, at: i64, what: &str) -> Result<Micros, E> {
-        check_ts(at, &self.bounds, self.now).map_err(|detail| refuse("ts_out_of_range", format_args!("{what}: {detail}")))
+        check_ts(at, &self.bounds, self.now)
+            .map_err(|detail| refuse("ts_out_of_range", format_args!("{what}: {detail}")))
     }
 
     fn finish(mut self) -> Result<Decoded, DecodeError> {
@@ -441,7 +450,11 @@ impl<'de> Visitor<'de> for Event<'_, '_> {
                 return Err(refuse("duplicate_field", format_args!("field `{name}` stands twice")));
             } else {
                 match rows.schema.unknown_fields {
-                    UnknownFields::Keep => extra.push((name, fields.next_value()?)),
+                    UnknownFields::Keep => {
+                        let value: &RawValue = fields.next_value()?;
+                        check_depth(value)?;
+                        extra.push((name, value));
+                    }
                     UnknownFields::Ignore => _ = fields.next_value::<IgnoredAny>()?,
                     UnknownFields::Reject => {
                         let stream = &rows.schema.stream;
@@ -463,6 +476,33 @@ impl<'de> Visitor<'de> for Event<'_, '_> {
         };
         Ok(Row { ts, id: id.flatten(), cells, extra: join(&extra) })
     }
+}
+
+/// How deeply a JSON value may be nested: no reader of it may overflow its stack.
+const DEPTH_MAX: usize = 64;
+
+fn check_depth<E: serde::de::Error>(value: &RawValue) -> Result<(), E> {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+    for byte in value.get().bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth -= 1,
+            _ => {}
+        }
+    }
+    if deepest > DEPTH_MAX {
+        return Err(refuse(
+            "malformed_json",
+            format_args!("a value is nested {deepest} deep; {DEPTH_MAX} is the limit"),
+        ));
+    }
+    Ok(())
 }
 
 /// Fields without a column, as one JSON object.
@@ -521,7 +561,10 @@ impl<'de> DeserializeSeed<'de> for Id {
 impl Id {
     fn check<E: serde::de::Error>(&self, text: &str) -> Result<(), E> {
         if text.is_empty() || text.len() > self.most || text.contains('\0') {
-            return Err(refuse("bad_id", format_args!("id has {} bytes; it takes 1 to {} and no NUL", text.len(), self.most)));
+            return Err(refuse(
+                "bad_id",
+                format_args!("id has {} bytes; it takes 1 to {} and no NUL", text.len(), self.most),
+            ));
         }
         Ok(())
     }
@@ -618,8 +661,9 @@ impl<'de> DeserializeSeed<'de> for Typed<'_, '_> {
     fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
         match self.column.kind {
             ColumnType::Json => {
-                let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
-                Ok(if raw == "null" { Cell::Null } else { Cell::Text(Cow::Borrowed(raw)) })
+                let raw = <&RawValue as serde::Deserialize>::deserialize(input)?;
+                check_depth(raw)?;
+                Ok(if raw.get() == "null" { Cell::Null } else { Cell::Text(Cow::Borrowed(raw.get())) })
             }
             ColumnType::Timestamp => {
                 let name = &self.column.name;
@@ -627,9 +671,8 @@ impl<'de> DeserializeSeed<'de> for Typed<'_, '_> {
             }
             ColumnType::Decimal(precision, scale) => {
                 let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
-                decimal(raw, precision, scale).map_err(|detail| {
-                    refuse("wrong_type", format_args!("column `{}`: {detail}", self.column.name))
-                })
+                decimal(raw, precision, scale)
+                    .map_err(|detail| refuse("wrong_type", format_args!("column `{}`: {detail}", self.column.name)))
             }
             _ => input.deserialize_any(self),
         }
@@ -660,11 +703,8 @@ impl Typed<'_, '_> {
         Err(refuse("wrong_type", format_args!("column `{name}` takes {kind}, this is {found}")))
     }
 
-    fn text<E: serde::de::Error>(&self, text: &str) -> Result<(), E> {
-        if self.column.kind != ColumnType::Utf8 {
-            return self.wrong("a string");
-        }
-        Ok(())
+    fn takes_text<E: serde::de::Error>(&self) -> Result<(), E> {
+        if self.column.kind == ColumnType::Utf8 { Ok(()) } else { self.wrong("a string") }
     }
 }
 
@@ -707,11 +747,11 @@ impl<'de> Visitor<'de> for Typed<'_, '_> {
         }
     }
     fn visit_borrowed_str<E: serde::de::Error>(self, text: &'de str) -> Result<Cell<'de>, E> {
-        self.text(text)?;
+        self.takes_text()?;
         Ok(Cell::Text(Cow::Borrowed(text)))
     }
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Cell<'de>, E> {
-        self.text(text)?;
+        self.takes_text()?;
         // only an escaped string can hold NUL, and no store keeps one
         if text.contains('\0') {
             return self.wrong("a string with a NUL character");
@@ -743,15 +783,12 @@ fn decode_arrow(schema: &StreamSchema, body: &[u8], bounds: &Bounds, now: Micros
         let kind = field.data_type();
         let column = match input.column_by_name(field.name()) {
             Some(column) if column.data_type() == kind => column.clone(),
-            Some(column) => cast_with_options(column, kind, &strict).map_err(|error| {
-                DecodeError::Unreadable(format!("column `{}` takes {kind}: {error}", field.name()))
-            })?,
-            None if field.name() == "ts" => cast_with_options(
-                &arrow::array::TimestampMicrosecondArray::from_value(now.0, rows),
-                kind,
-                &strict,
-            )
-            .map_err(unreadable)?,
+            Some(column) => cast_with_options(column, kind, &strict)
+                .map_err(|error| DecodeError::Unreadable(format!("column `{}` takes {kind}: {error}", field.name())))?,
+            None if field.name() == "ts" => {
+                cast_with_options(&arrow::array::TimestampMicrosecondArray::from_value(now.0, rows), kind, &strict)
+                    .map_err(unreadable)?
+            }
             None => new_null_array(kind, rows),
         };
         columns.push(column);
@@ -843,7 +880,11 @@ mod tests {
         check(&format!(r#"{{"symbol":"A","price":1,"qty":1,"id":"{}"}}"#, "x".repeat(129)), "bad_id", "129 bytes");
         let long = format!(r#"{{"symbol":"A","price":1,"qty":1,"note":"{}"}}"#, "x".repeat(1 << 20));
         check(&long, "event_too_large", "limits.event_bytes");
-        check(&format!(r#"{{"symbol":"A","price":1,"qty":1,"deep":{}1{}}}"#, "[".repeat(500), "]".repeat(500)), "malformed_json", "recursion");
+        check(
+            &format!(r#"{{"symbol":"A","price":1,"qty":1,"deep":{}1{}}}"#, "[".repeat(500), "]".repeat(500)),
+            "malformed_json",
+            "nested 500 deep",
+        );
         check("{\"symbol\":\"\u{fffd}", "malformed_json", "EOF");
     }
 
@@ -862,7 +903,10 @@ mod tests {
         let batch = &decoded.batch;
         let ts = batch.column(0).as_primitive::<TimestampMicrosecondType>();
         assert_eq!(ts.values(), &[1_700_000_000_123_000, NOW.0]);
-        assert_eq!(batch.column_by_name("id").unwrap().as_string::<i32>().iter().collect::<Vec<_>>(), [Some("a"), Some("17")]);
+        assert_eq!(
+            batch.column_by_name("id").unwrap().as_string::<i32>().iter().collect::<Vec<_>>(),
+            [Some("a"), Some("17")]
+        );
         let extra = batch.column_by_name("extra").unwrap().as_string::<i32>();
         assert_eq!(extra.iter().collect::<Vec<_>>(), [Some(r#"{"x":{"y":[1, 2]},"z":null}"#), None]);
     }
@@ -886,7 +930,12 @@ mod tests {
     #[test]
     fn decimals_and_integers_are_exact_or_refused() {
         let columns = r#"[{"name":"amount","type":"decimal(10,2)"},{"name":"n","type":"int64"},{"name":"at","type":"timestamp"}]"#;
-        let schema = StreamSchema::new("fin.docs".parse().unwrap(), serde_json::from_str(columns).unwrap(), UnknownFields::Reject).unwrap();
+        let schema = StreamSchema::new(
+            "fin.docs".parse().unwrap(),
+            serde_json::from_str(columns).unwrap(),
+            UnknownFields::Reject,
+        )
+        .unwrap();
         let body = concat!(
             "{\"amount\":12.34,\"n\":9007199254740993,\"at\":\"2024-01-01T00:00:00Z\"}\n",
             "{\"amount\":\"-0.5\",\"n\":3.0}\n{\"amount\":1.005}\n{\"amount\":\"x\"}\n{\"n\":1.5}\n{\"other\":1}"
@@ -913,7 +962,11 @@ mod tests {
             let case: serde_json::Value = serde_json::from_str(line).unwrap();
             let bytes = base64_decode(case["base64"].as_str().unwrap());
             for wrap in [false, true] {
-                let body = if wrap { [b"{\"symbol\":\"A\",\"price\":1,\"qty\":1,\"x\":", &bytes[..], b"}"].concat() } else { bytes.clone() };
+                let body = if wrap {
+                    [b"{\"symbol\":\"A\",\"price\":1,\"qty\":1,\"x\":", &bytes[..], b"}"].concat()
+                } else {
+                    bytes.clone()
+                };
                 let got = decode(&built_in()[0], &body, Format::Json, TsUnit::Millis, &Bounds::default(), NOW);
                 if wrap && case["expect"] == "reject" && !body.contains(&b',') {
                     assert!(!got.is_ok_and(|d| d.batch.num_rows() > 0), "{}", case["name"]);
@@ -925,7 +978,8 @@ mod tests {
     }
 
     fn base64_decode(text: &str) -> Vec<u8> {
-        let value = |b: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|c| *c == b);
+        let value =
+            |b: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|c| *c == b);
         let mut out = Vec::new();
         let (mut bits, mut count) = (0u32, 0);
         for digit in text.bytes().filter_map(value) {

@@ -68,7 +68,8 @@ impl std::str::FromStr for ColumnType {
             "timestamp" => ColumnType::Timestamp,
             "json" => ColumnType::Json,
             _ => {
-                let inner = text.strip_prefix("decimal(").and_then(|rest| rest.strip_suffix(')')).ok_or_else(unknown)?;
+                let inner =
+                    text.strip_prefix("decimal(").and_then(|rest| rest.strip_suffix(')')).ok_or_else(unknown)?;
                 let (precision, scale) = inner.split_once(',').ok_or_else(unknown)?;
                 let precision: u8 = precision.trim().parse().map_err(|_| unknown())?;
                 let scale: i8 = scale.trim().parse().map_err(|_| unknown())?;
@@ -187,14 +188,14 @@ impl StreamSchema {
     /// added (nullable) and dropped, not retyped.
     pub fn check_evolution(&self, next: &StreamSchema) -> Result<(), SchemaError> {
         for column in &next.columns {
-            if let Some(old) = self.columns.iter().find(|old| old.name == column.name) {
-                if old.kind != column.kind {
-                    return Err(SchemaError::Incompatible {
-                        column: column.name.clone(),
-                        old: old.kind.to_string(),
-                        new: column.kind.to_string(),
-                    });
-                }
+            if let Some(old) = self.columns.iter().find(|old| old.name == column.name)
+                && old.kind != column.kind
+            {
+                return Err(SchemaError::Incompatible {
+                    column: column.name.clone(),
+                    old: old.kind.to_string(),
+                    new: column.kind.to_string(),
+                });
             }
         }
         Ok(())
@@ -207,10 +208,7 @@ pub fn built_in() -> &'static [StreamSchema] {
         // `!` marks a required column
         let table: [(&str, &str); 6] = [
             ("market.trades", "symbol! utf8, price! float64, qty! float64, side utf8, venue utf8"),
-            (
-                "market.quotes",
-                "symbol! utf8, bid! float64, ask! float64, bid_qty float64, ask_qty float64, venue utf8",
-            ),
+            ("market.quotes", "symbol! utf8, bid! float64, ask! float64, bid_qty float64, ask_qty float64, venue utf8"),
             (
                 "market.bars",
                 "symbol! utf8, open! float64, high! float64, low! float64, close! float64, volume float64, interval utf8",
@@ -223,10 +221,7 @@ pub fn built_in() -> &'static [StreamSchema] {
                 "chat.messages",
                 "thread! utf8, sender! utf8, role utf8, text utf8, amount float64, currency utf8, reply_to utf8",
             ),
-            (
-                "agent.events",
-                "thread! utf8, run! utf8, type! utf8, payload json, tokens int64, elapsed_ms float64",
-            ),
+            ("agent.events", "thread! utf8, run! utf8, type! utf8, payload json, tokens int64, elapsed_ms float64"),
         ];
         table
             .iter()
@@ -257,7 +252,8 @@ mod tests {
     #[test]
     fn built_in_streams_are_those_of_the_contract() {
         let names: Vec<&str> = built_in().iter().map(|s| s.stream.as_str()).collect();
-        let all = ["market.trades", "market.quotes", "market.bars", "analytics.events", "chat.messages", "agent.events"];
+        let all =
+            ["market.trades", "market.quotes", "market.bars", "analytics.events", "chat.messages", "agent.events"];
         assert_eq!(names, all);
         let trades = &built_in()[0];
         assert!(!trades.arrow().field_with_name("price").unwrap().is_nullable());

@@ -11,8 +11,8 @@ const NAMED_MAX: usize = 5;
 pub(super) fn number(n: f64) -> String {
     let digits = match n.abs() {
         a if a >= 100.0 => 2,
-        a if a >= 1.0 => 4,
-        _ => 6,
+        a if a >= 0.01 => 4,
+        _ => 8,
     };
     let text = format!("{:.digits$}", n.abs());
     let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));
@@ -427,7 +427,7 @@ fn stream(stream: &Value) -> String {
     };
     let events = number(stream["events"].as_f64().unwrap_or(0.0));
     format!(
-        "{} took in {events} events since the server started, the newest of {}{late}.",
+        "{} took in {events} events since the server started; its event time stands at {}{late}.",
         text(stream, "name"),
         instant(&stream["newest"]),
     )

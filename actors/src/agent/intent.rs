@@ -128,6 +128,10 @@ pub(super) fn of(question: &str, known: &Vocabulary) -> Intent {
         let value = metric.values.iter().find(|value| words.has(&plain(value))).cloned();
         return Intent::Metric { name: metric.name.clone(), value, symbols, aspect: aspect(&words) };
     }
+    let by_symbol = known.metrics.iter().find(|metric| metric.keys.iter().any(|key| key == "symbol"));
+    if let (Some(metric), false, true) = (by_symbol, symbols.is_empty(), aspect(&words) != Aspect::Newest) {
+        return Intent::Metric { name: metric.name.clone(), value: None, symbols, aspect: aspect(&words) };
+    }
     if let Some(portfolio) = portfolio {
         return Intent::Portfolio { id: Some(portfolio.id.clone()) };
     }
@@ -418,6 +422,7 @@ mod tests {
                 "Compare the volume of AAPL and MSFT",
                 metric("vwap_1m", Some("volume"), &["AAPL", "MSFT"], Aspect::Comparison),
             ),
+            ("What's the trend of AAPL?", metric("vwap_1m", None, &["AAPL"], Aspect::Trend)),
             ("is the message rate rising?", metric("message_rate", None, &[], Aspect::Trend)),
             ("What is the price of MSFT?", Intent::LastTrade { symbol: "MSFT".into() }),
             ("Which alerts are firing and why?", Intent::Alerts),

@@ -23,6 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
 
+/// Threads that may have a session at a time.
+const SESSIONS_MAX: usize = 10_000;
 /// Runs that may wait for their turn on one thread.
 const WAITING_MAX: usize = 8;
 /// How long one run may take.
@@ -147,6 +149,11 @@ impl Sessions {
                 let kind = FaultKind::Busy { retry_after: Duration::from_secs(5) };
                 return Err(Fault::new(kind, "shutting_down", "the server is stopping; ask again in a moment"));
             }
+            if table.slots.len() >= SESSIONS_MAX && !table.slots.contains_key(&key) {
+                let kind = FaultKind::Busy { retry_after: Duration::from_secs(5) };
+                let detail = format!("{SESSIONS_MAX} threads are busy already; ask again in a moment");
+                return Err(Fault::new(kind, "too_many_sessions", detail));
+            }
             let slot = table.slots.entry(key.clone()).or_default();
             slot.admit(&request)?;
             let log = new_log(&system, ws, &request, true);
@@ -193,6 +200,25 @@ impl Sessions {
     pub fn active_run(&self, ws: &WorkspaceId, thread: &str) -> Option<String> {
         let table = self.shared.table.lock();
         table.slots.get(&(ws.clone(), thread.to_owned()))?.busy_with()
+    }
+
+    /// Ends and forgets all runs of a workspace that is being deleted, so that none is shown in another of its name.
+    pub fn forget(&self, ws: &WorkspaceId) {
+        let mut table = self.shared.table.lock();
+        let mut waiting = Vec::new();
+        for ((of, _), slot) in &mut table.slots {
+            if of == ws {
+                waiting.extend(slot.waiting.drain(..));
+            }
+        }
+        table.runs.retain(|(of, _), log| {
+            if of == ws {
+                log.cancel();
+            }
+            of != ws
+        });
+        drop(table);
+        drop(waiting); // their guards end them, which may take the way to the outlet
     }
 
     /// The sessions as actors.
@@ -252,7 +278,7 @@ impl Sessions {
         }
     }
 
-    fn in_memory(&self, ws: &WorkspaceId, run: &str) -> Option<Arc<RunLog>> {
+    pub(super) fn in_memory(&self, ws: &WorkspaceId, run: &str) -> Option<Arc<RunLog>> {
         self.shared.table.lock().runs.get(&(ws.clone(), run.to_owned())).cloned()
     }
 

@@ -409,6 +409,43 @@ async fn the_analyst_reads_with_its_tools_and_its_state_and_messages_are_those_i
 }
 
 #[tokio::test]
+async fn a_question_about_a_metric_is_answered_from_its_live_rows() {
+    let world = world().await;
+    world.hold(&[("AAPL", 10.0, 90.0)]).await;
+    let sql = "SELECT symbol, max(price) AS high FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 hour')";
+    let definition = crate::definition::MetricDefinition {
+        sql: sql.into(),
+        emit: None,
+        retain: None,
+        max_delay: None,
+        allowed_lateness: None,
+        backfill: None,
+    };
+    world.system.define_metric(&world.ws, "high_1h".parse().unwrap(), definition).await.unwrap();
+    world.trade("AAPL", 101.5).await;
+    let sessions = Sessions::new(BTreeMap::new());
+    let events = world.ask(&sessions, "t", "What is the latest high of AAPL?").await;
+    let said = text(&events);
+    assert!(said.starts_with("The newest high of AAPL in high_1h is 101.5, for the window from "), "{said}");
+    let call = events.iter().find_map(|event| match event {
+        RunEvent::ToolArgs { delta, .. } => Some(delta.as_str()),
+        _ => None,
+    });
+    assert_eq!(call, Some(r#"{"key":{"symbol":"AAPL"},"limit":500,"metric":"high_1h"}"#));
+}
+
+#[tokio::test]
+async fn runs_of_a_deleted_workspace_are_ended_and_unknown_from_then_on() {
+    let (world, sessions) = (world().await, puppets(LONG));
+    let first = world.start(&sessions, ask("t", "r1", "hang")).await.unwrap();
+    let waiting = world.start(&sessions, ask("t", "r2", "hi")).await.unwrap();
+    sessions.forget(&world.ws);
+    assert_eq!(*outcome(&all(first).await), Outcome::Cancelled);
+    assert_eq!(code(&all(waiting).await), "internal");
+    assert!(sessions.in_memory(&world.ws, "r1").is_none());
+}
+
+#[tokio::test]
 async fn the_analyst_recalls_what_was_said_and_answers_at_length_when_asked() {
     let world = world().await;
     let sessions = Sessions::new(BTreeMap::new());

@@ -64,6 +64,7 @@ async fn create_rule(
     member: Member,
     Json(mut rule): Json<Rule>,
 ) -> Result<Response, Problem> {
+    member.may(Permission::Define)?;
     let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
     let name: ItemName = name.parse()?;
     if state.system.alert_rules(&member.workspace).await?.iter().any(|(known, _)| *known == name) {

@@ -1,0 +1,164 @@
+//! What happens to every request and answer, whatever the route: an id, figures, headers, a time limit and the audit
+//! log.
+
+use crate::AppState;
+use crate::extract::Seen;
+use crate::problem::{Code, Problem};
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::header::{CACHE_CONTROL, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use engine::event::WorkspaceId;
+use sql::store::AuditEntry;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use tracing::Instrument;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The id a request goes by in logs and in the audit log.
+#[derive(Clone)]
+struct RequestId(String);
+
+/// A client's own id, where it is a sensible one.
+fn given_id(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(REQUEST_ID)?.to_str().ok()?;
+    let sensible = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_' || b == b'.';
+    ((1..=64).contains(&id.len()) && id.bytes().all(sensible)).then(|| id.to_owned())
+}
+
+/// Gives each request its id, and each answer that id and the headers that browsers need to be careful.
+pub(crate) async fn identify(mut request: Request, next: Next) -> Response {
+    let id = given_id(request.headers()).unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let is_api = request.uri().path().starts_with("/api/");
+    let span = tracing::info_span!("request", id, method = %request.method(), path = request.uri().path());
+    let mut response = next.run(request).instrument(span).await;
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, HeaderValue::from_str(&id).expect("an id has only visible ASCII"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+    headers.insert("cross-origin-opener-policy", HeaderValue::from_static("same-origin"));
+    headers.insert("x-frame-options", HeaderValue::from_static("DENY"));
+    if is_api && !headers.contains_key(CACHE_CONTROL) {
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    response
+}
+
+/// Time a request has until its answer begins. A stream of events may last longer.
+const ANSWER_WAIT: Duration = Duration::from_secs(120);
+
+/// Cuts off requests that take too long, and counts and times all of them by route.
+pub(crate) async fn measure(request: Request, next: Next) -> Response {
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let started = Instant::now();
+    let response = match tokio::time::timeout(ANSWER_WAIT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => {
+            let detail = format!("no answer within {} s; send less at a time or try again", ANSWER_WAIT.as_secs());
+            Problem::new(StatusCode::REQUEST_TIMEOUT, "timeout", detail).into_response()
+        }
+    };
+    let status = response.status().as_u16().to_string();
+    let labels = [("route", route), ("method", method.to_string())];
+    metrics::histogram!("tidewatch_http_seconds", &labels).record(started.elapsed().as_secs_f64());
+    let [route, method] = labels;
+    metrics::counter!("tidewatch_http_requests_total", &[route, method, ("status", status)]).increment(1);
+    response
+}
+
+/// Whether what was asked for belongs in the audit log: changes, and what was refused to somebody known. Events, queries
+/// and chats are many and change no settings; a refused sign-in is kept, one that came too soon is not.
+fn is_notable(method: &Method, route: &str, status: StatusCode, known: bool) -> bool {
+    const BUSY: [&str; 4] = ["/events", "/query", "/run", "/auth/refresh"];
+    if route.ends_with("/auth/login") {
+        return matches!(status, StatusCode::OK | StatusCode::UNAUTHORIZED);
+    }
+    let is_change = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    let is_busy = BUSY.iter().any(|end| route.ends_with(end));
+    known && (status == StatusCode::FORBIDDEN || (is_change && !is_busy))
+}
+
+/// Notes who did what, from where, and what came of it, before the answer is sent.
+pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    let Some(route) = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned()) else {
+        return next.run(request).await;
+    };
+    let seen = Seen::default();
+    request.extensions_mut().insert(seen.clone());
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let from = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_string());
+    let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
+    let response = next.run(request).await;
+    if !is_notable(&method, &route, response.status(), seen.name().is_some()) {
+        return response;
+    }
+    let outcome = response.extensions().get::<Code>().map_or("ok", |code| code.0);
+    let entry = AuditEntry {
+        at: state.system.now(),
+        workspace: workspace_of(&path),
+        actor: seen.name().unwrap_or_default().to_owned(),
+        action: format!("{method} {route}"),
+        target: path.chars().take(300).collect(),
+        outcome: outcome.to_owned(),
+        from: from.unwrap_or_default(),
+        request_id: request_id.unwrap_or_default(),
+    };
+    if let Err(error) = state.system.store().audit(&entry).await {
+        tracing::error!(%error, ?entry, "an audit entry could not be stored");
+    }
+    response
+}
+
+/// The workspace that a path names.
+fn workspace_of(path: &str) -> Option<WorkspaceId> {
+    path.strip_prefix("/api/v1/workspaces/")?.split('/').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_and_refusals_are_notable_reads_and_events_are_not() {
+        let (ok, no) = (StatusCode::OK, StatusCode::FORBIDDEN);
+        let metric = "/api/v1/workspaces/{ws}/metrics/{metric}";
+        assert!(is_notable(&Method::PUT, metric, ok, true));
+        assert!(is_notable(&Method::DELETE, metric, no, true));
+        assert!(is_notable(&Method::GET, "/api/v1/workspaces/{ws}/audit", no, true));
+        assert!(!is_notable(&Method::GET, metric, ok, true));
+        assert!(!is_notable(&Method::PUT, metric, StatusCode::UNAUTHORIZED, false));
+        assert!(!is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", ok, true));
+        assert!(is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", no, true));
+    }
+
+    #[test]
+    fn a_sign_in_is_notable_unless_it_was_throttled() {
+        let login = |status| is_notable(&Method::POST, "/api/v1/auth/login", status, true);
+        assert!(login(StatusCode::OK) && login(StatusCode::UNAUTHORIZED));
+        assert!(!login(StatusCode::TOO_MANY_REQUESTS) && !login(StatusCode::BAD_REQUEST));
+    }
+
+    #[test]
+    fn the_workspace_is_the_one_in_the_path() {
+        assert_eq!(workspace_of("/api/v1/workspaces/acme/metrics").unwrap().as_str(), "acme");
+        assert_eq!(workspace_of("/api/v1/workspaces/No%20Name"), None);
+        assert_eq!(workspace_of("/api/v1/me"), None);
+    }
+
+    #[test]
+    fn only_a_sensible_id_of_the_client_is_taken() {
+        let given = |id: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_str(id).unwrap());
+            given_id(&headers)
+        };
+        assert_eq!(given("abc-1.2_3").as_deref(), Some("abc-1.2_3"));
+        assert!(given("").is_none() && given("a b").is_none() && given(&"a".repeat(65)).is_none());
+    }
+}

@@ -1,0 +1,259 @@
+//! What is inside as JSON: rows of metrics, events, alerts and portfolios, each in one place.
+
+use actors::rows::rfc3339;
+use actors::{PortfolioSummary, Throughput};
+use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::datatypes::{DataType, FieldRef, TimeUnit, TimestampMicrosecondType};
+use arrow::error::ArrowError;
+use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, NullableEncoder, make_encoder};
+use engine::alert::Labels;
+use engine::event::Micros;
+use engine::metric::Rows;
+use engine::program::Program;
+use serde_json::{Map, Value, json};
+use sql::store::Alert;
+use std::sync::Arc;
+
+/// A metric's row as clients see it.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct MetricRow {
+    /// Key values joined with `|`; empty without keys.
+    pub(crate) key: Arc<str>,
+    /// Key columns and their values as text, for filters.
+    pub(crate) pairs: Vec<(String, String)>,
+    /// The row as a JSON object.
+    pub(crate) json: Arc<str>,
+    pub(crate) window_end: Micros,
+    pub(crate) is_final: bool,
+    pub(crate) revision: i64,
+}
+
+/// Times with six fractional digits and `Z`, and columns of JSON text as the JSON they hold.
+#[derive(Debug)]
+struct Contract {
+    json_columns: Vec<String>,
+}
+
+struct Times<'a>(&'a arrow::array::PrimitiveArray<TimestampMicrosecondType>);
+
+impl Encoder for Times<'_> {
+    fn encode(&mut self, row: usize, out: &mut Vec<u8>) {
+        out.push(b'"');
+        out.extend_from_slice(rfc3339(Micros(self.0.value(row))).as_bytes());
+        out.push(b'"');
+    }
+}
+
+struct Embedded<'a>(&'a arrow::array::StringArray);
+
+impl Encoder for Embedded<'_> {
+    fn encode(&mut self, row: usize, out: &mut Vec<u8>) {
+        // the decoder stored what it had read as JSON; text from elsewhere is quoted
+        match serde_json::from_str::<&serde_json::value::RawValue>(self.0.value(row)) {
+            Ok(value) => out.extend_from_slice(value.get().as_bytes()),
+            Err(_) => out.extend_from_slice(Value::from(self.0.value(row)).to_string().as_bytes()),
+        }
+    }
+}
+
+impl EncoderFactory for Contract {
+    fn make_default_encoder<'a>(
+        &self,
+        field: &'a FieldRef,
+        array: &'a dyn Array,
+        _: &'a EncoderOptions,
+    ) -> Result<Option<NullableEncoder<'a>>, ArrowError> {
+        let nulls = array.nulls().cloned();
+        Ok(match array.data_type() {
+            DataType::Timestamp(TimeUnit::Microsecond, _) => {
+                Some(NullableEncoder::new(Box::new(Times(array.as_primitive())), nulls))
+            }
+            DataType::Utf8 if self.json_columns.contains(field.name()) => {
+                Some(NullableEncoder::new(Box::new(Embedded(array.as_string())), nulls))
+            }
+            _ => None,
+        })
+    }
+}
+
+fn options(json_columns: Vec<String>) -> EncoderOptions {
+    EncoderOptions::default().with_explicit_nulls(true).with_encoder_factory(Arc::new(Contract { json_columns }))
+}
+
+/// Columns of a batch, ready to be written row by row.
+struct Columns<'a> {
+    /// `"name":` and the column.
+    columns: Vec<(Vec<u8>, NullableEncoder<'a>)>,
+}
+
+impl<'a> Columns<'a> {
+    fn new(batch: &'a RecordBatch, options: &'a EncoderOptions) -> Result<Self, ArrowError> {
+        let columns = batch.schema_ref().fields().iter().zip(batch.columns()).map(|(field, column)| {
+            let name = format!("{}:", Value::from(field.name().as_str()));
+            Ok((name.into_bytes(), make_encoder(field, column.as_ref(), options)?))
+        });
+        Ok(Self { columns: columns.collect::<Result<_, ArrowError>>()? })
+    }
+
+    /// The members of a row without the braces around them. NULL is `null`, or left out.
+    fn write(&mut self, row: usize, nulls: bool, out: &mut Vec<u8>) {
+        let start = out.len();
+        for (name, column) in &mut self.columns {
+            let is_null = column.is_null(row);
+            if is_null && !nulls {
+                continue;
+            }
+            if out.len() > start {
+                out.push(b',');
+            }
+            out.extend_from_slice(name);
+            match is_null {
+                true => out.extend_from_slice(b"null"),
+                false => column.encode(row, out),
+            }
+        }
+    }
+}
+
+fn text(bytes: Vec<u8>) -> Result<String, ArrowError> {
+    String::from_utf8(bytes).map_err(|error| ArrowError::JsonError(error.to_string()))
+}
+
+/// Rows of a metric, in their order.
+pub(crate) fn metric_rows(program: &Program, rows: &Rows) -> Result<Vec<MetricRow>, ArrowError> {
+    let batch = &rows.batch;
+    let labels = Labels::new(program, batch).map_err(|error| ArrowError::ExternalError(Box::new(error)))?;
+    let ends = batch.column(1).as_primitive::<TimestampMicrosecondType>();
+    let options = options(Vec::new());
+    let mut columns = Columns::new(batch, &options)?;
+    (0..batch.num_rows())
+        .map(|row| {
+            let revision = rows.revisions.as_ref().map(|revisions| revisions[row]);
+            let mut out = vec![b'{'];
+            columns.write(row, true, &mut out);
+            let (is_final, revision) = (revision.is_some(), revision.unwrap_or(0));
+            out.extend_from_slice(format!(",\"final\":{is_final},\"revision\":{revision}}}").as_bytes());
+            Ok(MetricRow {
+                key: labels.key(row).into(),
+                pairs: labels.pairs(row),
+                json: text(out)?.into(),
+                window_end: Micros(ends.value(row)),
+                is_final,
+                revision,
+            })
+        })
+        .collect()
+}
+
+/// Keys whose rows HAVING took back: as in [`MetricRow::key`], with the pairs for filters.
+pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<(String, Vec<(String, String)>)>, ArrowError> {
+    let options = arrow::util::display::FormatOptions::new().with_null("null");
+    let columns: Vec<_> = (gone.schema_ref().fields().iter().zip(gone.columns()))
+        .map(|(field, column)| Ok((field.name(), arrow::util::display::ArrayFormatter::try_new(column, &options)?)))
+        .collect::<Result<_, ArrowError>>()?;
+    let keys = (0..gone.num_rows()).map(|row| {
+        let pairs: Vec<(String, String)> =
+            columns.iter().map(|(name, column)| ((*name).clone(), column.value(row).to_string())).collect();
+        let values: Vec<&str> = pairs.iter().map(|(_, value)| value.as_str()).collect();
+        (values.join("|"), pairs)
+    });
+    Ok(keys.collect())
+}
+
+/// A row that came as JSON, as [`metric_rows`] would have given it; `None` where it lacks what every row has.
+pub(crate) fn metric_row(program: &Program, row: &Map<String, Value>) -> Option<MetricRow> {
+    let fields = &program.output().fields()[2..2 + program.key_count()];
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let pairs: Vec<(String, String)> =
+        fields.iter().map(|field| (field.name().clone(), row.get(field.name()).map_or_else(String::new, text))).collect();
+    let end = chrono::DateTime::parse_from_rfc3339(row.get("window_end")?.as_str()?).ok()?;
+    Some(MetricRow {
+        key: pairs.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("|").into(),
+        pairs,
+        json: serde_json::to_string(row).ok()?.into(),
+        window_end: Micros(end.timestamp_micros()),
+        is_final: row.get("final")?.as_bool()?,
+        revision: row.get("revision")?.as_i64()?,
+    })
+}
+
+/// Events as JSON objects, those that `keep` wants; NULL is left out and JSON columns are embedded.
+pub(crate) fn events(
+    batch: &RecordBatch,
+    json_columns: Vec<String>,
+    keep: impl Fn(usize) -> bool,
+) -> Result<Vec<String>, ArrowError> {
+    let options = options(json_columns);
+    let mut columns = Columns::new(batch, &options)?;
+    (0..batch.num_rows())
+        .filter(|row| keep(*row))
+        .map(|row| {
+            let mut out = vec![b'{'];
+            columns.write(row, false, &mut out);
+            out.push(b'}');
+            text(out)
+        })
+        .collect()
+}
+
+/// An alert, over HTTP and in its channel.
+pub(crate) fn alert(alert: &Alert) -> Value {
+    json!({
+        "id": alert.id, "rule": alert.rule, "metric": alert.metric, "severity": alert.severity,
+        "labels": alert.labels, "state": alert.state, "row": alert.row,
+        "started_at": rfc3339(alert.started_at), "fired_at": rfc3339(alert.fired_at),
+        "resolved_at": alert.resolved_at.map(rfc3339), "acked_at": alert.acked_at.map(rfc3339),
+        "acked_by": alert.acked_by,
+    })
+}
+
+/// A portfolio's value, over HTTP and in its channel.
+pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
+    let summary = &portfolio.summary;
+    json!({
+        "id": portfolio.id, "name": portfolio.name, "currency": portfolio.currency,
+        "value": summary.value, "cost": summary.cost, "unrealised": summary.unrealised,
+        "unrealised_pct": summary.unrealised_pct, "as_of": summary.as_of.map(rfc3339),
+        "positions": summary.positions, "allocation": summary.allocation, "unpriced": summary.unpriced,
+    })
+}
+
+/// Live rates, over HTTP and in their channel.
+pub(crate) fn throughput(rates: &Throughput) -> Value {
+    let workspaces: Vec<Value> =
+        rates.workspaces.iter().map(|(id, rate)| json!({"id": id, "events_per_second": rate})).collect();
+    json!({
+        "events_per_second": rates.events_per_second, "batches_per_second": rates.batches_per_second,
+        "bytes_per_second": rates.bytes_per_second, "events_total": rates.events_total, "workspaces": workspaces,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArray};
+    use arrow::datatypes::{Field, Schema};
+
+    #[test]
+    fn an_event_has_micros_embedded_json_and_no_nulls() {
+        let schema = Schema::new(vec![
+            Field::new("ts", DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())), false),
+            Field::new("id", DataType::Utf8, true),
+            Field::new("price", DataType::Float64, true),
+            Field::new("extra", DataType::Utf8, true),
+        ]);
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(TimestampMicrosecondArray::from(vec![1, 2_000_000]).with_timezone("+00:00")),
+            Arc::new(StringArray::from(vec![Some("a\n\"b\""), None])),
+            Arc::new(Float64Array::from(vec![f64::INFINITY, 1.0])),
+            Arc::new(StringArray::from(vec![Some(r#"{"x":[1,null]}"#), Some("no json")])),
+        ];
+        let batch = RecordBatch::try_new(Arc::new(schema), columns).unwrap();
+        let written = events(&batch, vec!["extra".into()], |_| true).unwrap();
+        let read: Vec<Value> = written.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+        let first = json!({"ts": "1970-01-01T00:00:00.000001Z", "id": "a\n\"b\"", "price": null, "extra": {"x": [1, null]}});
+        assert_eq!(read[0], first);
+        assert_eq!(read[1], json!({"ts": "1970-01-01T00:00:02.000000Z", "price": 1.0, "extra": "no json"}));
+        assert_eq!(events(&batch, Vec::new(), |row| row == 1).unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,302 @@
+//! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
+//! keeps what its messages add up to.
+
+use super::name::ChannelName;
+use super::outbox::{Changed, Frame, Outbox, WhenSlow};
+use super::state::{Op, State};
+use crate::config::Limits;
+use crate::problem::Problem;
+use axum::extract::ws::Utf8Bytes;
+use axum::http::StatusCode;
+use engine::event::WorkspaceId;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A larger state is not sent: its client asks for less of it.
+const SNAPSHOT_BYTES_MAX: usize = 8 << 20;
+/// Changes of a state beyond this are sent in several messages.
+const DELTA_BYTES: usize = 256 << 10;
+
+/// Where a client was when it left.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Since {
+    pub(crate) epoch: String,
+    pub(crate) offset: u64,
+}
+
+/// What a subscription asks for.
+pub(super) struct Wish<'a> {
+    pub(super) id: u64,
+    pub(super) outbox: &'a Arc<Outbox>,
+    pub(super) since: Option<Since>,
+    pub(super) rate: Option<Duration>,
+    /// Echoed in the answer.
+    pub(super) reference: Option<Value>,
+}
+
+/// What a channel's messages are.
+pub(super) enum Body {
+    /// Each counts by itself.
+    Events {
+        /// Offset of the first message of what is going on; a subscriber that comes meanwhile gets it from there.
+        start: Option<u64>,
+    },
+    /// They add up to a state.
+    State(State),
+}
+
+pub(super) struct Channel {
+    pub(super) workspace: Option<WorkspaceId>,
+    pub(super) name: ChannelName,
+    epoch: Arc<str>,
+    /// All of a message up to its offset.
+    head: String,
+    limits: Limits,
+    inner: Mutex<Inner>,
+}
+
+pub(super) struct Inner {
+    /// Of the last message.
+    offset: u64,
+    history: VecDeque<Frame>,
+    history_bytes: usize,
+    subscribers: Vec<(u64, Arc<Outbox>)>,
+    pub(super) body: Body,
+    /// Since when nobody listens.
+    idle_since: Option<Instant>,
+    /// Taken out of the hub: a new one takes its place.
+    is_closed: bool,
+}
+
+impl Channel {
+    pub(super) fn new(
+        workspace: Option<WorkspaceId>,
+        name: ChannelName,
+        epoch: Arc<str>,
+        offset: u64,
+        limits: Limits,
+        body: Body,
+        now: Instant,
+    ) -> Channel {
+        let head = format!(
+            "{{\"type\":\"event\",\"workspace\":{},\"channel\":{},\"epoch\":{},\"offset\":",
+            json!(workspace),
+            json!(*name.text),
+            json!(*epoch)
+        );
+        let inner = Inner {
+            offset,
+            history: VecDeque::new(),
+            history_bytes: 0,
+            subscribers: Vec::new(),
+            body,
+            idle_since: Some(now),
+            is_closed: false,
+        };
+        Channel { workspace, name, epoch, head, limits, inner: Mutex::new(inner) }
+    }
+
+    fn frame(&self, offset: u64, event: &str, names: Option<Arc<[Arc<str>]>>) -> Frame {
+        let mut text = String::with_capacity(self.head.len() + event.len() + 32);
+        text.push_str(&self.head);
+        _ = write!(text, "{offset},\"event\":"); // writing to a String cannot fail
+        text.push_str(event);
+        text.push('}');
+        Frame { offset, text: Utf8Bytes::from(text), names }
+    }
+
+    /// Sends an event, of whatever kind, to all subscribers.
+    pub(super) fn event(&self, event: &str) {
+        self.send(&mut self.inner.lock(), event, Some(Arc::default()));
+    }
+
+    /// As [`Channel::event`], for one of a sequence: a subscriber that comes within it gets it from its start.
+    pub(super) fn event_of_sequence(&self, event: &str, is_first: bool, is_last: bool, now: Instant) {
+        let mut inner = self.inner.lock();
+        let next = inner.offset + 1;
+        if let Body::Events { start } = &mut inner.body {
+            match (is_first, is_last) {
+                (_, true) => *start = None,
+                (true, false) => *start = Some(next),
+                (false, false) => {}
+            }
+        }
+        if inner.subscribers.is_empty() {
+            inner.idle_since = Some(now); // a conversation that goes on is not idle
+        }
+        self.send(&mut inner, event, Some(Arc::default()));
+    }
+
+    /// Changes the state and tells all subscribers what changed, in this order. Nothing is sent for no changes.
+    pub(super) fn apply(&self, ops: Vec<Op>) {
+        let inner = &mut *self.inner.lock();
+        let Body::State(state) = &mut inner.body else { return };
+        let mut deltas = Vec::new();
+        let mut names: Vec<Arc<str>> = Vec::new();
+        let mut delta = String::new();
+        for op in ops {
+            state.write(&op, &mut delta);
+            names.push(op.name.clone());
+            state.apply(op);
+            if delta.len() >= DELTA_BYTES {
+                deltas.push((std::mem::take(&mut delta), std::mem::take(&mut names)));
+            }
+        }
+        if !names.is_empty() {
+            deltas.push((delta, names));
+        }
+        for (delta, names) in deltas {
+            self.send(inner, &delta_event(&delta), Some(names.into()));
+        }
+    }
+
+    /// Runs `change` on the state and tells what it changed.
+    pub(super) fn update(&self, change: impl FnOnce(&mut State) -> Vec<Op>) {
+        let ops = match &mut self.inner.lock().body {
+            Body::State(state) => change(state),
+            Body::Events { .. } => Vec::new(),
+        };
+        self.apply(ops);
+    }
+
+    /// Empties the state: what it said is void.
+    pub(super) fn reset(&self) {
+        let inner = &mut *self.inner.lock();
+        let Body::State(state) = &mut inner.body else { return };
+        state.clear();
+        let event = snapshot_event(state);
+        self.send(inner, &event, None);
+    }
+
+    fn send(&self, inner: &mut Inner, event: &str, names: Option<Arc<[Arc<str>]>>) {
+        inner.offset += 1;
+        let frame = self.frame(inner.offset, event, names);
+        let when_slow = match inner.body {
+            Body::Events { .. } => WhenSlow::Close,
+            Body::State(_) => WhenSlow::Fold,
+        };
+        let before = inner.subscribers.len();
+        inner.subscribers.retain(|(id, outbox)| outbox.push(*id, &frame, when_slow));
+        if before > 0 && inner.subscribers.is_empty() {
+            inner.idle_since = Some(Instant::now());
+        }
+        inner.history_bytes += frame.text.len();
+        inner.history.push_back(frame);
+        while inner.history.len() > self.limits.history_events || inner.history_bytes > self.limits.history_bytes {
+            let Some(oldest) = inner.history.pop_front() else { break };
+            inner.history_bytes -= oldest.text.len();
+        }
+    }
+
+    /// The messages behind `offset`, if all of them are still here.
+    fn since(inner: &Inner, offset: u64) -> Option<Vec<Frame>> {
+        let first = inner.history.front().map_or(inner.offset + 1, |frame| frame.offset);
+        let held = offset <= inner.offset && offset + 1 >= first;
+        held.then(|| inner.history.iter().filter(|frame| frame.offset > offset).cloned().collect())
+    }
+
+    /// Adds a subscriber and queues what it gets first: the answer, then what it missed or a snapshot. `None` when the
+    /// channel was taken out of the hub meanwhile.
+    pub(super) fn subscribe(self: &Arc<Self>, wish: &Wish<'_>) -> Option<Result<(), Problem>> {
+        let inner = &mut *self.inner.lock();
+        if inner.is_closed {
+            return None;
+        }
+        let missed = match &wish.since {
+            Some(since) if *since.epoch == *self.epoch => Self::since(inner, since.offset),
+            _ => None,
+        };
+        let recovered = missed.is_some();
+        let first = match (missed, &inner.body) {
+            (Some(missed), _) => missed,
+            (None, Body::State(state)) => match self.snapshot(inner.offset, state) {
+                Ok(snapshot) => vec![snapshot],
+                Err(problem) => return Some(Err(problem)),
+            },
+            (None, Body::Events { start: Some(start) }) => Self::since(inner, start - 1).unwrap_or_default(),
+            (None, Body::Events { start: None }) => Vec::new(),
+        };
+        let offset = first.first().filter(|frame| frame.names.is_some()).map_or(inner.offset, |frame| frame.offset - 1);
+        let mut answer = json!({
+            "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset, "recovered": recovered,
+        });
+        if let Some(reference) = &wish.reference {
+            answer["ref"] = reference.clone();
+        }
+        wish.outbox.reply(answer.to_string());
+        wish.outbox.add(wish.id, self.clone(), wish.rate, first);
+        inner.subscribers.push((wish.id, wish.outbox.clone()));
+        inner.idle_since = None;
+        Some(Ok(()))
+    }
+
+    pub(super) fn unsubscribe(&self, id: u64, now: Instant) {
+        let mut inner = self.inner.lock();
+        inner.subscribers.retain(|(other, _)| *other != id);
+        if inner.subscribers.is_empty() && inner.idle_since.is_none() {
+            inner.idle_since = Some(now);
+        }
+    }
+
+    fn snapshot(&self, offset: u64, state: &State) -> Result<Frame, Problem> {
+        if state.bytes() > SNAPSHOT_BYTES_MAX {
+            let detail = format!(
+                "the state of `{}` is {} bytes, more than the {SNAPSHOT_BYTES_MAX} that are sent; subscribe with a filter",
+                self.name.text,
+                state.bytes()
+            );
+            return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "state_too_large", detail));
+        }
+        Ok(self.frame(offset, &snapshot_event(state), None))
+    }
+
+    /// Writes what changed for a subscription that was folded, up to now.
+    pub(super) fn unfold(&self, id: u64, outbox: &Outbox, now: Instant, out: &mut Vec<Utf8Bytes>) {
+        let inner = &mut *self.inner.lock();
+        let Body::State(state) = &inner.body else { return };
+        let Some(changed) = outbox.take_folded(id, now) else { return };
+        let delta = match changed {
+            Changed::Some(names) => state.delta(&names),
+            Changed::All => None,
+        };
+        match delta {
+            Some(delta) => out.push(self.frame(inner.offset, &delta_event(&delta), None).text),
+            None => match self.snapshot(inner.offset, state) {
+                Ok(snapshot) => out.push(snapshot.text),
+                Err(problem) => {
+                    let (code, detail) = (problem.code, &problem.detail);
+                    let channel = &*self.name.text;
+                    let error = json!({"type": "error", "channel": channel, "code": code, "detail": detail});
+                    out.push(error.to_string().into());
+                    outbox.remove(id);
+                    inner.subscribers.retain(|(other, _)| *other != id);
+                }
+            },
+        }
+    }
+
+    /// Looks at the channel's state under its lock.
+    pub(super) fn with<T>(&self, look: impl FnOnce(&mut Inner) -> T) -> T {
+        look(&mut self.inner.lock())
+    }
+
+    /// Closes the channel if nobody has listened for `linger`: the offset after its last one.
+    pub(super) fn close_if_idle(&self, linger: Duration, now: Instant) -> Option<u64> {
+        let mut inner = self.inner.lock();
+        let is_idle = inner.idle_since.is_some_and(|since| now.duration_since(since) >= linger);
+        inner.is_closed |= is_idle;
+        inner.is_closed.then_some(inner.offset + 1)
+    }
+}
+
+fn delta_event(ops: &str) -> String {
+    format!("{{\"type\":\"STATE_DELTA\",\"delta\":[{ops}]}}")
+}
+
+fn snapshot_event(state: &State) -> String {
+    format!("{{\"type\":\"STATE_SNAPSHOT\",\"snapshot\":{}}}", state.document())
+}

@@ -1,0 +1,252 @@
+//! What the messages of a state channel add up to: named members, each as the JSON it has on the wire.
+
+use crate::encode::MetricRow;
+use engine::event::Micros;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::Write;
+use std::sync::Arc;
+
+/// Where in the client's document the members are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Place {
+    /// In the object `rows`.
+    Rows,
+    /// They are the document.
+    Root,
+}
+
+/// A change of one member.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Op {
+    pub(super) name: Arc<str>,
+    /// `None` takes it away; it must be there.
+    pub(super) member: Option<Member>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Member {
+    pub(super) json: Arc<str>,
+    /// Of a metric's row: the end of its window, whether it is final, and its revision.
+    age: (Micros, bool, i64),
+}
+
+impl Member {
+    fn of(row: &MetricRow) -> Member {
+        Member { json: row.json.clone(), age: (row.window_end, row.is_final, row.revision) }
+    }
+}
+
+pub(super) struct State {
+    place: Place,
+    members: BTreeMap<Arc<str>, Member>,
+    bytes: usize,
+}
+
+impl State {
+    pub(super) fn new(place: Place) -> State {
+        State { place, members: BTreeMap::new(), bytes: 0 }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.members.clear();
+        self.bytes = 0;
+    }
+
+    /// Bytes of the document, about.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn apply(&mut self, op: Op) {
+        let size = |name: &str, member: &Member| name.len() + member.json.len() + 8;
+        self.bytes += op.member.as_ref().map_or(0, |member| size(&op.name, member));
+        let old = match op.member {
+            Some(member) => self.members.insert(op.name.clone(), member),
+            None => self.members.remove(&op.name),
+        };
+        self.bytes -= old.as_ref().map_or(0, |member| size(&op.name, member));
+    }
+
+    /// The whole as a JSON document.
+    pub(super) fn document(&self) -> String {
+        let mut out = String::with_capacity(self.bytes + 16);
+        out.push_str(if self.place == Place::Rows { "{\"rows\":{" } else { "{" });
+        for (at, (name, member)) in self.members.iter().enumerate() {
+            let comma = if at > 0 { "," } else { "" };
+            _ = write!(out, "{comma}{}:{}", quoted(name), member.json); // writing to a String cannot fail
+        }
+        out.push_str(if self.place == Place::Rows { "}}" } else { "}" });
+        out
+    }
+
+    /// Appends a change as an operation of JSON Patch.
+    pub(super) fn write(&self, op: &Op, out: &mut String) {
+        if !out.is_empty() {
+            out.push(',');
+        }
+        let prefix = if self.place == Place::Rows { "/rows/" } else { "/" };
+        let path = quoted(&format!("{prefix}{}", op.name.replace('~', "~0").replace('/', "~1")));
+        _ = match &op.member {
+            // `add` also replaces what is there
+            Some(member) => write!(out, "{{\"op\":\"add\",\"path\":{path},\"value\":{}}}", member.json),
+            None => write!(out, "{{\"op\":\"remove\",\"path\":{path}}}"),
+        };
+    }
+
+    /// The operations that bring these members up to date; `None` where one is gone, since nobody knows whether the
+    /// client ever had it.
+    pub(super) fn delta(&self, names: &HashSet<Arc<str>>) -> Option<String> {
+        let mut out = String::new();
+        for name in names {
+            let member = self.members.get(name)?.clone();
+            self.write(&Op { name: name.clone(), member: Some(member) }, &mut out);
+        }
+        Some(out)
+    }
+
+    /// What changes when the members are to be exactly these.
+    pub(super) fn replace(&self, members: impl IntoIterator<Item = (String, String)>) -> Vec<Op> {
+        let new: BTreeMap<String, String> = members.into_iter().collect();
+        let gone = self.members.keys().filter(|name| !new.contains_key(&***name));
+        let mut ops: Vec<Op> = gone.map(|name| Op { name: name.clone(), member: None }).collect();
+        for (name, json) in new {
+            if self.members.get(name.as_str()).is_none_or(|old| *old.json != *json) {
+                let member = Member { json: json.into(), age: (Micros::ZERO, false, 0) };
+                ops.push(Op { name: name.into(), member: Some(member) });
+            }
+        }
+        ops
+    }
+
+    /// What changes with new rows of a metric, in their order.
+    ///
+    /// Rows of a window older than a key's row are shown, where final, and the key's row is put back behind them, so
+    /// that every final row is seen and the state ends at the newest. `gone`: keys that left their window, by HAVING;
+    /// `is_complete`: the rows are all of their window, so other keys have left it.
+    pub(super) fn rows(&self, rows: &[MetricRow], gone: &[String], is_complete: bool, is_final: bool) -> Vec<Op> {
+        let mut ops = Vec::new();
+        let end = rows.iter().map(|row| row.window_end).max();
+        for row in rows {
+            let op = |member| Op { name: row.key.clone(), member: Some(member) };
+            let new = Member::of(row);
+            match self.members.get(&row.key) {
+                Some(old) if old.age.0 > new.age.0 => {
+                    if row.is_final {
+                        ops.extend([op(new), op(old.clone())]);
+                    }
+                }
+                // of one window: final stands before provisional, and a higher revision before a lower
+                Some(old) if old.age >= new.age && (old.age != new.age || old.json == new.json) => {}
+                _ => ops.push(op(new)),
+            }
+        }
+        let left = |name: &str, member: &Member| {
+            let is_older = end.is_none_or(|end| member.age.0 <= end);
+            match gone.iter().any(|key| key == name) {
+                // without rows nothing tells the window: a final row is not taken away by a provisional change
+                true => is_older && (is_final || !member.age.1),
+                false => is_complete && is_older && !rows.iter().any(|row| *row.key == *name),
+            }
+        };
+        let left = self.members.iter().filter(|(name, member)| left(name, member));
+        ops.extend(left.map(|(name, _)| Op { name: name.clone(), member: None }));
+        ops
+    }
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// `key end` provisional, `key end!` final, `key end!1` first correction.
+    fn row(script: &str) -> MetricRow {
+        let (key, rest) = script.split_once(' ').unwrap();
+        let (end, revision) = rest.split_once('!').map_or((rest, None), |(end, n)| (end, Some(n.parse().unwrap_or(0))));
+        let window_end = Micros(end.parse().unwrap());
+        let (is_final, revision) = (revision.is_some(), revision.unwrap_or(0));
+        let json = json!({"end": window_end, "final": is_final, "revision": revision}).to_string().into();
+        MetricRow { key: key.into(), pairs: Vec::new(), json, window_end, is_final, revision }
+    }
+
+    fn rows(script: &str) -> Vec<MetricRow> {
+        script.split(", ").filter(|row| !row.is_empty()).map(row).collect()
+    }
+
+    fn shown(ops: &[Op]) -> String {
+        let op = |op: &Op| match &op.member {
+            None => format!("-{}", op.name),
+            Some(Member { age: (end, is_final, n), .. }) => {
+                let mark = if *is_final { format!("!{n}") } else { String::new() };
+                format!("{} {}{mark}", op.name, end.0)
+            }
+        };
+        ops.iter().map(op).collect::<Vec<_>>().join(", ")
+    }
+
+    fn check(before: &str, new: &str, gone: &[&str], is_complete: bool, expected: &str) {
+        let mut state = State::new(Place::Rows);
+        for row in rows(before) {
+            state.apply(Op { name: row.key.clone(), member: Some(Member::of(&row)) });
+        }
+        let gone: Vec<String> = gone.iter().map(|key| (*key).to_owned()).collect();
+        let new = rows(new);
+        let is_final = new.first().is_some_and(|row| row.is_final);
+        assert_eq!(shown(&state.rows(&new, &gone, is_complete, is_final)), expected, "{before} + {new:?}");
+    }
+
+    #[test]
+    fn a_newer_row_takes_the_place_of_an_older_one() {
+        check("", "a 10", &[], false, "a 10");
+        check("a 10", "a 10!", &[], false, "a 10!0");
+        check("a 10!0", "a 10!1", &[], false, "a 10!1");
+        check("a 10!1", "a 20, b 20", &[], false, "a 20, b 20");
+    }
+
+    #[test]
+    fn a_final_row_of_an_older_window_is_shown_before_the_newest_row() {
+        check("a 20", "a 10!", &[], false, "a 10!0, a 20");
+        check("a 20", "a 10", &[], false, "");
+        check("a 10!1", "a 10!0", &[], false, "");
+        check("a 10!0", "a 10", &[], false, "");
+    }
+
+    #[test]
+    fn a_key_that_left_its_window_is_removed() {
+        check("a 10, b 10", "b 10", &["a"], false, "-a");
+        check("a 20, b 10", "b 10!", &["a"], false, "b 10!0");
+        check("a 10!0", "", &["a"], false, "");
+        check("a 10, b 10, c 20", "b 10", &[], true, "-a");
+    }
+
+    #[test]
+    fn the_document_and_the_paths_escape_what_keys_may_hold() {
+        let mut state = State::new(Place::Rows);
+        let op = Op { name: "a/b~\"c".into(), member: Some(Member::of(&row("x 1"))) };
+        let mut patch = String::new();
+        state.write(&op, &mut patch);
+        let mut document: Value = json!({"rows": {}});
+        let patch: json_patch::Patch = serde_json::from_str(&format!("[{patch}]")).unwrap();
+        json_patch::patch(&mut document, &patch).unwrap();
+        state.apply(op.clone());
+        assert_eq!(document, serde_json::from_str::<Value>(&state.document()).unwrap());
+        state.apply(Op { member: None, ..op });
+        assert_eq!((state.document().as_str(), state.bytes()), ("{\"rows\":{}}", 0));
+    }
+
+    #[test]
+    fn only_members_that_differ_are_replaced() {
+        let mut state = State::new(Place::Root);
+        let members = |text: &str| -> Vec<(String, String)> {
+            text.split(' ').filter_map(|m| m.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
+        };
+        state.replace(members("a=1 b=2")).into_iter().for_each(|op| state.apply(op));
+        let names: Vec<String> = state.replace(members("b=2 a=3 c=4")).iter().map(|op| op.name.to_string()).collect();
+        assert_eq!(names, ["a", "c"]);
+        assert_eq!(state.document(), "{\"a\":1,\"b\":2}");
+    }
+}

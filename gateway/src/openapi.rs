@@ -1,0 +1,467 @@
+//! What the HTTP API looks like: OpenAPI 3.1 from one table, and a page for people made of the same.
+
+use crate::AppState;
+use axum::http::header::{CONTENT_SECURITY_POLICY, HeaderValue};
+use axum::response::{Html, IntoResponse};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+use std::sync::LazyLock;
+
+pub(crate) fn routes() -> Router<AppState> {
+    Router::new().route("/openapi.json", get(async || Json(&*DOCUMENT))).route("/docs", get(docs))
+}
+
+/// One operation.
+struct Operation {
+    method: &'static str,
+    path: &'static str,
+    tag: &'static str,
+    summary: &'static str,
+    /// Parameters of the query string: name and meaning.
+    query: &'static [(&'static str, &'static str)],
+    /// Content types and schema of the body.
+    body: Option<(&'static [&'static str], &'static str)>,
+    status: u16,
+    /// Content types and schema of the answer; none has no body.
+    answer: Option<(&'static [&'static str], &'static str)>,
+}
+
+impl Operation {
+    const fn new(method: &'static str, path: &'static str, tag: &'static str, summary: &'static str) -> Self {
+        Self { method, path, tag, summary, query: &[], body: None, status: 204, answer: None }
+    }
+
+    const fn query(mut self, query: &'static [(&'static str, &'static str)]) -> Self {
+        self.query = query;
+        self
+    }
+
+    const fn takes(self, schema: &'static str) -> Self {
+        self.takes_as(JSON, schema)
+    }
+
+    const fn takes_as(mut self, types: &'static [&'static str], schema: &'static str) -> Self {
+        self.body = Some((types, schema));
+        self
+    }
+
+    const fn gives(self, status: u16, schema: &'static str) -> Self {
+        self.gives_as(status, JSON, schema)
+    }
+
+    const fn gives_as(mut self, status: u16, types: &'static [&'static str], schema: &'static str) -> Self {
+        self.status = status;
+        self.answer = Some((types, schema));
+        self
+    }
+
+    fn is_open(&self) -> bool {
+        !self.path.starts_with("/api/") || self.path.ends_with("/auth/login") || self.path.ends_with("/auth/refresh")
+    }
+}
+
+const JSON: &[&str] = &["application/json"];
+const HTML: &[&str] = &["text/html"];
+const TEXT: &[&str] = &["text/plain"];
+const EVENTS: &[&str] = &["application/x-ndjson", "application/json", "application/vnd.apache.arrow.stream"];
+const TABLES: &[&str] = &["application/json", "text/csv", "application/vnd.apache.arrow.stream"];
+const RUNS: &[&str] = &["text/event-stream"];
+
+const LIMIT: (&str, &str) = ("limit", "Rows of the page, 1 to 10000; 100 unless said.");
+const BEFORE: (&str, &str) = ("before", "The `next` of the page before.");
+
+const OPERATIONS: &[Operation] = &[
+    Operation::new("get", "/health", "health", "Whether the process lives.").gives(200, "Health"),
+    Operation::new("get", "/ready", "health", "Whether the parts can serve; 503 with the reasons where they cannot.")
+        .gives(200, "Ready"),
+    Operation::new("get", "/metrics", "health", "Figures of the process for Prometheus, unless they have their own listener.")
+        .gives_as(200, TEXT, "Text"),
+    Operation::new("get", "/openapi.json", "health", "This document.").gives(200, "Object"),
+    Operation::new("get", "/docs", "health", "This document for people.").gives_as(200, HTML, "Text"),
+    Operation::new("post", "/api/v1/auth/login", "sign-in", "Signs in. Failures in a row for one account from one address have to wait: 429.")
+        .takes("Login")
+        .gives(200, "Tokens"),
+    Operation::new("post", "/api/v1/auth/refresh", "sign-in", "A new pair for a refresh token, which is spent; its reuse ends the whole sign-in.")
+        .takes("Refresh")
+        .gives(200, "Tokens"),
+    Operation::new("post", "/api/v1/auth/logout", "sign-in", "Ends the sign-in of the access token, or of the refresh token in the body.")
+        .takes("Logout"),
+    Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
+    Operation::new("get", "/api/v1/users", "sign-in", "All users. Admins only.").gives(200, "Users"),
+    Operation::new("post", "/api/v1/users", "sign-in", "A new user. Admins only.").takes("NewUser").gives(201, "User"),
+    Operation::new("get", "/api/v1/workspaces", "workspaces", "Mine; admins of the installation see all.")
+        .query(&[LIMIT, ("after", "The `next` of the page before.")])
+        .gives(200, "Workspaces"),
+    Operation::new("post", "/api/v1/workspaces", "workspaces", "A new workspace; its creator is its owner.")
+        .takes("NewWorkspace")
+        .gives(201, "Workspace"),
+    Operation::new("get", "/api/v1/workspaces/{ws}", "workspaces", "One workspace.").gives(200, "Workspace"),
+    Operation::new("patch", "/api/v1/workspaces/{ws}", "workspaces", "Changes what is given. Permission `manage`.")
+        .takes("WorkspaceChanges")
+        .gives(200, "Workspace"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}", "workspaces", "Deletes the workspace with all that is in it. Permission `delete`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/members", "workspaces", "Members and their roles.").gives(200, "Members"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a user a role here. Permission `manage`.")
+        .takes("Assignment")
+        .gives(200, "Member"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Permission `manage`; everybody may leave."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/keys", "workspaces", "API keys, without the keys themselves. Permission `manage`.").gives(200, "Keys"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/keys", "workspaces", "A new API key, shown this once. Permission `manage`.")
+        .takes("NewKey")
+        .gives(201, "Key"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/keys/{key}", "workspaces", "Revokes an API key. Permission `manage`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/audit", "workspaces", "Who did what, newest first. Permission `audit`.")
+        .query(&[LIMIT, BEFORE])
+        .gives(200, "Audit"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand.").gives(200, "Streams"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it. Permission `define`.")
+        .takes("StreamDefinition")
+        .gives(200, "Stream"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`. Permission `ingest`.")
+        .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
+        .takes_as(EVENTS, "Events")
+        .gives(200, "Ingested"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").gives(200, "Metrics"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. Permission `define`.")
+        .takes("MetricDefinition")
+        .gives(200, "Metric"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows. Permission `define`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.")
+        .query(&[
+            ("from", "Windows that start then or later, RFC 3339."),
+            ("to", "Windows that start earlier, RFC 3339."),
+            LIMIT,
+            ("after", "The `next` of the page before."),
+            ("final", "`true`: only final rows; `false`: only provisional ones."),
+        ])
+        .gives(200, "Rows"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics. Rows are arrays in the order of `columns`. Permission `query`.")
+        .takes("Query")
+        .gives_as(200, TABLES, "Table"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").gives(200, "AlertRules"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule. Permission `define`.")
+        .takes("AlertRule")
+        .gives(201, "AlertRule"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Defines an alert rule, or defines it anew. Permission `define`.")
+        .takes("AlertRule")
+        .gives(200, "AlertRule"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Removes an alert rule. Permission `define`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/alerts", "alerts", "Firings, the last first.")
+        .query(&[("state", "`firing` or `resolved`."), LIMIT, BEFORE])
+        .gives(200, "Alerts"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/alerts/{alert}/ack", "alerts", "Notes that somebody has seen the alert; the first one stands. Permission `respond`.")
+        .gives(200, "Alert"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/silences", "alerts", "Silences, past ones too.").gives(200, "Silences"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/silences", "alerts", "Alerts with these labels notify nobody for a time. Permission `respond`.")
+        .takes("NewSilence")
+        .gives(201, "Silence"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/silences/{silence}", "alerts", "Ends and removes a silence. Permission `respond`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "Portfolios.").gives(200, "Portfolios"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "A new portfolio. Permission `hold`.")
+        .takes("NewPortfolio")
+        .gives(201, "Portfolio"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}", "portfolios", "Deletes a portfolio with its positions. Permission `hold`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Positions.").gives(200, "Positions"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Replaces all positions. Permission `hold`.")
+        .takes("Positions")
+        .gives(200, "PositionCount"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Adds positions, or replaces those in the same symbols. Permission `hold`.")
+        .takes("Positions")
+        .gives(200, "PositionCount"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position. Permission `hold`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation at last prices.").gives(200, "Summary"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").gives(200, "Object"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to. Permission `chat`.")
+        .takes("RunAgentInput")
+        .gives_as(200, RUNS, "Text"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/runs/{run}/events", "agents", "Events of a run from behind `Last-Event-ID`, then live.").gives_as(200, RUNS, "Text"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. Permission `chat`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
+    Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
+    Operation::new("get", "/api/v1/system/throughput", "system", "Live rates. Admins only.").gives(200, "Throughput"),
+];
+
+/// A schema in short: `name` required, `name?` optional, and a type: a word, a schema's name, or either with `[]`.
+/// `null` after a type allows null.
+const SCHEMAS: &[(&str, &str)] = &[
+    ("Health", "status string"),
+    ("Ready", "status string, parts Part[]"),
+    ("Part", "name string, ok boolean, detail string"),
+    ("Login", "email string, password string, otp? string"),
+    ("Refresh", "refresh_token string"),
+    ("Logout", "refresh_token? string"),
+    ("Tokens", "access_token string, refresh_token string, token_type string, expires_in integer"),
+    ("Me", "user Object, workspaces Workspace[]"),
+    ("NewUser", "email string, password string, admin? boolean"),
+    ("User", "id string, email string, admin boolean, created_at time"),
+    ("Users", "users User[]"),
+    ("NewWorkspace", "id string, name? string, pack? string, tier? string"),
+    ("WorkspaceChanges", "name? string, tier? string"),
+    ("Workspace", "id string, name string, role string, tier string, pack? string null, created_at? time"),
+    ("Workspaces", "workspaces Workspace[], next? string"),
+    ("Assignment", "email string, role string"),
+    ("Member", "user string, email string, role string, since time"),
+    ("Members", "members Member[]"),
+    ("NewKey", "name string, role string"),
+    ("Key", "id string, key? string, name string, role string, prefix string, created_by? string, created_at? time, revoked_at? time null"),
+    ("Keys", "keys Key[]"),
+    ("AuditEntry", "at time, actor string, action string, target string, outcome string, from string, request_id string"),
+    ("Audit", "entries AuditEntry[], next? string"),
+    ("Column", "name string, type string, nullable? boolean"),
+    ("StreamDefinition", "columns Column[], unknown_fields? string"),
+    ("Stream", "name string, columns Column[], unknown_fields string, frontier time null, late integer, events integer"),
+    ("Streams", "streams Stream[]"),
+    ("IngestError", "index integer, code string, detail string"),
+    ("Ingested", "accepted integer, duplicates integer, rejected integer, errors IngestError[], offset integer null"),
+    ("MetricDefinition", "sql string, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string"),
+    ("Metric", "name string, sql string, stream string, keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string"),
+    ("Metrics", "metrics Metric[]"),
+    ("Row", "window_start time, window_end time, final boolean, revision integer"),
+    ("Rows", "rows Row[], next? string"),
+    ("Query", "sql string, params? array, timeout_ms? integer"),
+    ("Table", "columns Column[], rows array"),
+    ("AlertRule", "name? string, metric string, condition string, for? string, severity? string"),
+    ("AlertRules", "rules AlertRule[]"),
+    ("Alert", "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null"),
+    ("Alerts", "alerts Alert[], next? string"),
+    ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
+    ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
+    ("Silences", "silences Silence[]"),
+    ("NewPortfolio", "id string, name? string, currency? string"),
+    ("Portfolio", "id string, name string, currency string"),
+    ("Portfolios", "portfolios Portfolio[]"),
+    ("Position", "symbol string, qty number, cost number, sector? string null"),
+    ("Positions", "positions Position[]"),
+    ("PositionCount", "positions integer"),
+    ("Summary", "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[]"),
+    ("RunAgentInput", "threadId string, runId string, messages array, tools? array, context? array, state? any, forwardedProps? any"),
+    ("Actor", "path string, kind string, state string, mailbox_batches integer, mailbox_bytes integer, restarts integer, last_failure string null, state_bytes integer"),
+    ("Actors", "actors Actor[]"),
+    ("Throughput", "events_per_second number, batches_per_second number, bytes_per_second number, events_total integer, workspaces array"),
+    ("ProblemItem", "index? integer, pointer? string, code string, detail string"),
+    ("Problem", "type string, title string, status integer, detail string, code string, errors? ProblemItem[], line? integer, column? integer"),
+];
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(document);
+
+fn reference(schema: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{schema}")})
+}
+
+/// The JSON Schema of a type in [`SCHEMAS`].
+fn type_schema(word: &str) -> Value {
+    if let Some(items) = word.strip_suffix("[]") {
+        return json!({"type": "array", "items": type_schema(items)});
+    }
+    match word {
+        "string" | "integer" | "number" | "boolean" => json!({"type": word}),
+        "array" => json!({"type": "array", "items": {}}),
+        "time" => json!({"type": "string", "format": "date-time"}),
+        "any" => json!({}),
+        name => reference(name),
+    }
+}
+
+fn object_schema(members: &str) -> Value {
+    let (mut properties, mut required) = (Map::new(), Vec::new());
+    for member in members.split(", ") {
+        let mut words = member.split(' ');
+        let (name, kind) = (words.next().unwrap_or_default(), words.next().unwrap_or("any"));
+        let mut schema = type_schema(kind);
+        if words.next() == Some("null") {
+            schema = json!({"anyOf": [schema, {"type": "null"}]});
+        }
+        match name.strip_suffix('?') {
+            Some(name) => _ = properties.insert(name.to_owned(), schema),
+            None => {
+                required.push(name);
+                properties.insert(name.to_owned(), schema);
+            }
+        }
+    }
+    json!({"type": "object", "properties": properties, "required": required})
+}
+
+fn content(types: &[&str], schema: &str) -> Value {
+    let of = |kind: &str| if kind.contains("json") { reference(schema) } else { json!({"type": "string"}) };
+    Value::Object(types.iter().map(|kind| ((*kind).to_owned(), json!({"schema": of(kind)}))).collect())
+}
+
+fn operation(operation: &Operation) -> Value {
+    let in_path = operation.path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
+    let mut parameters: Vec<Value> = in_path
+        .map(|name| json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}}))
+        .collect();
+    parameters.extend(operation.query.iter().map(|(name, meaning)| {
+        json!({"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}})
+    }));
+    let mut success = json!({"description": "Done."});
+    if let Some((types, schema)) = operation.answer {
+        success["content"] = content(types, schema);
+    }
+    let mut responses = Map::new();
+    responses.insert(operation.status.to_string(), success);
+    responses.insert("default".to_owned(), json!({"$ref": "#/components/responses/Problem"}));
+    let id: String = format!("{} {}", operation.method, operation.path.trim_start_matches("/api/v1"))
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect();
+    let mut shown = json!({
+        "tags": [operation.tag], "summary": operation.summary, "operationId": id.replace("__", "_").trim_matches('_'),
+        "parameters": parameters, "responses": responses,
+    });
+    if let Some((types, schema)) = operation.body {
+        shown["requestBody"] = json!({"required": schema != "Logout", "content": content(types, schema)});
+    }
+    if operation.is_open() {
+        shown["security"] = json!([]);
+    }
+    shown
+}
+
+fn document() -> Value {
+    let mut paths = Map::new();
+    for described in OPERATIONS {
+        let path = paths.entry(described.path).or_insert_with(|| json!({}));
+        path[described.method] = operation(described);
+    }
+    let mut schemas: Map<String, Value> =
+        SCHEMAS.iter().map(|(name, members)| ((*name).to_owned(), object_schema(members))).collect();
+    schemas.insert("Object".to_owned(), json!({"type": "object"}));
+    schemas.insert("Text".to_owned(), json!({"type": "string"}));
+    let events = json!({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]});
+    schemas.insert("Events".to_owned(), events);
+    let problem = content(&["application/problem+json"], "Problem");
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Tidewatch", "version": env!("CARGO_PKG_VERSION"),
+            "description": "Events in, live metrics, alerts, portfolios and chat out. Errors are RFC 9457 problem documents \
+                with a stable `code`; every answer carries `x-request-id`. Live updates come over the WebSocket at \
+                `/api/v1/ws`.",
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "An access token or an API key."},
+            },
+            "responses": {"Problem": {"description": "Refused.", "content": problem}},
+            "schemas": schemas,
+        },
+    })
+}
+
+/// A page without scripts: nothing on it needs to be loaded from anywhere.
+async fn docs() -> impl IntoResponse {
+    static PAGE: LazyLock<String> = LazyLock::new(page);
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'";
+    ([(CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy))], Html(PAGE.as_str()))
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+/// Text with `code` in backticks.
+fn rich(text: &str) -> String {
+    let parts = text.split('`').enumerate();
+    parts.map(|(at, part)| if at % 2 == 1 { format!("<code>{}</code>", escaped(part)) } else { escaped(part) }).collect()
+}
+
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\
+    color-scheme:light dark}code{font-size:.92em}h2{margin-top:2.5rem;text-transform:capitalize}\
+    section{border-top:1px solid #8884;padding:.6rem 0}h3{margin:0;font-size:1rem}b{display:inline-block;\
+    min-width:4rem}table{border-collapse:collapse}td{padding:.1rem 1rem .1rem 0;vertical-align:top}p{margin:.3rem 0}";
+
+fn page() -> String {
+    let mut page = format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" \
+         content=\"width=device-width\"><title>Tidewatch API</title><style>{STYLE}</style><h1>Tidewatch API</h1>\
+         <p>The same for programs: <a href=\"/openapi.json\">openapi.json</a>. Send <code>authorization: Bearer \
+         TOKEN</code>, an access token or an API key. Errors are <code>application/problem+json</code> with a stable \
+         <code>code</code>. Live updates: WebSocket <code>/api/v1/ws</code>."
+    );
+    let mut tag = "";
+    for operation in OPERATIONS {
+        if operation.tag != tag {
+            tag = operation.tag;
+            _ = write!(page, "<h2>{tag}</h2>"); // writing to a String cannot fail
+        }
+        let (method, path) = (operation.method.to_uppercase(), escaped(operation.path));
+        _ = write!(page, "<section><h3><b>{method}</b> <code>{path}</code></h3><p>{}</p>", rich(operation.summary));
+        let members = |name: &str| SCHEMAS.iter().find(|(known, _)| *known == name).map(|(_, members)| *members);
+        let mut rows: Vec<(String, String)> =
+            operation.query.iter().map(|(name, meaning)| (format!("?{name}"), rich(meaning))).collect();
+        if let Some((types, schema)) = operation.body {
+            let shape = members(schema).map_or(schema.to_owned(), |members| format!("{{{members}}}"));
+            rows.push((types.join(", "), format!("takes <code>{}</code>", escaped(&shape))));
+        }
+        if let Some((types, schema)) = operation.answer {
+            let shape = members(schema).map_or(schema.to_owned(), |members| format!("{{{members}}}"));
+            let answer = format!("gives <code>{}</code>", escaped(&shape));
+            rows.push((format!("{} {}", operation.status, types.join(", ")), answer));
+        }
+        page.push_str("<table>");
+        rows.iter().for_each(|(name, text)| _ = write!(page, "<tr><td><code>{name}</code><td>{text}"));
+        page.push_str("</table></section>");
+    }
+    page.push_str("<h2>schemas</h2><table>");
+    for (name, members) in SCHEMAS {
+        _ = write!(page, "<tr><td><code>{name}</code><td><code>{{{members}}}</code>");
+    }
+    page + "</table>"
+}
+
+#[cfg(test)]
+pub(crate) fn operations() -> impl Iterator<Item = (&'static str, &'static str)> {
+    OPERATIONS.iter().map(|operation| (operation.method, operation.path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn references(value: &Value, found: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(members) => members.iter().for_each(|(name, value)| match value.as_str() {
+                Some(target) if name == "$ref" => _ = found.insert(target.to_owned()),
+                _ => references(value, found),
+            }),
+            Value::Array(items) => items.iter().for_each(|item| references(item, found)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_reference_leads_somewhere() {
+        let mut found = BTreeSet::new();
+        references(&DOCUMENT, &mut found);
+        assert!(found.len() > 40);
+        for target in found {
+            assert!(DOCUMENT.pointer(target.trim_start_matches('#')).is_some(), "{target}");
+        }
+    }
+
+    #[test]
+    fn every_operation_has_an_id_of_its_own() {
+        let ids: BTreeSet<&str> = (DOCUMENT["paths"].as_object().unwrap().values())
+            .flat_map(|path| path.as_object().unwrap().values())
+            .map(|operation| operation["operationId"].as_str().unwrap())
+            .collect();
+        assert_eq!(ids.len(), OPERATIONS.len());
+    }
+
+    #[test]
+    fn the_page_shows_every_operation_and_loads_nothing() {
+        let page = page();
+        assert!(OPERATIONS.iter().all(|operation| page.contains(&escaped(operation.path))));
+        assert!(!page.contains("<script") && !page.contains("http://") && !page.contains("https://"));
+    }
+}

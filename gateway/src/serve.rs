@@ -1,0 +1,151 @@
+//! The server: connections within bounds, answers until the last one when it drains.
+
+use crate::config::Config;
+use crate::{AppState, routes};
+use axum::Router;
+use axum::extract::ConnectInfo;
+use axum::routing::get;
+use hyper::body::Incoming;
+use hyper::{Request, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower::ServiceExt;
+
+/// A client has this long to send the head of a request.
+const HEAD_WAIT: Duration = Duration::from_secs(15);
+/// Requests in flight and open sockets have this long to end once the server drains.
+const DRAIN: Duration = Duration::from_secs(8);
+/// After an error of `accept`, such as no file descriptors, some time must pass for it to go away.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// Requests at the same time on one HTTP/2 connection.
+const STREAMS_MAX: u32 = 128;
+
+/// Serves until `shutdown` completes, then drains: takes no new connection, finishes requests in flight, tells
+/// WebSocket clients to come back later. Returns within ten seconds of that.
+///
+/// Fails only where `metrics_listen` of `config` cannot be bound.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    config: &Config,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    if let Some(address) = config.metrics_listen {
+        let listener = TcpListener::bind(address).await?;
+        let router = Router::new().route("/metrics", get(routes::prometheus)).with_state(state.clone());
+        let closing = state.closing.clone();
+        // its connections carry no promise: whoever reads figures asks again
+        tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).into_future());
+    }
+    let router = crate::router(state.clone());
+    let connections_max = u32::try_from(config.limits.connections).unwrap_or(u32::MAX);
+    let connections = Arc::new(Semaphore::new(connections_max as usize));
+    let graceful = GracefulShutdown::new();
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WAIT);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let (stream, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_BACKOFF).await;
+                    continue;
+                }
+            },
+            () = &mut shutdown => break,
+        };
+        let Ok(permit) = connections.clone().try_acquire_owned() else {
+            // closed at once: a client sees that it was refused instead of waiting for an answer
+            metrics::counter!("tidewatch_connections_refused_total").increment(1);
+            continue;
+        };
+        _ = stream.set_nodelay(true); // slower without, not wrong
+        let io = TokioIo::new(Counted { stream, _permit: permit });
+        let connection = builder.serve_connection_with_upgrades(io, service(router.clone(), peer)).into_owned();
+        let watched = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = watched.await {
+                tracing::debug!(%error, %peer, "a connection ended");
+            }
+        });
+    }
+    drop(listener);
+    state.closing.cancel();
+    let drained = async {
+        graceful.shutdown().await;
+        // upgraded connections hold their permit until their socket is closed
+        _ = connections.acquire_many(connections_max).await;
+    };
+    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+        tracing::warn!(within = ?DRAIN, "not all connections ended in time; they are cut off");
+    }
+    Ok(())
+}
+
+/// The router as hyper calls it, with the peer's address in each request.
+fn service(
+    router: Router,
+    peer: SocketAddr,
+) -> impl hyper::service::Service<
+    Request<Incoming>,
+    Response = axum::response::Response,
+    Error = std::convert::Infallible,
+    Future: Send + 'static,
+> + Clone {
+    service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(axum::body::Body::new);
+        request.extensions_mut().insert(ConnectInfo(peer));
+        router.clone().oneshot(request)
+    })
+}
+
+/// A connection that counts as one for as long as its socket is open, upgraded or not.
+struct Counted {
+    stream: TcpStream,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
