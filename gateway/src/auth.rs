@@ -240,8 +240,7 @@ impl Auth {
         let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
         let Some(user) = user.filter(|_| good) else {
             self.failed(email, from, now);
-            let problem = Problem::unauthorized("e-mail address or password is wrong");
-            return Err(Problem { code: "bad_credentials", ..problem });
+            return Err(Problem::unauthorized("e-mail address or password is wrong").code("bad_credentials"));
         };
         self.tries.lock().remove(&(email, from));
         self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await

@@ -177,10 +177,11 @@ pub(crate) fn metric_row(program: &Program, row: &Map<String, Value>) -> Option<
     })
 }
 
-/// Events as JSON objects, those that `keep` wants; NULL is left out and JSON columns are embedded.
-pub(crate) fn events(
+/// Rows as JSON objects, those that `keep` wants, with JSON columns embedded. NULL is `null`, or left out.
+pub(crate) fn objects(
     batch: &RecordBatch,
     json_columns: Vec<String>,
+    nulls: bool,
     keep: impl Fn(usize) -> bool,
 ) -> Result<Vec<String>, ArrowError> {
     let options = options(json_columns);
@@ -189,7 +190,7 @@ pub(crate) fn events(
         .filter(|row| keep(*row))
         .map(|row| {
             let mut out = vec![b'{'];
-            columns.write(row, false, &mut out);
+            columns.write(row, nulls, &mut out);
             out.push(b'}');
             text(out)
         })
@@ -249,11 +250,11 @@ mod tests {
             Arc::new(StringArray::from(vec![Some(r#"{"x":[1,null]}"#), Some("no json")])),
         ];
         let batch = RecordBatch::try_new(Arc::new(schema), columns).unwrap();
-        let written = events(&batch, vec!["extra".into()], |_| true).unwrap();
+        let written = objects(&batch, vec!["extra".into()], false, |_| true).unwrap();
         let read: Vec<Value> = written.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
         let first = json!({"ts": "1970-01-01T00:00:00.000001Z", "id": "a\n\"b\"", "price": null, "extra": {"x": [1, null]}});
         assert_eq!(read[0], first);
         assert_eq!(read[1], json!({"ts": "1970-01-01T00:00:02.000000Z", "price": 1.0, "extra": "no json"}));
-        assert_eq!(events(&batch, Vec::new(), |row| row == 1).unwrap().len(), 1);
+        assert_eq!(objects(&batch, Vec::new(), false, |row| row == 1).unwrap().len(), 1);
     }
 }

@@ -90,6 +90,12 @@ impl Problem {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", detail)
     }
 
+    /// The same under another code.
+    pub(crate) fn code(mut self, code: &'static str) -> Self {
+        self.code = code;
+        self
+    }
+
     pub(crate) fn errors(mut self, errors: Vec<Item>) -> Self {
         self.errors = errors;
         self
@@ -98,6 +104,15 @@ impl Problem {
     pub(crate) fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
+    }
+
+    pub(crate) fn is_unauthorized(&self) -> bool {
+        self.status == StatusCode::UNAUTHORIZED
+    }
+
+    /// Whether the same request would be refused again: it is not for want of a part of ours.
+    pub(crate) fn is_final(&self) -> bool {
+        self.status.is_client_error()
     }
 
     #[cfg(test)]

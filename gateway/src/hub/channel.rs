@@ -8,6 +8,7 @@ use crate::config::Limits;
 use crate::problem::Problem;
 use axum::extract::ws::Utf8Bytes;
 use axum::http::StatusCode;
+use actors::What;
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -15,6 +16,7 @@ use std::collections::VecDeque;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
 
 /// A larger state is not sent: its client asks for less of it.
 const SNAPSHOT_BYTES_MAX: usize = 8 << 20;
@@ -40,6 +42,8 @@ pub(super) struct Wish<'a> {
 
 /// What a channel's messages are.
 pub(super) enum Body {
+    /// The state it starts from is being read; what happens meanwhile is kept.
+    Loading(Meanwhile),
     /// Each counts by itself.
     Events {
         /// Offset of the first message of what is going on; a subscriber that comes meanwhile gets it from there.
@@ -49,9 +53,21 @@ pub(super) enum Body {
     State(State),
 }
 
+/// What happened while a state was read.
+#[derive(Default)]
+pub(super) struct Meanwhile {
+    pub(super) updates: Vec<What>,
+    /// There was more than could be kept: the state has to be read again.
+    pub(super) has_missed: bool,
+}
+
 pub(super) struct Channel {
     pub(super) workspace: Option<WorkspaceId>,
     pub(super) name: ChannelName,
+    /// Columns of a stream that hold JSON.
+    pub(super) json_columns: Vec<String>,
+    /// Set once the state it starts from is there.
+    pub(super) loaded: OnceCell<()>,
     epoch: Arc<str>,
     /// All of a message up to its offset.
     head: String,
@@ -73,13 +89,13 @@ pub(super) struct Inner {
 }
 
 impl Channel {
+    /// A channel nobody listens to yet; its first message follows `offset`.
     pub(super) fn new(
-        workspace: Option<WorkspaceId>,
-        name: ChannelName,
-        epoch: Arc<str>,
-        offset: u64,
-        limits: Limits,
+        (workspace, name): (Option<WorkspaceId>, ChannelName),
+        (epoch, offset): (Arc<str>, u64),
+        json_columns: Vec<String>,
         body: Body,
+        limits: Limits,
         now: Instant,
     ) -> Channel {
         let head = format!(
@@ -97,7 +113,8 @@ impl Channel {
             idle_since: Some(now),
             is_closed: false,
         };
-        Channel { workspace, name, epoch, head, limits, inner: Mutex::new(inner) }
+        let loaded = OnceCell::new();
+        Channel { workspace, name, json_columns, loaded, epoch, head, limits, inner: Mutex::new(inner) }
     }
 
     fn frame(&self, offset: u64, event: &str, names: Option<Arc<[Arc<str>]>>) -> Frame {
@@ -131,14 +148,14 @@ impl Channel {
         self.send(&mut inner, event, Some(Arc::default()));
     }
 
-    /// Changes the state and tells all subscribers what changed, in this order. Nothing is sent for no changes.
-    pub(super) fn apply(&self, ops: Vec<Op>) {
+    /// Runs `change` on the state and tells all subscribers the changes it finds, in their order.
+    pub(super) fn update(&self, change: impl FnOnce(&State) -> Vec<Op>) {
         let inner = &mut *self.inner.lock();
         let Body::State(state) = &mut inner.body else { return };
         let mut deltas = Vec::new();
         let mut names: Vec<Arc<str>> = Vec::new();
         let mut delta = String::new();
-        for op in ops {
+        for op in change(state) {
             state.write(&op, &mut delta);
             names.push(op.name.clone());
             state.apply(op);
@@ -152,15 +169,6 @@ impl Channel {
         for (delta, names) in deltas {
             self.send(inner, &delta_event(&delta), Some(names.into()));
         }
-    }
-
-    /// Runs `change` on the state and tells what it changed.
-    pub(super) fn update(&self, change: impl FnOnce(&mut State) -> Vec<Op>) {
-        let ops = match &mut self.inner.lock().body {
-            Body::State(state) => change(state),
-            Body::Events { .. } => Vec::new(),
-        };
-        self.apply(ops);
     }
 
     /// Empties the state: what it said is void.
@@ -177,7 +185,7 @@ impl Channel {
         let frame = self.frame(inner.offset, event, names);
         let when_slow = match inner.body {
             Body::Events { .. } => WhenSlow::Close,
-            Body::State(_) => WhenSlow::Fold,
+            Body::State(_) | Body::Loading(_) => WhenSlow::Fold,
         };
         let before = inner.subscribers.len();
         inner.subscribers.retain(|(id, outbox)| outbox.push(*id, &frame, when_slow));
@@ -218,7 +226,7 @@ impl Channel {
                 Err(problem) => return Some(Err(problem)),
             },
             (None, Body::Events { start: Some(start) }) => Self::since(inner, start - 1).unwrap_or_default(),
-            (None, Body::Events { start: None }) => Vec::new(),
+            (None, Body::Events { start: None } | Body::Loading(_)) => Vec::new(),
         };
         let offset = first.first().filter(|frame| frame.names.is_some()).map_or(inner.offset, |frame| frame.offset - 1);
         let mut answer = json!({
@@ -282,6 +290,10 @@ impl Channel {
     /// Looks at the channel's state under its lock.
     pub(super) fn with<T>(&self, look: impl FnOnce(&mut Inner) -> T) -> T {
         look(&mut self.inner.lock())
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.inner.lock().idle_since.is_some()
     }
 
     /// Closes the channel if nobody has listened for `linger`: the offset after its last one.

@@ -1,0 +1,240 @@
+//! The state a channel starts from. What happens while it is read is kept and applied behind it, so that nothing is
+//! lost in between.
+
+use super::channel::{Body, Channel, Meanwhile};
+use super::name::{ChannelName, Topic};
+use super::state::{Place, State};
+use super::{RowChange, members};
+use crate::encode::{self, MetricRow};
+use crate::problem::Problem;
+use actors::{QueryRequest, RowsQuery, System, What};
+use axum::http::StatusCode;
+use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
+use serde_json::json;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use streams::schema::ColumnType;
+
+/// Times a state is read before the channel gives up because too much happens meanwhile.
+const ATTEMPTS: usize = 5;
+/// Rows of a page of history, and the most pages that are read for a channel's first state.
+const PAGE: usize = 1_000;
+const PAGES_MAX: usize = 10;
+/// How far back history is looked at for keys without a row in an open window, in windows.
+const WINDOWS_BACK: i64 = 2;
+
+/// How often the system's own figures are taken.
+const SYSTEM_EVERY: Duration = Duration::from_secs(1);
+/// How often a live query is asked, unless and at most.
+const QUERY_EVERY: Duration = Duration::from_secs(1);
+const QUERY_EVERY_MIN: Duration = Duration::from_millis(250);
+
+/// Makes the channel ready for its first subscriber.
+pub(super) async fn load(
+    system: &System,
+    channel: &Arc<Channel>,
+    sql: Option<&str>,
+    rate: Option<Duration>,
+) -> Result<(), Problem> {
+    let (name, workspace) = (&channel.name, channel.workspace.as_ref());
+    match (&name.topic, workspace) {
+        (Topic::Metric(_) | Topic::Portfolio(_), Some(workspace)) => read_state(system, workspace, channel).await,
+        (Topic::Query { .. }, Some(workspace)) => {
+            let missing = || Problem::invalid("bad_request", "a `query/…` channel needs the query in `sql`");
+            let sql = sql.ok_or_else(missing)?.to_owned();
+            let found = ask(system, workspace, &sql).await?;
+            channel.update(|state| state.replace(found));
+            let every = rate.unwrap_or(QUERY_EVERY).max(QUERY_EVERY_MIN);
+            tokio::spawn(poll_query(Arc::downgrade(channel), system.clone(), workspace.clone(), sql, every));
+            Ok(())
+        }
+        (Topic::Throughput | Topic::Actors, _) => {
+            take_figures(system, channel).await;
+            tokio::spawn(poll_figures(Arc::downgrade(channel), system.clone()));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads the state, applies what happened meanwhile, and makes the channel live.
+async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel) -> Result<(), Problem> {
+    for _ in 0..ATTEMPTS {
+        channel.with(|inner| inner.body = Body::Loading(Meanwhile::default()));
+        let start = match &channel.name.topic {
+            Topic::Metric(metric) => {
+                // row by row: of several rows of a key the newest stays, whatever their order
+                let mut state = State::new(Place::Rows);
+                for row in metric_rows(system, workspace, metric, &channel.name).await? {
+                    state.rows(&[row], &[], false, false).into_iter().for_each(|op| state.apply(op));
+                }
+                state
+            }
+            Topic::Portfolio(id) => {
+                let mut state = State::new(Place::Root);
+                let summary = system.portfolio_summary(workspace, id).await?;
+                let members = members(encode::portfolio(&summary));
+                state.replace(members).into_iter().for_each(|op| state.apply(op));
+                state
+            }
+            _ => return Ok(()),
+        };
+        if begin(channel, start) {
+            return Ok(());
+        }
+    }
+    let detail = format!("`{}` changes too fast to be read right now; try again", channel.name.text);
+    let busy = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "busy", detail);
+    Err(busy.retry_after(Duration::from_secs(1)))
+}
+
+/// Makes the channel live with this state and what happened while it was read; not when some of that was missed.
+pub(super) fn begin(channel: &Channel, mut state: State) -> bool {
+    channel.with(|inner| {
+        let Body::Loading(meanwhile) = &mut inner.body else { return true };
+        if meanwhile.has_missed {
+            return false;
+        }
+        for what in std::mem::take(&mut meanwhile.updates) {
+            catch_up(&mut state, &channel.name, &what);
+        }
+        inner.body = Body::State(state);
+        true
+    })
+}
+
+/// Applies an update without telling anybody: there are no subscribers yet.
+fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
+    let ops = match what {
+        What::Rows { program, rows, .. } => match RowChange::of(program, rows) {
+            Ok(change) => change.ops(name, state),
+            Err(error) => {
+                tracing::error!(%error, "rows of a metric have no JSON form");
+                Vec::new()
+            }
+        },
+        What::Portfolio { summary, .. } => state.replace(members(encode::portfolio(summary))),
+        What::MetricRemoved { .. } => {
+            state.clear();
+            Vec::new()
+        }
+        What::MetricFailed { .. } | What::Alert { .. } | What::Events { .. } | What::Run { .. } => Vec::new(),
+    };
+    ops.into_iter().for_each(|op| state.apply(op));
+}
+
+/// The newest row of each key: of an open window where there is one, else the last final one of late.
+async fn metric_rows(
+    system: &System,
+    workspace: &WorkspaceId,
+    metric: &ItemName,
+    name: &ChannelName,
+) -> Result<Vec<MetricRow>, Problem> {
+    let (program, live) = system.live_rows(workspace, metric).await?;
+    let mut rows: Vec<MetricRow> = Vec::new();
+    for part in &live {
+        let part = encode::metric_rows(&program, part).map_err(Problem::internal)?;
+        rows.extend(part.into_iter().filter(|row| name.keeps(&row.pairs)));
+    }
+    let streams = system.streams(workspace).await?;
+    let frontier = streams.iter().find(|info| info.schema.stream == *program.stream()).and_then(|info| info.frontier);
+    let newest = frontier.into_iter().chain(rows.iter().map(|row| row.window_end)).max();
+    let back = program.window().size().0.saturating_mul(WINDOWS_BACK);
+    let mut query = RowsQuery {
+        from: newest.map(|at| Micros(at.0.saturating_sub(back))),
+        limit: PAGE,
+        only_final: Some(true),
+        keys: name.filter.clone(),
+        ..RowsQuery::default()
+    };
+    let mut finals: HashMap<Arc<str>, MetricRow> = HashMap::new();
+    for _ in 0..PAGES_MAX {
+        let page = system.metric_rows(workspace, metric, query.clone()).await?;
+        // in order of windows: a later row of a key is a newer one
+        let read = page.rows.iter().filter_map(|row| encode::metric_row(&program, row));
+        finals.extend(read.map(|row| (row.key.clone(), row)));
+        match page.next {
+            Some(next) => query.after = Some(next),
+            None => break,
+        }
+    }
+    rows.extend(finals.into_values());
+    Ok(rows)
+}
+
+/// The columns of a stream that hold JSON. Also checks that the stream has the columns of the filter.
+pub(super) async fn json_columns(
+    system: &System,
+    workspace: &WorkspaceId,
+    stream: &StreamName,
+    name: &ChannelName,
+) -> Result<Vec<String>, Problem> {
+    let schema = system.schema(workspace, stream).await?;
+    if let Some((column, _)) = name.filter.iter().find(|(column, _)| schema.arrow().column_with_name(column).is_none()) {
+        let columns: Vec<&str> = schema.columns.iter().map(|column| column.name.as_str()).collect();
+        let detail = format!("stream `{stream}` has no column `{column}`; it has {}", columns.join(", "));
+        return Err(Problem::invalid("unknown_parameter", detail));
+    }
+    let json = schema.columns.iter().filter(|column| column.kind == ColumnType::Json);
+    Ok(json.map(|column| column.name.clone()).chain(["extra".to_owned()]).collect())
+}
+
+async fn ask(system: &System, workspace: &WorkspaceId, sql: &str) -> Result<Vec<(String, String)>, Problem> {
+    let request = QueryRequest { sql: sql.to_owned(), params: Vec::new(), timeout: None };
+    let answer = system.query(workspace, request).await?;
+    let mut rows = Vec::new();
+    for batch in &answer.batches {
+        let objects = encode::objects(batch, Vec::new(), true, |_| true).map_err(Problem::internal)?;
+        for object in objects {
+            rows.push((rows.len().to_string(), object));
+        }
+    }
+    Ok(rows)
+}
+
+/// Asks a live query again and again, while somebody listens.
+async fn poll_query(channel: Weak<Channel>, system: System, workspace: WorkspaceId, sql: String, every: Duration) {
+    let mut failed = false;
+    loop {
+        tokio::time::sleep(every).await;
+        if channel.upgrade().is_none_or(|channel| channel.is_idle()) {
+            return; // it is closed as soon as its one subscriber is gone
+        }
+        let found = ask(&system, &workspace, &sql).await;
+        let Some(channel) = channel.upgrade() else { return };
+        match found {
+            Ok(rows) => {
+                failed = false;
+                channel.update(|state| state.replace(rows));
+            }
+            Err(problem) if !failed => {
+                failed = true; // told once, tried again
+                let value = json!({"code": problem.code, "detail": problem.detail}).to_string();
+                channel.event(&super::custom("query.failed", &value));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+async fn take_figures(system: &System, channel: &Channel) {
+    let figures = match channel.name.topic {
+        Topic::Throughput => encode::throughput(&system.throughput()),
+        _ => json!({"actors": system.actors().await}),
+    };
+    let figures = members(figures);
+    channel.update(|state| state.replace(figures));
+}
+
+/// Takes the system's figures again and again, until the channel is gone.
+async fn poll_figures(channel: Weak<Channel>, system: System) {
+    loop {
+        tokio::time::sleep(SYSTEM_EVERY).await;
+        match channel.upgrade() {
+            None => return,
+            Some(channel) if channel.is_idle() => {}
+            Some(channel) => take_figures(&system, &channel).await,
+        }
+    }
+}

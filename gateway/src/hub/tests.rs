@@ -1,0 +1,459 @@
+use super::*;
+use actors::PortfolioSummary;
+use axum::extract::ws::Utf8Bytes;
+use engine::portfolio::{Position, Prices, summarise};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::sync::atomic::AtomicBool;
+
+fn acme() -> WorkspaceId {
+    "acme".parse().unwrap()
+}
+
+fn hub(limits: Limits) -> Arc<Hub> {
+    Hub::new(&limits)
+}
+
+/// A channel of this hub that is ready for subscribers.
+fn open(hub: &Hub, text: &str) -> Arc<Channel> {
+    let name = ChannelName::parse(text, 1).unwrap();
+    let site = (Some(acme()), name.topic.clone());
+    let channel = hub.make(Some(acme()), name, vec!["extra".into()]);
+    channel.with(|inner| {
+        if let Body::Loading(_) = inner.body {
+            inner.body = Body::State(State::new(Place::Root));
+        }
+    });
+    hub.channels.write().entry(site).or_default().push(channel.clone());
+    channel
+}
+
+/// A client that checks what it gets as a careful one would.
+struct Client {
+    id: u64,
+    outbox: Arc<Outbox>,
+    channel: Arc<Channel>,
+    epoch: String,
+    offset: Option<u64>,
+    recovered: bool,
+    document: Option<Value>,
+    events: Vec<Value>,
+    frames: usize,
+}
+
+impl Client {
+    fn of(hub: &Hub, channel: &Arc<Channel>, rate: Option<Duration>) -> Client {
+        let outbox = Outbox::new(hub.limits.queue_bytes);
+        let mut client = Client {
+            id: 0,
+            outbox,
+            channel: channel.clone(),
+            epoch: String::new(),
+            offset: None,
+            recovered: false,
+            document: None,
+            events: Vec::new(),
+            frames: 0,
+        };
+        client.subscribe(hub, None, rate);
+        client
+    }
+
+    fn subscribe(&mut self, hub: &Hub, since: Option<Since>, rate: Option<Duration>) {
+        self.id = hub.next_id();
+        let wish = Wish { id: self.id, outbox: &self.outbox, since, rate, reference: Some("r".into()) };
+        self.channel.subscribe(&wish).unwrap().unwrap();
+    }
+
+    /// Loses the connection and comes back for what it missed.
+    fn resume(&mut self, hub: &Hub) {
+        self.leave();
+        let since = self.offset.map(|offset| Since { epoch: self.epoch.clone(), offset });
+        self.outbox = Outbox::new(hub.limits.queue_bytes);
+        self.subscribe(hub, since, None);
+    }
+
+    fn leave(&self) {
+        self.outbox.remove(self.id);
+        self.channel.unsubscribe(self.id, Instant::now());
+    }
+
+    fn take(&mut self) -> Vec<Utf8Bytes> {
+        self.take_at(Instant::now())
+    }
+
+    fn take_at(&mut self, now: Instant) -> Vec<Utf8Bytes> {
+        let mut texts = Vec::new();
+        assert_ne!(self.outbox.take(now, &mut texts), Taken::TooSlow);
+        for text in &texts {
+            self.receive(serde_json::from_str(text.as_str()).unwrap());
+        }
+        texts
+    }
+
+    fn receive(&mut self, frame: Value) {
+        if frame["type"] == "ok" {
+            assert_eq!(frame["ref"], "r");
+            self.recovered = frame["recovered"].as_bool().unwrap();
+            self.epoch = frame["epoch"].as_str().unwrap().to_owned();
+            match self.recovered {
+                true => assert_eq!(frame["offset"].as_u64(), self.offset, "recovered from where it was"),
+                false => self.offset = frame["offset"].as_u64(),
+            }
+            return;
+        }
+        self.frames += 1;
+        assert_eq!((&frame["type"], &frame["workspace"]), (&json!("event"), &json!("acme")));
+        assert_eq!((&frame["channel"], &frame["epoch"]), (&json!(*self.channel.name.text), &json!(self.epoch)));
+        let (offset, before) = (frame["offset"].as_u64().unwrap(), self.offset.unwrap());
+        match frame["event"]["type"].as_str().unwrap() {
+            "STATE_SNAPSHOT" => {
+                assert!(offset >= before, "snapshot {offset} after {before}");
+                self.document = Some(frame["event"]["snapshot"].clone());
+            }
+            "STATE_DELTA" => {
+                assert!(offset > before, "delta {offset} after {before}");
+                let patch: json_patch::Patch = serde_json::from_value(frame["event"]["delta"].clone()).unwrap();
+                json_patch::patch(self.document.as_mut().unwrap(), &patch).unwrap();
+            }
+            _ => {
+                assert_eq!(offset, before + 1, "no event is lost or doubled");
+                self.events.push(frame["event"].clone());
+            }
+        }
+        self.offset = Some(offset);
+    }
+}
+
+fn document(channel: &Channel) -> Value {
+    channel.with(|inner| match &inner.body {
+        Body::State(state) => serde_json::from_str(&state.document()).unwrap(),
+        _ => panic!("no state"),
+    })
+}
+
+fn numbered(n: usize) -> String {
+    custom("n", &n.to_string())
+}
+
+fn numbers(client: &Client) -> Vec<u64> {
+    client.events.iter().map(|event| event["value"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn an_event_is_encoded_once_and_every_subscriber_gets_it() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "alerts");
+    let mut clients: Vec<Client> = (0..3).map(|_| Client::of(&hub, &channel, None)).collect();
+    clients.iter_mut().for_each(|client| drop(client.take()));
+    channel.event(&numbered(7));
+    let got: Vec<Utf8Bytes> = clients.iter_mut().flat_map(Client::take).collect();
+    assert_eq!(got.len(), 3);
+    assert!(got.iter().all(|text| std::ptr::eq(text.as_str(), got[0].as_str())), "the same bytes for all");
+    assert!(clients.iter().all(|client| numbers(client) == [7]));
+}
+
+#[test]
+fn a_client_too_slow_for_events_is_cut_off_alone() {
+    let hub = hub(Limits { queue_bytes: 10_000, ..Limits::default() });
+    let channel = open(&hub, "alerts");
+    let (mut quick, slow) = (Client::of(&hub, &channel, None), Client::of(&hub, &channel, None));
+    for n in 0..500 {
+        channel.event(&numbered(n));
+        quick.take();
+    }
+    assert_eq!(slow.outbox.take(Instant::now(), &mut Vec::new()), Taken::TooSlow);
+    assert_eq!(numbers(&quick), (0..500).collect::<Vec<_>>());
+    // it comes back for the rest
+    let mut back = slow;
+    back.take_after_cut(&hub);
+    assert!(!back.recovered || back.events.len() == 500);
+}
+
+impl Client {
+    fn take_after_cut(&mut self, hub: &Hub) {
+        self.outbox = Outbox::new(hub.limits.queue_bytes);
+        self.subscribe(hub, Some(Since { epoch: hub.epoch.to_string(), offset: 0 }), None);
+        self.offset = Some(0);
+        self.take();
+    }
+}
+
+#[test]
+fn a_client_resumes_exactly_where_it_was_as_far_as_history_goes() {
+    let hub = hub(Limits { history_events: 10, ..Limits::default() });
+    let channel = open(&hub, "alerts");
+    (1..=30).for_each(|n| channel.event(&numbered(n)));
+    for since in 0..=31 {
+        let mut client = Client::of(&hub, &channel, None);
+        client.take();
+        client.leave();
+        client.offset = Some(since);
+        client.resume(&hub);
+        client.take();
+        let held = (20..=30).contains(&since);
+        assert_eq!(client.recovered, held, "since {since}");
+        let expected: Vec<u64> = if held { (since + 1..=30).collect() } else { Vec::new() };
+        assert_eq!(numbers(&client), expected, "since {since}");
+    }
+}
+
+#[test]
+fn history_is_bounded_in_bytes_too() {
+    let hub = hub(Limits { history_bytes: 2_000, ..Limits::default() });
+    let channel = open(&hub, "alerts");
+    (1..=100).for_each(|n| channel.event(&numbered(n)));
+    let mut client = Client::of(&hub, &channel, None);
+    client.take();
+    client.offset = Some(1);
+    client.resume(&hub);
+    client.take();
+    assert!(!client.recovered);
+}
+
+#[test]
+fn a_position_of_another_epoch_is_not_recovered() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "alerts");
+    channel.event(&numbered(1));
+    let mut client = Client::of(&hub, &channel, None);
+    client.take();
+    client.epoch = "another".into();
+    client.resume(&hub);
+    client.take();
+    assert!(!client.recovered && client.events.is_empty());
+}
+
+#[test]
+fn a_channel_that_was_forgotten_and_made_again_does_not_take_old_positions_for_its_own() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "alerts");
+    let mut client = Client::of(&hub, &channel, None);
+    (0..5).for_each(|n| channel.event(&numbered(n)));
+    client.take();
+    client.leave();
+    hub.close(&channel);
+    let wish = Wish { id: 99, outbox: &client.outbox, since: None, rate: None, reference: None };
+    assert!(channel.subscribe(&wish).is_none(), "a closed channel takes no subscriber");
+    client.channel = open(&hub, "alerts");
+    client.resume(&hub);
+    client.take();
+    assert!(!client.recovered);
+    client.channel.event(&numbered(9));
+    client.take();
+    assert_eq!(numbers(&client).last(), Some(&9));
+}
+
+#[test]
+fn channels_without_listeners_are_forgotten_after_a_while() {
+    let hub = hub(Limits::default());
+    let (idle, used) = (open(&hub, "alerts"), open(&hub, "streams/market.trades"));
+    let client = Client::of(&hub, &used, None);
+    let now = Instant::now();
+    hub.sweep(now);
+    assert_eq!(hub.channels.read().len(), 2);
+    hub.sweep(now + LINGER + SWEEP_EVERY);
+    assert_eq!(hub.channels.read().len(), 1);
+    assert!(idle.close_if_idle(Duration::MAX, now).is_some(), "it was closed");
+    client.leave();
+}
+
+fn set(name: &str, value: usize) -> Vec<(String, String)> {
+    vec![(name.to_owned(), value.to_string())]
+}
+
+fn put(state: &State, name: &str, value: Option<usize>) -> Vec<Op> {
+    let current: Value = serde_json::from_str(&state.document()).unwrap();
+    let mut all: Vec<(String, String)> = members(current);
+    all.retain(|(known, _)| known != name);
+    all.extend(value.into_iter().flat_map(|value| set(name, value)));
+    state.replace(all)
+}
+
+#[test]
+fn a_slow_client_of_a_state_gets_the_newest_values_only() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "portfolio/p");
+    let (mut quick, mut slow) = (Client::of(&hub, &channel, None), Client::of(&hub, &channel, None));
+    slow.take();
+    for n in 0..5_000 {
+        channel.update(|state| put(state, ["a", "b", "c"][n % 3], Some(n)));
+        quick.take();
+    }
+    let texts = slow.take();
+    let bytes: usize = texts.iter().map(|text| text.len()).sum();
+    assert!(texts.len() <= 2 && bytes < 1_000, "{} messages, {bytes} bytes", texts.len());
+    assert_eq!(slow.document, Some(json!({"a": 4998, "b": 4999, "c": 4997})));
+    assert_eq!(quick.document, slow.document);
+    assert_eq!(quick.offset, slow.offset);
+}
+
+#[test]
+fn a_rate_is_the_least_time_between_two_messages() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "portfolio/p");
+    let start = Instant::now();
+    let mut client = Client::of(&hub, &channel, Some(Duration::from_secs(1)));
+    client.take_at(start);
+    for n in 0..100 {
+        channel.update(|state| put(state, "a", Some(n)));
+        client.take_at(start + Duration::from_millis(25 * n as u64));
+    }
+    assert_eq!(client.frames, 4, "the snapshot, then a delta at 0 s, 1 s and 2 s");
+    client.take_at(start + Duration::from_secs(10));
+    assert_eq!(client.document, Some(json!({"a": 99})));
+}
+
+#[test]
+fn whatever_clients_do_each_ends_with_the_state_of_the_channel() {
+    for seed in 0..400 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let history = if rng.random() { 3 } else { 1_000 };
+        let hub = hub(Limits { history_events: history, ..Limits::default() });
+        let channel = open(&hub, "portfolio/p");
+        let mut clients: Vec<Client> = (0..3).map(|_| Client::of(&hub, &channel, None)).collect();
+        for step in 0..60 {
+            let client = &mut clients[rng.random_range(0..3)];
+            match rng.random_range(0..10) {
+                0 => drop(client.take()),
+                1 => {
+                    client.take();
+                    client.resume(&hub);
+                }
+                2 => client.resume(&hub),
+                3 => channel.reset(),
+                _ => {
+                    // long values, so that queues fold
+                    let name = format!("{}/{}", rng.random_range(0..4), "x".repeat(8_000));
+                    let value = rng.random_bool(0.7).then_some(step);
+                    channel.update(|state| put(state, &name, value));
+                }
+            }
+        }
+        for (n, client) in clients.iter_mut().enumerate() {
+            client.take();
+            assert_eq!(client.document, Some(document(&channel)), "seed {seed}, client {n}");
+        }
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_while_clients_come_and_go_as_events_are_published() {
+    const EVENTS: usize = 20_000;
+    let hub = hub(Limits { history_events: EVENTS, history_bytes: 64 << 20, queue_bytes: 64 << 20, ..Limits::default() });
+    let channel = open(&hub, "alerts");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let (hub, channel, done) = (&hub, &channel, &done);
+            scope.spawn(move || {
+                let mut rng = StdRng::seed_from_u64(seed);
+                let mut client = Client::of(hub, channel, None);
+                client.take();
+                let first = client.offset.unwrap() + 1;
+                loop {
+                    let over = done.load(Ordering::Acquire);
+                    client.take(); // asserts that each offset follows the one before
+                    if over {
+                        break;
+                    }
+                    if rng.random_bool(0.3) {
+                        client.resume(hub);
+                        client.take();
+                        assert!(client.recovered);
+                    }
+                }
+                assert_eq!(numbers(&client), (first..=EVENTS as u64).collect::<Vec<_>>());
+            });
+        }
+        (1..=EVENTS).for_each(|n| channel.event(&numbered(n)));
+        done.store(true, Ordering::Release);
+    });
+}
+
+fn valued(qty: f64) -> What {
+    let positions = [Position { symbol: "A".into(), qty, cost: 1.0, sector: None }];
+    let summary = summarise(&positions, &Prices::default());
+    let (id, name, currency) = ("p".parse().unwrap(), "P".into(), "USD".into());
+    What::Portfolio { id: "p".parse().unwrap(), summary: Arc::new(PortfolioSummary { id, name, currency, summary }) }
+}
+
+#[test]
+fn a_state_that_changes_while_it_is_read_is_complete_whenever_the_changes_come() {
+    // the changes 1..=n; `registered` came before the channel was there, `read` before the state was read
+    const LAST: usize = 6;
+    for registered in 0..=LAST {
+        for read in registered..=LAST {
+            let hub = hub(Limits::default());
+            let name = ChannelName::parse("portfolio/p", 1).unwrap();
+            let channel = hub.make(Some(acme()), name.clone(), Vec::new());
+            hub.channels.write().insert((Some(acme()), name.topic), vec![channel.clone()]);
+            let publish = |n: usize| hub.publish(Update { workspace: acme(), what: valued(n as f64) });
+            (registered..read).for_each(publish);
+            let mut state = State::new(Place::Root);
+            if let What::Portfolio { summary, .. } = valued(read as f64) {
+                state.replace(members(encode::portfolio(&summary))).into_iter().for_each(|op| state.apply(op));
+            }
+            (read..LAST).for_each(publish);
+            assert!(load::begin(&channel, state));
+            let mut client = Client::of(&hub, &channel, None);
+            publish(LAST);
+            client.take();
+            assert_eq!(client.document.unwrap()["positions"][0]["qty"], LAST as f64, "{registered} {read}");
+        }
+    }
+}
+
+#[test]
+fn a_state_that_changes_too_often_while_it_is_read_is_read_again() {
+    let hub = hub(Limits::default());
+    let name = ChannelName::parse("portfolio/p", 1).unwrap();
+    let channel = hub.make(Some(acme()), name.clone(), Vec::new());
+    hub.channels.write().insert((Some(acme()), name.topic), vec![channel.clone()]);
+    for n in 0..=MEANWHILE_MAX {
+        hub.publish(Update { workspace: acme(), what: valued(n as f64) });
+    }
+    assert!(!load::begin(&channel, State::new(Place::Root)));
+}
+
+fn run(hub: &Hub, n: u64, event: RunEvent) {
+    let what = What::Run { thread: "t".into(), run: "r".into(), n, event: Arc::new(event) };
+    hub.publish(Update { workspace: acme(), what });
+}
+
+#[test]
+fn whoever_comes_during_a_run_gets_it_from_its_start_and_whoever_comes_later_does_not() {
+    let hub = hub(Limits::default());
+    let started = || RunEvent::Started { thread: "t".into(), run: "r".into(), parent: None, legacy: false };
+    run(&hub, 1, started());
+    run(&hub, 2, RunEvent::TextDelta { id: "m".into(), delta: "hel".into() });
+    let channel = hub.listening(&acme(), Topic::Thread("t".into())).remove(0);
+    let mut during = Client::of(&hub, &channel, None);
+    run(&hub, 3, RunEvent::TextDelta { id: "m".into(), delta: "lo".into() });
+    run(&hub, 4, RunEvent::Error { message: "over".into(), code: "test".into() });
+    during.take();
+    let types: Vec<&str> = during.events.iter().map(|event| event["type"].as_str().unwrap()).collect();
+    assert_eq!(types, ["RUN_STARTED", "TEXT_MESSAGE_CONTENT", "TEXT_MESSAGE_CONTENT", "RUN_ERROR"]);
+    let mut later = Client::of(&hub, &channel, None);
+    later.take();
+    assert!(later.events.is_empty());
+}
+
+#[test]
+fn events_of_a_stream_are_filtered_by_column_and_keep_their_json() {
+    use arrow::array::{ArrayRef, StringArray};
+    let hub = hub(Limits::default());
+    let channels = ["streams/market.trades", "streams/market.trades?symbol=A"].map(|text| open(&hub, text));
+    let mut clients = channels.each_ref().map(|channel| Client::of(&hub, channel, None));
+    let symbols: ArrayRef = Arc::new(StringArray::from(vec!["A", "B", "A"]));
+    let extra: ArrayRef = Arc::new(StringArray::from(vec![Some(r#"{"k":1}"#), None, None]));
+    let batch = RecordBatch::try_from_iter_with_nullable([("symbol", symbols, false), ("extra", extra, true)]).unwrap();
+    let what = What::Events { stream: "market.trades".parse().unwrap(), batch, offset: 1 };
+    hub.publish(Update { workspace: acme(), what: what.clone() });
+    hub.publish(Update { workspace: "other".parse().unwrap(), what });
+    clients.iter_mut().for_each(|client| drop(client.take()));
+    let (a, b) = (json!({"symbol": "A", "extra": {"k": 1}}), json!({"symbol": "B"}));
+    let event = |events: Value| json!({"type": "CUSTOM", "name": "stream.events", "value": {"events": events}});
+    assert_eq!(clients[0].events, [event(json!([a, b, {"symbol": "A"}]))]);
+    assert_eq!(clients[1].events, [event(json!([a, {"symbol": "A"}]))]);
+}
