@@ -375,6 +375,7 @@ impl System {
         if let Some(actor) = tenant.actor() {
             actor.stop_and_wait(None, Some(Duration::from_secs(5))).await.map_err(Fault::internal)?;
         }
+        self.0.sessions.forget(id);
         self.store().delete_workspace(id).await?;
         self.0.tenants.write().remove(id);
         Ok(())

@@ -235,7 +235,8 @@ impl Auth {
         let email: String = email.to_lowercase().chars().take(320).collect();
         self.throttle(&email, from, now)?;
         let user = store.user_by_email(&email).await?;
-        let known: Arc<str> = user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
+        let known: Arc<str> =
+            user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
         let too_long = password.len() > PASSWORD_BYTES_MAX;
         let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
         let Some(user) = user.filter(|_| good) else {
@@ -461,14 +462,15 @@ pub fn hash_password(password: &str) -> Result<String, argon2::password_hash::Er
 }
 
 fn verify(password: &str, known: &str) -> bool {
-    PasswordHash::new(known)
-        .is_ok_and(|known| Argon2::default().verify_password(password.as_bytes(), &known).is_ok())
+    PasswordHash::new(known).is_ok_and(|known| Argon2::default().verify_password(password.as_bytes(), &known).is_ok())
 }
 
 fn check_email(email: &str) -> Result<(), Problem> {
     let good = email.len() <= 254
         && !email.contains(|c: char| c.is_whitespace() || c.is_control())
-        && email.split_once('@').is_some_and(|(name, host)| !name.is_empty() && !host.is_empty() && !host.contains('@'));
+        && email
+            .split_once('@')
+            .is_some_and(|(name, host)| !name.is_empty() && !host.is_empty() && !host.contains('@'));
     let shown: String = email.chars().take(80).collect();
     if good { Ok(()) } else { Err(Problem::invalid("bad_email", format!("`{shown}` is no e-mail address"))) }
 }
@@ -477,7 +479,8 @@ fn check_password(password: &str) -> Result<(), Problem> {
     if password.chars().count() >= PASSWORD_CHARS_MIN && password.len() <= PASSWORD_BYTES_MAX {
         return Ok(());
     }
-    let detail = format!("a password has at least {PASSWORD_CHARS_MIN} characters and at most {PASSWORD_BYTES_MAX} bytes");
+    let detail =
+        format!("a password has at least {PASSWORD_CHARS_MIN} characters and at most {PASSWORD_BYTES_MAX} bytes");
     Err(Problem::invalid("bad_password", detail))
 }
 

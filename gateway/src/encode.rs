@@ -164,8 +164,10 @@ pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<(String, Vec<(String, 
 pub(crate) fn metric_row(program: &Program, row: &Map<String, Value>) -> Option<MetricRow> {
     let fields = &program.output().fields()[2..2 + program.key_count()];
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let pairs: Vec<(String, String)> =
-        fields.iter().map(|field| (field.name().clone(), row.get(field.name()).map_or_else(String::new, text))).collect();
+    let pairs: Vec<(String, String)> = fields
+        .iter()
+        .map(|field| (field.name().clone(), row.get(field.name()).map_or_else(String::new, text)))
+        .collect();
     let end = chrono::DateTime::parse_from_rfc3339(row.get("window_end")?.as_str()?).ok()?;
     Some(MetricRow {
         key: pairs.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("|").into(),
@@ -252,7 +254,8 @@ mod tests {
         let batch = RecordBatch::try_new(Arc::new(schema), columns).unwrap();
         let written = objects(&batch, vec!["extra".into()], false, |_| true).unwrap();
         let read: Vec<Value> = written.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
-        let first = json!({"ts": "1970-01-01T00:00:00.000001Z", "id": "a\n\"b\"", "price": null, "extra": {"x": [1, null]}});
+        let first =
+            json!({"ts": "1970-01-01T00:00:00.000001Z", "id": "a\n\"b\"", "price": null, "extra": {"x": [1, null]}});
         assert_eq!(read[0], first);
         assert_eq!(read[1], json!({"ts": "1970-01-01T00:00:02.000000Z", "price": 1.0, "extra": "no json"}));
         assert_eq!(objects(&batch, Vec::new(), false, |row| row == 1).unwrap().len(), 1);

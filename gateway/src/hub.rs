@@ -365,9 +365,9 @@ fn send_events(channel: &Channel, batch: &RecordBatch) -> Result<(), arrow::erro
         })
         .collect::<Result<Vec<_>, arrow::error::ArrowError>>()?;
     let keep = |row| {
-        columns.iter().all(|(column, value)| {
-            column.as_ref().is_some_and(|column| column.value(row).to_string() == **value)
-        })
+        columns
+            .iter()
+            .all(|(column, value)| column.as_ref().is_some_and(|column| column.value(row).to_string() == **value))
     };
     let events = encode::objects(batch, channel.json_columns.clone(), false, keep)?;
     let mut part = String::new();

@@ -39,10 +39,7 @@ pub(crate) struct Intake {
 
 impl Default for Intake {
     fn default() -> Self {
-        Self {
-            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES)),
-            decoding: Arc::new(Semaphore::new(DECODING)),
-        }
+        Self { in_flight: Arc::new(Semaphore::new(IN_FLIGHT_BYTES)), decoding: Arc::new(Semaphore::new(DECODING)) }
     }
 }
 
@@ -142,7 +139,8 @@ impl Intake {
         body: Body,
         most: usize,
     ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Problem> {
-        let over = || Problem::too_large(format!("the body is larger than limits.body_bytes = {most}; send less at a time"));
+        let over =
+            || Problem::too_large(format!("the body is larger than limits.body_bytes = {most}; send less at a time"));
         let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         if announced.is_some_and(|bytes| bytes > most as u64) {
             return Err(over());
@@ -155,7 +153,8 @@ impl Intake {
             Problem::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", detail)
         };
         while let Some(part) = tokio::time::timeout(PART_WAIT, body.next()).await.map_err(slow)? {
-            let part = part.map_err(|_| Problem::invalid("unreadable_body", "the body ended before it was complete"))?;
+            let part =
+                part.map_err(|_| Problem::invalid("unreadable_body", "the body ended before it was complete"))?;
             bytes += part.len();
             if bytes > most {
                 return Err(over());

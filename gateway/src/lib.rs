@@ -37,8 +37,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tower_http::cors::CorsLayer;
 
 /// What every handler works with. A clone is another handle to it.
@@ -101,3 +101,6 @@ fn cors(origins: &[String]) -> CorsLayer {
         .expose_headers([request_id, retry_after])
         .max_age(Duration::from_secs(3600))
 }
+
+#[cfg(test)]
+mod tests;

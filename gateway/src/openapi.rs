@@ -207,18 +207,33 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Member", "user string, email string, role string, since time"),
     ("Members", "members Member[]"),
     ("NewKey", "name string, role string"),
-    ("Key", "id string, key? string, name string, role string, prefix string, created_by? string, created_at? time, revoked_at? time null"),
+    (
+        "Key",
+        "id string, key? string, name string, role string, prefix string, created_by? string, created_at? time, revoked_at? time null",
+    ),
     ("Keys", "keys Key[]"),
-    ("AuditEntry", "at time, actor string, action string, target string, outcome string, from string, request_id string"),
+    (
+        "AuditEntry",
+        "at time, actor string, action string, target string, outcome string, from string, request_id string",
+    ),
     ("Audit", "entries AuditEntry[], next? string"),
     ("Column", "name string, type string, nullable? boolean"),
     ("StreamDefinition", "columns Column[], unknown_fields? string"),
-    ("Stream", "name string, columns Column[], unknown_fields string, frontier time null, late integer, events integer"),
+    (
+        "Stream",
+        "name string, columns Column[], unknown_fields string, frontier time null, late integer, events integer",
+    ),
     ("Streams", "streams Stream[]"),
     ("IngestError", "index integer, code string, detail string"),
     ("Ingested", "accepted integer, duplicates integer, rejected integer, errors IngestError[], offset integer null"),
-    ("MetricDefinition", "sql string, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string"),
-    ("Metric", "name string, sql string, stream string, keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string"),
+    (
+        "MetricDefinition",
+        "sql string, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string",
+    ),
+    (
+        "Metric",
+        "name string, sql string, stream string, keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string",
+    ),
     ("Metrics", "metrics Metric[]"),
     ("Row", "window_start time, window_end time, final boolean, revision integer"),
     ("Rows", "rows Row[], next? string"),
@@ -226,7 +241,10 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Table", "columns Column[], rows array"),
     ("AlertRule", "name? string, metric string, condition string, for? string, severity? string"),
     ("AlertRules", "rules AlertRule[]"),
-    ("Alert", "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null"),
+    (
+        "Alert",
+        "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null",
+    ),
     ("Alerts", "alerts Alert[], next? string"),
     ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
     ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
@@ -237,13 +255,28 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Position", "symbol string, qty number, cost number, sector? string null"),
     ("Positions", "positions Position[]"),
     ("PositionCount", "positions integer"),
-    ("Summary", "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[]"),
-    ("RunAgentInput", "threadId string, runId string, messages array, tools? array, context? array, state? any, forwardedProps? any"),
-    ("Actor", "path string, kind string, state string, mailbox_batches integer, mailbox_bytes integer, restarts integer, last_failure string null, state_bytes integer"),
+    (
+        "Summary",
+        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[]",
+    ),
+    (
+        "RunAgentInput",
+        "threadId string, runId string, messages array, tools? array, context? array, state? any, forwardedProps? any",
+    ),
+    (
+        "Actor",
+        "path string, kind string, state string, mailbox_batches integer, mailbox_bytes integer, restarts integer, last_failure string null, state_bytes integer",
+    ),
     ("Actors", "actors Actor[]"),
-    ("Throughput", "events_per_second number, batches_per_second number, bytes_per_second number, events_total integer, workspaces array"),
+    (
+        "Throughput",
+        "events_per_second number, batches_per_second number, bytes_per_second number, events_total integer, workspaces array",
+    ),
     ("ProblemItem", "index? integer, pointer? string, code string, detail string"),
-    ("Problem", "type string, title string, status integer, detail string, code string, errors? ProblemItem[], line? integer, column? integer"),
+    (
+        "Problem",
+        "type string, title string, status integer, detail string, code string, errors? ProblemItem[], line? integer, column? integer",
+    ),
 ];
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(document);
@@ -296,9 +329,9 @@ fn operation(operation: &Operation) -> Value {
     let mut parameters: Vec<Value> = in_path
         .map(|name| json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}}))
         .collect();
-    parameters.extend(operation.query.iter().map(|(name, meaning)| {
-        json!({"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}})
-    }));
+    parameters.extend(operation.query.iter().map(
+        |(name, meaning)| json!({"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}}),
+    ));
     let mut success = json!({"description": "Done."});
     if let Some((types, schema)) = operation.answer {
         success["content"] = content(types, schema);
@@ -371,7 +404,9 @@ fn escaped(text: &str) -> String {
 /// Text with `code` in backticks.
 fn rich(text: &str) -> String {
     let parts = text.split('`').enumerate();
-    parts.map(|(at, part)| if at % 2 == 1 { format!("<code>{}</code>", escaped(part)) } else { escaped(part) }).collect()
+    parts
+        .map(|(at, part)| if at % 2 == 1 { format!("<code>{}</code>", escaped(part)) } else { escaped(part) })
+        .collect()
 }
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\

@@ -85,9 +85,7 @@ impl fmt::Display for Role {
 
 /// No role has this name.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "role `{0}` is none of owner, admin, general_partner, associate, analyst, member, viewer, limited_partner"
-)]
+#[error("role `{0}` is none of owner, admin, general_partner, associate, analyst, member, viewer, limited_partner")]
 pub struct UnknownRole(String);
 
 impl FromStr for Role {

@@ -24,14 +24,15 @@ use tower::ServiceExt;
 /// A client has this long to send the head of a request.
 const HEAD_WAIT: Duration = Duration::from_secs(15);
 /// Requests in flight and open sockets have this long to end once the server drains.
-const DRAIN: Duration = Duration::from_secs(8);
+const DRAIN: Duration = Duration::from_secs(5);
 /// After an error of `accept`, such as no file descriptors, some time must pass for it to go away.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Requests at the same time on one HTTP/2 connection.
 const STREAMS_MAX: u32 = 128;
 
 /// Serves until `shutdown` completes, then drains: takes no new connection, finishes requests in flight, tells
-/// WebSocket clients to come back later. Returns within ten seconds of that.
+/// WebSocket clients to come back later. Returns within five seconds of that, which leaves
+/// time to commit what the system holds.
 ///
 /// Fails only where `metrics_listen` of `config` cannot be bound.
 pub async fn serve(

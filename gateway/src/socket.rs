@@ -11,8 +11,8 @@ use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span;
 use axum::Router;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::State;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::http::header::{HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::Response;
@@ -82,7 +82,8 @@ fn is_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
     let Some(origin) = headers.get(ORIGIN) else { return true };
     let Ok(origin) = origin.to_str() else { return false };
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
-    let same_host = origin.split_once("://").is_some_and(|(_, of)| host.is_some_and(|host| of.eq_ignore_ascii_case(host)));
+    let same_host =
+        origin.split_once("://").is_some_and(|(_, of)| host.is_some_and(|host| of.eq_ignore_ascii_case(host)));
     same_host || origins.iter().any(|allowed| allowed.eq_ignore_ascii_case(origin))
 }
 
@@ -435,7 +436,8 @@ impl Connection {
         }
         let most = self.state.config.limits.subscriptions;
         if self.subscriptions.len() >= most {
-            let detail = format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
+            let detail =
+                format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
             return Err(Problem::conflict("limit_reached", detail));
         }
         let is_query = matches!(name.topic, Topic::Query { .. });
@@ -546,7 +548,9 @@ mod tests {
     #[test]
     fn pages_of_this_host_and_of_listed_origins_may_connect_others_not() {
         assert!(allowed(None) && allowed(Some("http://tide.example:8080")) && allowed(Some("https://app.example.com")));
-        for foreign in ["null", "http://tide.example", "https://evil.example", "https://app.example.com.evil.example", ""] {
+        for foreign in
+            ["null", "http://tide.example", "https://evil.example", "https://app.example.com.evil.example", ""]
+        {
             assert!(!allowed(Some(foreign)), "{foreign}");
         }
     }

@@ -25,6 +25,7 @@ const DRAIN: Duration = Duration::from_secs(8);
 impl App {
     /// Opens log and store under `config.data_dir`, replays, and listens.
     pub async fn build(config: Config) -> Result<App> {
+        crate::choose_tls();
         let auth = Auth::new(&config.auth)?;
         if config.log.backend != Backend::Embedded {
             bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);

@@ -11,3 +11,9 @@ pub mod measure; // how fast is this machine
 
 pub use app::{App, shutdown_signal};
 pub use config::{Config, ConfigError, Limits};
+
+/// Chooses ring for all TLS of the process; to be called before the first HTTP client is made. Again is harmless.
+pub fn choose_tls() {
+    // an error means that it was chosen before
+    _ = rustls::crypto::ring::default_provider().install_default();
+}

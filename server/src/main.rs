@@ -81,6 +81,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    server::choose_tls();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

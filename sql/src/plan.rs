@@ -13,6 +13,8 @@ use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, TableReference}
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::{ExecutionProps, SessionContext};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
+use datafusion::logical_expr::simplify::SimplifyContext;
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::logical_expr::{Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, SkipType, SortExpr};
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
 use datafusion::physical_expr::{LexOrdering, PhysicalExpr, PhysicalSortExpr, create_physical_sort_expr};
@@ -407,7 +409,7 @@ impl<'a> Shape<'a> {
         let (props, planning) = (ExecutionProps::new(), PhysicalPlanningContext::default());
         let event = self.scan_schema.as_ref();
         let physical = |expr: &Expr, schema: &DFSchema| {
-            datafusion::physical_expr::create_physical_expr(expr, schema, &props, &planning)
+            datafusion::physical_expr::create_physical_expr(&simplified(expr, schema)?, schema, &props, &planning)
         };
         let over_events = |expr: &Expr| -> Result<_, PartsError> {
             no_subquery(expr)?;
@@ -497,7 +499,7 @@ impl<'a> Shape<'a> {
                         .help("use it outside of the aggregate")
                         .into());
                 }
-                let lowered = LoweredAggregateBuilder::new(expr, event, event.as_arrow(), &props, &planning).build()?;
+                let lowered = LoweredAggregateBuilder::new(&simplified(expr, event)?, event, event.as_arrow(), &props, &planning).build()?;
                 Ok(Aggregate { call: lowered.aggregate, filter: lowered.filter })
             })
             .collect::<Result<Vec<_>, PartsError>>()?;
@@ -549,6 +551,12 @@ impl<'a> Shape<'a> {
         };
         Ok(Parts { stream, window, input, filter, keys, aggregates, having, values, top })
     }
+}
+
+/// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
+fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
+    let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
+    ExprSimplifier::new(context).simplify(expr.clone())
 }
 
 fn is_bound(name: &str) -> bool {

@@ -261,7 +261,7 @@ proptest! {
     ) {
         let text = format!(
             "SELECT window_start, window_end, symbol, {COLUMNS}, count(DISTINCT qty) AS sizes, avg(price) AS mean, \
-             sum(qty) FILTER (WHERE price > 50) AS dear, max(price) - min(price) AS spread \
+             sum(qty) FILTER (WHERE price > 50) AS dear, max(price) - min(price) AS spread, coalesce(sum(qty) FILTER (WHERE price > 1e6), 0) AS none \
              FROM market.trades {filter} GROUP BY {window}, symbol {having}"
         );
         let timing = Timing { max_delay: Span::seconds(100_000), allowed_lateness: Span::ZERO };

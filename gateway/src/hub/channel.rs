@@ -6,9 +6,9 @@ use super::outbox::{Changed, Frame, Outbox, WhenSlow};
 use super::state::{Op, State};
 use crate::config::Limits;
 use crate::problem::Problem;
+use actors::What;
 use axum::extract::ws::Utf8Bytes;
 use axum::http::StatusCode;
-use actors::What;
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -215,20 +215,25 @@ impl Channel {
             return None;
         }
         let missed = match &wish.since {
-            Some(since) if *since.epoch == *self.epoch => Self::since(inner, since.offset),
+            Some(since) if *since.epoch == *self.epoch => {
+                Self::since(inner, since.offset).map(|all| (since.offset, all))
+            }
             _ => None,
         };
         let recovered = missed.is_some();
-        let first = match (missed, &inner.body) {
+        // where the subscriber is before it gets the first of these
+        let (offset, first) = match (missed, &inner.body) {
             (Some(missed), _) => missed,
             (None, Body::State(state)) => match self.snapshot(inner.offset, state) {
-                Ok(snapshot) => vec![snapshot],
+                Ok(snapshot) => (inner.offset, vec![snapshot]),
                 Err(problem) => return Some(Err(problem)),
             },
-            (None, Body::Events { start: Some(start) }) => Self::since(inner, start - 1).unwrap_or_default(),
-            (None, Body::Events { start: None } | Body::Loading(_)) => Vec::new(),
+            (None, Body::Events { start: Some(start) }) => match Self::since(inner, start - 1) {
+                Some(sequence) => (start - 1, sequence),
+                None => (inner.offset, Vec::new()),
+            },
+            (None, Body::Events { start: None } | Body::Loading(_)) => (inner.offset, Vec::new()),
         };
-        let offset = first.first().filter(|frame| frame.names.is_some()).map_or(inner.offset, |frame| frame.offset - 1);
         let mut answer = json!({
             "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset, "recovered": recovered,
         });

@@ -171,7 +171,8 @@ pub(super) async fn json_columns(
     name: &ChannelName,
 ) -> Result<Vec<String>, Problem> {
     let schema = system.schema(workspace, stream).await?;
-    if let Some((column, _)) = name.filter.iter().find(|(column, _)| schema.arrow().column_with_name(column).is_none()) {
+    if let Some((column, _)) = name.filter.iter().find(|(column, _)| schema.arrow().column_with_name(column).is_none())
+    {
         let columns: Vec<&str> = schema.columns.iter().map(|column| column.name.as_str()).collect();
         let detail = format!("stream `{stream}` has no column `{column}`; it has {}", columns.join(", "));
         return Err(Problem::invalid("unknown_parameter", detail));

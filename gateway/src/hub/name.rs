@@ -14,7 +14,10 @@ pub(crate) enum Topic {
     /// A conversation with agents.
     Thread(String),
     /// A live query of one connection.
-    Query { connection: u64, name: String },
+    Query {
+        connection: u64,
+        name: String,
+    },
     Throughput,
     Actors,
 }
@@ -123,7 +126,9 @@ mod tests {
         for bad in ["metrics/", "metrics/A b", "streams/trades", "portfolio/../x"] {
             assert_eq!(ChannelName::parse(bad, 1).unwrap_err().code, "bad_name", "{bad}");
         }
-        for bad in ["metrics/x?symbol", "metrics/x?=1", "metrics/x?a=%4", "metrics/x?a=%zz", "metrics/x?a=%+1", "alerts?a=b"] {
+        for bad in
+            ["metrics/x?symbol", "metrics/x?=1", "metrics/x?a=%4", "metrics/x?a=%zz", "metrics/x?a=%+1", "alerts?a=b"]
+        {
             assert_eq!(ChannelName::parse(bad, 1).unwrap_err().code, "bad_filter", "{bad}");
         }
     }

@@ -340,7 +340,8 @@ fn whatever_clients_do_each_ends_with_the_state_of_the_channel() {
 #[test]
 fn nothing_is_lost_or_doubled_while_clients_come_and_go_as_events_are_published() {
     const EVENTS: usize = 20_000;
-    let hub = hub(Limits { history_events: EVENTS, history_bytes: 64 << 20, queue_bytes: 64 << 20, ..Limits::default() });
+    let hub =
+        hub(Limits { history_events: EVENTS, history_bytes: 64 << 20, queue_bytes: 64 << 20, ..Limits::default() });
     let channel = open(&hub, "alerts");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {

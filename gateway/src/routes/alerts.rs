@@ -188,7 +188,8 @@ async fn create_silence(
         return Err(Problem::invalid("bad_body", "a silence must end after it starts"));
     }
     if new.matchers.is_empty() || new.matchers.len() > 20 || new.comment.chars().count() > 1_000 {
-        let detail = "`matchers` needs 1 to 20 labels such as {\"symbol\":\"AAPL\"}; `comment` has up to 1000 characters";
+        let detail =
+            "`matchers` needs 1 to 20 labels such as {\"symbol\":\"AAPL\"}; `comment` has up to 1000 characters";
         return Err(Problem::invalid("bad_body", detail));
     }
     let store = state.system.store();

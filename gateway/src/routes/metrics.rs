@@ -128,7 +128,10 @@ pub(super) fn instant(name: &str, text: &str) -> Result<Micros, Problem> {
     let found = chrono::DateTime::parse_from_rfc3339(&text.replace(' ', "+"));
     found.map(|at| Micros(at.timestamp_micros())).map_err(|error| {
         let text: String = text.chars().take(40).collect();
-        Problem::invalid("bad_parameter", format!("{name} `{text}` is no RFC 3339 time such as 2026-01-31T12:00:00Z: {error}"))
+        Problem::invalid(
+            "bad_parameter",
+            format!("{name} `{text}` is no RFC 3339 time such as 2026-01-31T12:00:00Z: {error}"),
+        )
     })
 }
 

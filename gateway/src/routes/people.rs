@@ -29,8 +29,7 @@ fn member_json(member: &sql::store::Member) -> Value {
 
 async fn members(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::Read)?;
-    let members: Vec<Value> =
-        state.system.store().members(&member.workspace).await?.iter().map(member_json).collect();
+    let members: Vec<Value> = state.system.store().members(&member.workspace).await?.iter().map(member_json).collect();
     Ok(axum::Json(json!({"members": members})))
 }
 
@@ -52,7 +51,10 @@ async fn set_member(
     let store = state.system.store();
     let unknown = || {
         let email: String = new.email.chars().take(80).collect();
-        Problem::not_found("unknown_user", format!("there is no user `{email}`; an admin makes users by POST /api/v1/users"))
+        Problem::not_found(
+            "unknown_user",
+            format!("there is no user `{email}`; an admin makes users by POST /api/v1/users"),
+        )
     };
     let user = store.user_by_email(&new.email).await?.ok_or_else(unknown)?;
     if role != Role::Owner {
@@ -147,7 +149,8 @@ async fn create_key(
     }
     let (key, stored) = new_key(&member.workspace, name.to_owned(), role, &caller, state.system.now());
     store.create_api_key(&stored).await?;
-    let answer = json!({"id": stored.id, "key": key, "name": stored.name, "role": stored.role, "prefix": stored.prefix});
+    let answer =
+        json!({"id": stored.id, "key": key, "name": stored.name, "role": stored.role, "prefix": stored.prefix});
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 

@@ -152,7 +152,8 @@ async fn positions(
         return Err(Problem::not_found("unknown_portfolio", format!("there is no portfolio `{id}`")));
     }
     let positions = store.positions(&member.workspace, id.as_str()).await?;
-    let position = |held: &Position| json!({"symbol": held.symbol, "qty": held.qty, "cost": held.cost, "sector": held.sector});
+    let position =
+        |held: &Position| json!({"symbol": held.symbol, "qty": held.qty, "cost": held.cost, "sector": held.sector});
     Ok(axum::Json(json!({"positions": positions.iter().map(position).collect::<Vec<Value>>()})))
 }
 
@@ -188,7 +189,8 @@ async fn hold(
         let known = state.system.store().positions(&member.workspace, id.as_str()).await?;
         let new = positions.iter().filter(|new| !known.iter().any(|old| old.symbol == new.symbol)).count();
         if known.len() + new > POSITIONS_MAX {
-            let detail = format!("this portfolio would have more than {POSITIONS_MAX} positions, the most there can be");
+            let detail =
+                format!("this portfolio would have more than {POSITIONS_MAX} positions, the most there can be");
             return Err(Problem::conflict("limit_reached", detail));
         }
     }

@@ -164,7 +164,8 @@ mod tests {
     #[test]
     fn json_has_columns_and_rows_with_micros_and_no_nan() {
         let written: Value = serde_json::from_slice(&write(&answer(), Format::Json).unwrap()).unwrap();
-        let types: Vec<&str> = written["columns"].as_array().unwrap().iter().map(|c| c["type"].as_str().unwrap()).collect();
+        let types: Vec<&str> =
+            written["columns"].as_array().unwrap().iter().map(|c| c["type"].as_str().unwrap()).collect();
         assert_eq!(types, ["timestamp", "utf8", "float64", "int64"]);
         assert_eq!(written["rows"][0], json!(["1970-01-01T00:00:01.500000Z", "A\"B", 1.5, 1]));
         assert_eq!(written["rows"][1], json!(["1970-01-01T00:00:02.000001Z", null, null, 2]));

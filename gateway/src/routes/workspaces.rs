@@ -38,7 +38,8 @@ async fn list(State(state): State<AppState>, caller: Caller, mut page: Listing) 
         all.extend(others.map(|other| (other, Role::Admin)));
         all.sort_by(|a, b| a.0.id.cmp(&b.0.id));
     }
-    let mut rest = all.iter().filter(|(workspace, _)| after.as_deref().is_none_or(|after| workspace.id.as_str() > after));
+    let mut rest =
+        all.iter().filter(|(workspace, _)| after.as_deref().is_none_or(|after| workspace.id.as_str() > after));
     let workspaces: Vec<Value> = rest.by_ref().take(limit).map(|(workspace, role)| shown(workspace, *role)).collect();
     let mut answer = json!({"workspaces": workspaces});
     if rest.next().is_some() {
