@@ -111,7 +111,8 @@ impl FromRequestParts<AppState> for Member {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, Problem> {
         let caller = Caller::from_request_parts(parts, state).await?;
-        let path = RawPathParams::from_request_parts(parts, state).await.map_err(Problem::internal)?;
+        let path = RawPathParams::from_request_parts(parts, state).await;
+        let path = path.map_err(|_| Problem::invalid("bad_path", "the path is no UTF-8 once it is decoded"))?;
         let workspace = path.iter().find(|(name, _)| *name == "ws").map(|(_, value)| value);
         let workspace = workspace.ok_or_else(|| Problem::internal("a route for members has no {ws}"))?;
         Member::of(state, &caller, workspace).await

@@ -252,7 +252,7 @@ impl Outlet for Hub {
                         AlertPhase::Resolved => "alert.resolved",
                         AlertPhase::Acked => "alert.acked",
                     };
-                    let event = custom(name, &encode::alert(alert).to_string());
+                    let event = custom(name, &json!({"alert": encode::alert(alert)}).to_string());
                     channels.iter().for_each(|channel| channel.event(&event));
                 }
             }

@@ -10,13 +10,17 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::{Value, json};
 use sql::store::Store;
 use streams::log::EmbeddedLog;
+use futures::{SinkExt, StreamExt};
 use tempfile::TempDir;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tower::ServiceExt;
 
 const PASSWORD: &str = "correct horse";
 
 struct Server {
     router: Router,
+    state: AppState,
     _dir: TempDir,
 }
 
@@ -62,8 +66,8 @@ impl Server {
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();
-        let router = router(AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics));
-        Server { router, _dir: dir }
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);
+        Server { router: router(state.clone()), state, _dir: dir }
     }
 
     async fn send(&self, request: Request<Body>) -> Answer {
@@ -146,8 +150,7 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
     assert_eq!(code("GET", "/api/v1/workspaces?limit=0", json, Body::empty()).await, (400, "bad_parameter".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limt=1", json, Body::empty()).await, (400, "unknown_parameter".into()));
     assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await.0, 400);
-    // the last: a path that is no UTF-8 once decoded
-    assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await.0, 404);
+    assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await, (400, "bad_path".into()));
 }
 
 #[tokio::test]
@@ -344,4 +347,184 @@ async fn answers_tell_browsers_to_be_careful() {
     let page = server.get("/docs", "").await;
     assert!(page.headers["content-security-policy"].to_str().unwrap().contains("default-src 'none'"));
     assert!(server.get("/", "").await.headers.contains_key("content-security-policy"));
+}
+
+type Socket = tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>;
+
+/// A server that listens, until it is told to stop.
+struct Listening {
+    server: Server,
+    url: String,
+    stop: CancellationToken,
+    serving: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl Listening {
+    async fn start(limits: Limits) -> Listening {
+        let server = Server::with(limits).await;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("ws://{}/api/v1/ws", listener.local_addr().unwrap());
+        let (state, stop) = (server.state.clone(), CancellationToken::new());
+        let stopped = stop.clone().cancelled_owned();
+        let serving = tokio::spawn(async move {
+            let config = state.config.clone();
+            serve(listener, state, &config, stopped).await
+        });
+        Listening { server, url, stop, serving }
+    }
+
+    async fn connect(&self) -> Socket {
+        tokio_tungstenite::connect_async(&self.url).await.unwrap().0
+    }
+
+    /// A connection of the admin, who owns the workspace `acme`.
+    async fn signed_in(&self) -> (Socket, String) {
+        let root = self.server.token("root@example.com").await;
+        self.server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+        let mut socket = self.connect().await;
+        assert_eq!(ask(&mut socket, json!({"type": "auth", "token": root, "ref": 1})).await["type"], "ok");
+        (socket, root)
+    }
+}
+
+async fn tell(socket: &mut Socket, message: Value) {
+    socket.send(Message::text(message.to_string())).await.unwrap();
+}
+
+async fn ask(socket: &mut Socket, message: Value) -> Value {
+    tell(socket, message).await;
+    hear(socket).await
+}
+
+async fn hear(socket: &mut Socket) -> Value {
+    match tokio::time::timeout(Duration::from_secs(10), socket.next()).await.unwrap().unwrap().unwrap() {
+        Message::Text(text) => serde_json::from_str(&text).unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The code the server closes with, whatever it says before.
+async fn closed(socket: &mut Socket) -> u16 {
+    loop {
+        match tokio::time::timeout(Duration::from_secs(20), socket.next()).await.unwrap() {
+            Some(Ok(Message::Close(Some(frame)))) => return frame.code.into(),
+            Some(Ok(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_signs_in_first_and_by_message_or_subprotocol() {
+    let listening = Listening::start(Limits::default()).await;
+    let mut stranger = listening.connect().await;
+    let refused = ask(&mut stranger, json!({"type": "ping", "ref": "p"})).await;
+    assert_eq!((&refused["type"], &refused["ref"], &refused["code"]), (&json!("error"), &json!("p"), &json!("unauthorized")));
+    assert_eq!(closed(&mut stranger).await, 4001);
+    let mut silent = listening.connect().await;
+    assert_eq!(closed(&mut silent).await, 4001);
+    let (mut socket, root) = listening.signed_in().await;
+    assert_eq!(ask(&mut socket, json!({"type": "ping", "ref": 7, "more": 1})).await, json!({"type": "ok", "ref": 7}));
+    assert_eq!(ask(&mut socket, json!({"type": "dance"})).await["code"], "unknown_type");
+    assert_eq!(ask(&mut socket, json!(["type"])).await["code"], "bad_frame");
+    let mut request = listening.url.as_str().into_client_request().unwrap();
+    let protocols = format!("tidewatch.v1, bearer.{root}");
+    request.headers_mut().insert("sec-websocket-protocol", protocols.parse().unwrap());
+    let (mut socket, response) = tokio_tungstenite::connect_async(request).await.unwrap();
+    assert_eq!(response.headers()["sec-websocket-protocol"], "tidewatch.v1");
+    assert_eq!(hear(&mut socket).await["type"], "ok");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_published_comes_to_subscribers_as_events_and_as_rows() {
+    let listening = Listening::start(Limits::default()).await;
+    let (mut socket, root) = listening.signed_in().await;
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
+    let at = "/api/v1/workspaces/acme/metrics/volume";
+    assert_eq!(listening.server.call("PUT", at, &root, json!({"sql": sql, "emit": "10ms"})).await.status, 200);
+    let subscribe = |channel: &str| json!({"type": "subscribe", "workspace": "acme", "channel": channel, "ref": channel});
+    let mut stream = listening.connect().await;
+    ask(&mut stream, json!({"type": "auth", "token": root})).await;
+    assert_eq!(ask(&mut stream, subscribe("streams/market.trades?symbol=A")).await["recovered"], false);
+    assert_eq!(ask(&mut socket, subscribe("metrics/volume")).await["ref"], "metrics/volume");
+    let snapshot = hear(&mut socket).await;
+    assert_eq!(snapshot["event"], json!({"type": "STATE_SNAPSHOT", "snapshot": {"rows": {}}}));
+    let events = json!([{"symbol": "A", "price": 1, "qty": 2, "note": {"x": 1}}, {"symbol": "B", "price": 1, "qty": 5}]);
+    let publish = json!({"type": "publish", "workspace": "acme", "stream": "market.trades", "events": events, "ref": "p"});
+    let accepted = ask(&mut stream, publish).await;
+    // the answer and the event itself may come in either order
+    let (accepted, event) = match accepted["type"] == "ok" {
+        true => (accepted, hear(&mut stream).await),
+        false => (hear(&mut stream).await, accepted),
+    };
+    assert_eq!((&accepted["accepted"], &accepted["ref"]), (&json!(2), &json!("p")));
+    let seen = event["event"]["value"]["events"].as_array().unwrap();
+    assert_eq!((seen.len(), &seen[0]["symbol"], &seen[0]["extra"]), (1, &json!("A"), &json!({"note": {"x": 1}})));
+    let delta = hear(&mut socket).await;
+    assert!(delta["offset"].as_u64() > snapshot["offset"].as_u64());
+    let ops = delta["event"]["delta"].as_array().unwrap();
+    let paths: Vec<&str> = ops.iter().map(|op| op["path"].as_str().unwrap()).collect();
+    assert_eq!(paths, ["/rows/A", "/rows/B"]);
+    assert_eq!((&ops[1]["value"]["volume"], &ops[1]["value"]["final"]), (&json!(5.0), &json!(false)));
+    assert!(ops[1]["value"]["window_start"].as_str().unwrap().ends_with(":00.000000Z"));
+    assert_eq!(ask(&mut socket, subscribe("metrics/none")).await["code"], "unknown_metric");
+    assert_eq!(ask(&mut socket, subscribe("streams/market.trades?colour=A")).await["code"], "unknown_parameter");
+    let live = json!({
+        "type": "subscribe", "workspace": "acme", "channel": "query/1", "ref": "q",
+        "sql": "SELECT count(*) AS n FROM market.trades", "rate": "250ms",
+    });
+    assert_eq!(ask(&mut stream, live).await["type"], "ok");
+    assert_eq!(hear(&mut stream).await["event"]["snapshot"]["rows"]["0"]["n"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_listens_in_a_workspace_that_is_not_theirs() {
+    let listening = Listening::start(Limits { subscriptions: 2, ..Limits::default() }).await;
+    let (mut socket, root) = listening.signed_in().await;
+    let bob = listening.server.user(&root, "bob@example.com").await;
+    let mut foreign = listening.connect().await;
+    ask(&mut foreign, json!({"type": "auth", "token": bob})).await;
+    for channel in ["alerts", "metrics/x", "streams/market.trades", "thread/t", "portfolio/p", "query/q"] {
+        let refused = ask(&mut foreign, json!({"type": "subscribe", "workspace": "acme", "channel": channel, "sql": ""})).await;
+        assert_eq!(refused["code"], "workspace_not_found", "{channel}");
+    }
+    let refused = ask(&mut foreign, json!({"type": "subscribe", "channel": "system/actors"})).await;
+    assert_eq!(refused["code"], "forbidden");
+    let subscribe = |channel: &str| json!({"type": "subscribe", "workspace": "acme", "channel": channel});
+    for channel in ["alerts", "thread/t"] {
+        assert_eq!(ask(&mut socket, subscribe(channel)).await["type"], "ok");
+    }
+    assert_eq!(ask(&mut socket, subscribe("thread/u")).await["code"], "limit_reached");
+    let end = json!({"type": "unsubscribe", "workspace": "acme", "channel": "alerts"});
+    assert_eq!(ask(&mut socket, end).await["type"], "ok");
+    assert_eq!(ask(&mut socket, subscribe("thread/u")).await["type"], "ok");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_is_closed_as_too_slow() {
+    let listening = Listening::start(Limits { queue_bytes: 100_000, ..Limits::default() }).await;
+    let (mut slow, root) = listening.signed_in().await;
+    let subscribe = json!({"type": "subscribe", "workspace": "acme", "channel": "streams/chat.messages"});
+    assert_eq!(ask(&mut slow, subscribe).await["type"], "ok");
+    let text = "x".repeat(50_000);
+    let events: Vec<Value> = (0..10).map(|_| json!({"thread": "t", "sender": "s", "text": text})).collect();
+    // more than the system keeps for a socket that is not read
+    for _ in 0..40 {
+        let at = "/api/v1/workspaces/acme/streams/chat.messages/events";
+        assert_eq!(listening.server.call("POST", at, &root, json!(events)).await.status, 200);
+    }
+    assert_eq!(closed(&mut slow).await, 4008);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_tells_clients_to_come_back_and_ends_soon() {
+    let listening = Listening::start(Limits::default()).await;
+    let (mut socket, _) = listening.signed_in().await;
+    let started = std::time::Instant::now();
+    listening.stop.cancel();
+    assert_eq!(closed(&mut socket).await, 1012);
+    listening.serving.await.unwrap().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    let ready = listening.server.get("/ready", "").await;
+    assert_eq!((ready.status, ready.code()), (503, "not_ready"));
 }
