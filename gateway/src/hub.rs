@@ -19,7 +19,7 @@ use actors::agent::RunEvent;
 use actors::{AlertPhase, Outlet, System, Update, What};
 use arrow::array::RecordBatch;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
-use channel::{Body, Channel, Wish};
+use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
 use engine::event::WorkspaceId;
 use engine::metric::Rows;
 use engine::program::Program;
@@ -28,11 +28,13 @@ use serde_json::{Value, json};
 use state::{Op, Place, State};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// A channel without listeners goes on for this long, so that a client that lost its connection can resume.
 const LINGER: Duration = Duration::from_secs(60);
+/// Alerts and conversations go on for this long, listeners or not: they are what people come back for.
+const LINGER_KEPT: Duration = Duration::from_secs(3_600);
 /// How often channels without listeners are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// Events of a stream are sent in messages of about this many bytes.
@@ -51,6 +53,8 @@ pub struct Hub {
     /// Where new channels start to count: above every channel that is gone, so that none is taken for another.
     floor: AtomicU64,
     ids: AtomicU64,
+    /// Bytes of the histories of all channels.
+    histories: Arc<AtomicUsize>,
     swept: Mutex<Option<Instant>>,
 }
 
@@ -69,6 +73,7 @@ impl Hub {
             channels: RwLock::default(),
             floor: AtomicU64::new(0),
             ids: AtomicU64::new(1),
+            histories: Arc::default(),
             swept: Mutex::default(),
         })
     }
@@ -150,7 +155,8 @@ impl Hub {
             Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
         };
         let start = (self.epoch.clone(), self.floor.load(Ordering::Acquire));
-        Arc::new(Channel::new((workspace, name), start, json_columns, body, self.limits, Instant::now()))
+        let limits = (self.limits, self.histories.clone());
+        Arc::new(Channel::new((workspace, name), start, json_columns, body, limits, Instant::now()))
     }
 
     fn close(&self, channel: &Arc<Channel>) {
@@ -181,8 +187,14 @@ impl Hub {
             }
             *swept = Some(now);
         }
-        self.channels.write().retain(|_, channels| {
-            channels.retain(|channel| !self.closes(channel, LINGER, now));
+        // where room for histories is short, what nobody listens to gives way
+        let has_room = self.histories.load(Ordering::Relaxed) < HISTORIES_BYTES_MAX / 2;
+        self.channels.write().retain(|(_, topic), channels| {
+            let is_kept = has_room && matches!(topic, Topic::Alerts | Topic::Thread(_));
+            channels.retain(|channel| {
+                let linger = if is_kept && channel.has_history() { LINGER_KEPT } else { LINGER };
+                !self.closes(channel, linger, now)
+            });
             !channels.is_empty()
         });
     }
@@ -191,21 +203,29 @@ impl Hub {
         self.channels.read().get(&(Some(workspace.clone()), topic)).cloned().unwrap_or_default()
     }
 
-    /// The channel of a conversation, which is there from the start of a run on: whoever comes while the run goes on
-    /// gets it from its start.
-    fn conversation(&self, workspace: &WorkspaceId, thread: &str, is_first: bool) -> Vec<Arc<Channel>> {
-        let topic = Topic::Thread(thread.to_owned());
+    /// The channel of a topic without filters, made if nobody has listened yet: who comes later finds its history.
+    fn kept(&self, workspace: &WorkspaceId, topic: Topic, text: &str) -> Vec<Arc<Channel>> {
         let found = self.listening(workspace, topic.clone());
-        if !found.is_empty() || !is_first {
+        if !found.is_empty() {
             return found;
         }
         let mut all = self.channels.write();
         let channels = all.entry((Some(workspace.clone()), topic.clone())).or_default();
         if channels.is_empty() {
-            let name = ChannelName { text: format!("thread/{thread}").into(), topic, filter: Vec::new() };
+            let name = ChannelName { text: text.into(), topic, filter: Vec::new() };
             channels.push(self.make(Some(workspace.clone()), name, Vec::new()));
         }
         channels.clone()
+    }
+
+    /// The channel of a conversation, which is there from the start of a run on: whoever comes while the run goes on
+    /// gets it from its start.
+    fn conversation(&self, workspace: &WorkspaceId, thread: &str, is_first: bool) -> Vec<Arc<Channel>> {
+        let topic = Topic::Thread(thread.to_owned());
+        match is_first {
+            true => self.kept(workspace, topic, &format!("thread/{thread}")),
+            false => self.listening(workspace, topic),
+        }
     }
 }
 
@@ -241,19 +261,20 @@ impl Outlet for Hub {
                 for channel in self.listening(&workspace, Topic::Metric(metric.clone())) {
                     if !set_aside(&channel, &what) {
                         channel.reset();
+                        self.close(&channel); // without listeners: the next one reads what there is by then
                     }
                 }
             }
             What::Alert { phase, alert } => {
-                let channels = self.listening(&workspace, Topic::Alerts);
-                if !channels.is_empty() {
-                    let name = match phase {
-                        AlertPhase::Firing => "alert.firing",
-                        AlertPhase::Resolved => "alert.resolved",
-                        AlertPhase::Acked => "alert.acked",
-                    };
-                    let event = custom(name, &json!({"alert": encode::alert(alert)}).to_string());
-                    channels.iter().for_each(|channel| channel.event(&event));
+                let name = match phase {
+                    AlertPhase::Firing => "alert.firing",
+                    AlertPhase::Resolved => "alert.resolved",
+                    AlertPhase::Acked => "alert.acked",
+                };
+                let event = custom(name, &json!({"alert": encode::alert(alert)}).to_string());
+                let now = Instant::now();
+                for channel in self.kept(&workspace, Topic::Alerts, "alerts") {
+                    channel.event_of_sequence(&event, false, false, now);
                 }
             }
             What::Portfolio { id, summary } => {

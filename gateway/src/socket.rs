@@ -12,19 +12,21 @@ use crate::problem::Problem;
 use crate::span;
 use axum::Router;
 use axum::extract::State;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
-use axum::http::header::{HOST, ORIGIN};
+use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
+use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::Response;
 use axum::routing::any;
 use bytes::Bytes;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
+use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
@@ -44,8 +46,12 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 const WRITE_WAIT: Duration = Duration::from_secs(60);
 /// A client that is sent away has this long to take what is on its way and the reason.
 const CLOSE_WAIT: Duration = Duration::from_secs(20);
-/// The same while the server shuts down.
-const RESTART_CLOSE_WAIT: Duration = Duration::from_secs(3);
+/// The same while the server shuts down, and for a client that closes by itself.
+const SHORT_CLOSE_WAIT: Duration = Duration::from_secs(3);
+/// What is being done for a client while the server shuts down has this long to be answered.
+const FINISH_WAIT: Duration = Duration::from_secs(1);
+/// A client whose message was too large has this long to see why it is closed.
+const TOO_LARGE_WAIT: Duration = Duration::from_secs(2);
 /// The greatest message is a snapshot, which is bounded by half of this.
 const WRITE_BUFFER_MAX: usize = 16 << 20;
 /// Live queries of one connection.
@@ -54,11 +60,13 @@ const QUERIES_MAX: usize = 8;
 const RUNS_MAX: usize = 1_000;
 
 /// Why the server closes a connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 enum Close {
     Unauthenticated,
     Expired,
-    TooSlow,
+    /// Where the client was cut off.
+    TooSlow(String),
+    TooLarge,
     Restart,
     /// The client asked, or is not there any more.
     Gone,
@@ -67,14 +75,36 @@ enum Close {
 impl Close {
     fn frame(self) -> Option<CloseFrame> {
         let (code, reason) = match self {
-            Close::Unauthenticated => (4001, "not authenticated"),
-            Close::Expired => (4002, "the token has expired"),
-            Close::TooSlow => (4008, "too slow: subscribe again with `since`"),
-            Close::Restart => (1012, "the server restarts"),
+            Close::Unauthenticated => (4001, "not authenticated".into()),
+            Close::Expired => (4002, "the token has expired".into()),
+            Close::TooSlow(why) => (4008, why.into()),
+            Close::TooLarge => (1009, "the message is larger than limits.frame_bytes".into()),
+            Close::Restart => (1012, "the server restarts".into()),
             Close::Gone => return None,
         };
-        Some(CloseFrame { code, reason: reason.into() })
+        Some(CloseFrame { code, reason })
     }
+
+    /// How long the client has to take what is on its way and the reason.
+    fn wait(&self) -> Duration {
+        match self {
+            Close::Restart | Close::Gone => SHORT_CLOSE_WAIT,
+            Close::Unauthenticated | Close::Expired | Close::TooSlow(_) | Close::TooLarge => CLOSE_WAIT,
+        }
+    }
+}
+
+/// Whether a message of the client was over the limit. The error's type belongs to a crate that axum keeps to itself.
+fn is_too_large(error: &axum::Error) -> bool {
+    error.to_string().starts_with("Space limit exceeded")
+}
+
+/// The token of `Authorization: Bearer TOKEN`, else of the subprotocol `bearer.TOKEN`.
+fn token_of(headers: &HeaderMap, upgrade: &WebSocketUpgrade) -> Option<String> {
+    let header = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()?.split_once(' '));
+    let header = header.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+    let offered = upgrade.requested_protocols().filter_map(|protocol: &HeaderValue| protocol.to_str().ok());
+    header.or_else(|| offered.filter_map(|protocol| protocol.strip_prefix("bearer.")).next()).map(str::to_owned)
 }
 
 /// Whether a page of this origin may connect: one of this host or of a listed origin. Programs send none.
@@ -96,8 +126,7 @@ async fn upgrade(
         let detail = "pages of this origin may not connect; an admin can list it in cors_origins";
         return Err(Problem::forbidden(detail).code("origin_not_allowed"));
     }
-    let offered = upgrade.requested_protocols().filter_map(|protocol: &HeaderValue| protocol.to_str().ok());
-    let token = offered.filter_map(|protocol| protocol.strip_prefix("bearer.")).map(str::to_owned).next();
+    let token = token_of(&headers, &upgrade);
     let frame_bytes = state.config.limits.frame_bytes;
     let upgrade = upgrade
         .protocols([PROTOCOL])
@@ -169,68 +198,65 @@ impl Connection {
             Some(token) => self.sign_in(token, None).await.err(),
             None => None,
         };
+        let mut frames = VecDeque::new();
         let close = match close {
             Some(close) => close,
-            None => self.talk(&mut socket).await,
+            None => self.talk(&mut socket, &mut frames).await,
         };
         for (_, subscription) in self.subscriptions.drain() {
             self.state.hub.unsubscribe(&subscription, &self.outbox);
         }
-        let Some(frame) = close.frame() else { return };
-        tracing::debug!(code = frame.code, reason = frame.reason.as_str(), "closing a WebSocket");
+        let wait = close.wait();
         let goodbye = async {
             // what was answered last says more than the code: it goes first
-            let mut last = Vec::new();
-            self.outbox.take(Instant::now(), &mut last);
-            for text in last {
-                socket.feed(Message::Text(text)).await?;
+            if !matches!(close, Close::TooSlow(_)) {
+                let mut last = Vec::new();
+                self.outbox.take(Instant::now(), &mut last);
+                for text in frames.into_iter().chain(last) {
+                    socket.feed(Message::Text(text)).await?;
+                }
             }
-            socket.send(Message::Close(Some(frame))).await?;
+            let is_too_large = close == Close::TooLarge;
+            if let Some(frame) = close.frame() {
+                tracing::debug!(code = frame.code, reason = frame.reason.as_str(), "closing a WebSocket");
+                socket.send(Message::Close(Some(frame))).await?;
+            }
+            if is_too_large {
+                // the rest of the message is never read: ended at once, the connection would be reset and the reason lost
+                tokio::time::sleep(TOO_LARGE_WAIT).await;
+            }
             while let Some(Ok(_)) = socket.next().await {} // until the client has closed too
             Ok::<(), axum::Error>(())
         };
-        let wait = if close == Close::Restart { RESTART_CLOSE_WAIT } else { CLOSE_WAIT };
         _ = timeout(wait, goodbye).await; // the client may be gone already
     }
 
-    /// Reads and writes until there is a reason to close.
-    async fn talk(&mut self, socket: &mut WebSocket) -> Close {
+    /// Reads and writes, neither waiting for the other, until there is a reason to close. What was not written by then
+    /// stays in `frames`.
+    async fn talk(&mut self, socket: &mut WebSocket, frames: &mut VecDeque<Utf8Bytes>) -> Close {
+        let (closing, outbox) = (self.state.closing.clone(), self.outbox.clone());
+        let (mut sink, mut stream) = (&mut *socket).split();
+        tokio::select! {
+            close = self.read(&mut stream) => close,
+            close = write(&mut sink, &outbox, frames) => close,
+            // what is being done for the client has this long to be answered
+            () = async { closing.cancelled().await; tokio::time::sleep(FINISH_WAIT).await } => Close::Restart,
+        }
+    }
+
+    async fn read(&mut self, stream: &mut SplitStream<&mut WebSocket>) -> Close {
         let closing = self.state.closing.clone();
-        let outbox = self.outbox.clone();
-        let mut frames = Vec::new();
         let mut heard = Instant::now();
         let auth_end = heard + AUTH_WAIT;
-        let mut pings = interval_at((heard + PING_EVERY).into(), PING_EVERY);
-        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut checks = interval_at((heard + PING_EVERY).into(), PING_EVERY);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let until = match outbox.take(Instant::now(), &mut frames) {
-                Taken::TooSlow => return Close::TooSlow,
-                Taken::Until(until) => until,
-            };
-            if !frames.is_empty() {
-                metrics::counter!("tidewatch_ws_frames_total").increment(frames.len() as u64);
-                let write = async {
-                    for text in frames.drain(..) {
-                        socket.feed(Message::Text(text)).await?;
-                    }
-                    socket.flush().await
-                };
-                tokio::select! {
-                    written = timeout(WRITE_WAIT, write) => match written {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_)) | Err(_) => return Close::Gone,
-                    },
-                    () = outbox.too_slow() => return Close::TooSlow,
-                    () = closing.cancelled() => return Close::Restart,
-                }
-            }
-            let end = match &self.signed_in {
-                None => Some((auth_end, Close::Unauthenticated)),
-                Some(signed_in) => signed_in.caller.expires_at.map(|end| (self.instant(end), Close::Expired)),
+            let (end, close) = match &self.signed_in {
+                None => (Some(auth_end), Close::Unauthenticated),
+                Some(signed_in) => (signed_in.caller.expires_at.map(|end| self.instant(end)), Close::Expired),
             };
             tokio::select! {
-                message = socket.next() => {
-                    heard = Instant::now();
+                message = stream.next() => {
                     match message {
                         Some(Ok(Message::Text(text))) => {
                             if let Err(close) = self.on_text(text.as_str()).await {
@@ -241,22 +267,15 @@ impl Connection {
                             self.refuse(None, &Problem::invalid("bad_frame", "send text frames of JSON"));
                         }
                         Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                        Some(Err(error)) if is_too_large(&error) => return Close::TooLarge,
                         Some(Ok(Message::Close(_)) | Err(_)) | None => return Close::Gone,
                     }
+                    self.outbox.room().await;
+                    heard = Instant::now();
                 }
-                () = outbox.ready() => {}
-                () = wait_until(until) => {}
-                () = wait_until(end.map(|(at, _)| at)) => {
-                    return end.map_or(Close::Gone, |(_, close)| close);
-                }
-                _ = pings.tick() => {
-                    if heard.elapsed() > SILENCE_MAX {
-                        return Close::Gone;
-                    }
-                    match timeout(WRITE_WAIT, socket.send(Message::Ping(Bytes::new()))).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_)) | Err(_) => return Close::Gone,
-                    }
+                () = wait_until(end) => return close,
+                () = sleep_until((heard + SILENCE_MAX).into()) => return Close::Gone,
+                _ = checks.tick() => {
                     if let Err(close) = self.check().await {
                         return close;
                     }
@@ -287,8 +306,8 @@ impl Connection {
         self.outbox.reply(answer.to_string());
     }
 
-    /// Checks a token, the first one or one that takes its place before it expires.
-    async fn sign_in(&mut self, token: String, reference: Option<&Value>) -> Result<(), Close> {
+    /// Checks a token, the first one or one that takes its place before it expires: what to answer to a good one.
+    async fn sign_in(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
         let (store, now) = (self.state.system.store(), self.state.system.now());
         let found = self.state.auth.authenticate(store, &token, now).await.and_then(|caller| match &self.signed_in {
             Some(signed_in) if signed_in.caller.id != caller.id => {
@@ -298,14 +317,14 @@ impl Connection {
         });
         match found {
             Ok(caller) => {
-                self.answer(reference, json!({"user": caller.id}));
+                let answer = json!({"user": caller.id});
                 self.signed_in = Some(SignedIn { token, caller });
-                Ok(())
+                Ok(Some(answer))
             }
             Err(problem) => {
                 self.refuse(reference, &problem);
                 // a bad new token leaves the good old one in force until it expires
-                if self.signed_in.is_some() { Ok(()) } else { Err(Close::Unauthenticated) }
+                if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) }
             }
         }
     }
@@ -370,7 +389,10 @@ impl Connection {
         let reference = incoming.reference.clone();
         let reference = reference.as_ref();
         if incoming.kind == "auth" {
-            return self.sign_in(incoming.token.unwrap_or_default(), reference).await;
+            if let Some(answer) = self.sign_in(incoming.token.unwrap_or_default(), reference).await? {
+                self.answer(reference, answer);
+            }
+            return Ok(());
         }
         let Some(signed_in) = &self.signed_in else {
             let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
@@ -438,13 +460,13 @@ impl Connection {
         if self.subscriptions.len() >= most {
             let detail =
                 format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
-            return Err(Problem::conflict("limit_reached", detail));
+            return Err(Problem::conflict("too_many_subscriptions", detail));
         }
         let is_query = matches!(name.topic, Topic::Query { .. });
         let queries = self.subscriptions.keys().filter(|(_, channel)| channel.starts_with("query/")).count();
         if is_query && queries >= QUERIES_MAX {
             let detail = format!("this connection has {QUERIES_MAX} live queries, the most there can be; end some");
-            return Err(Problem::conflict("limit_reached", detail));
+            return Err(Problem::conflict("too_many_subscriptions", detail));
         }
         let wish = Wish { outbox: &self.outbox, since, rate, reference };
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql, wish).await?;
@@ -524,6 +546,61 @@ fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
     member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
 }
 
+/// Writes what waits, all of it before each flush, and asks from time to time whether the client is there.
+async fn write(
+    sink: &mut SplitSink<&mut WebSocket, Message>,
+    outbox: &Outbox,
+    frames: &mut VecDeque<Utf8Bytes>,
+) -> Close {
+    let mut ping_at = Instant::now() + PING_EVERY;
+    let mut taken = Vec::new();
+    loop {
+        let now = Instant::now();
+        let until = match outbox.take(now, &mut taken) {
+            Taken::TooSlow(why) => return Close::TooSlow(why),
+            Taken::Until(until) => until,
+        };
+        metrics::counter!("tidewatch_ws_frames_total").increment(taken.len() as u64);
+        frames.extend(taken.drain(..));
+        let with_ping = now >= ping_at;
+        if with_ping {
+            ping_at = now + PING_EVERY;
+        }
+        if with_ping || !frames.is_empty() {
+            tokio::select! {
+                sent = timeout(WRITE_WAIT, send(sink, with_ping, frames)) => match sent {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) | Err(_) => return Close::Gone,
+                },
+                () = outbox.too_slow() => {}
+            }
+            continue; // more may have come meanwhile
+        }
+        tokio::select! {
+            () = outbox.ready() => {}
+            () = wait_until(Some(until.map_or(ping_at, |until| until.min(ping_at)))) => {}
+        }
+    }
+}
+
+/// Where it is cancelled, what was not given to the socket is still in `frames`.
+async fn send(
+    sink: &mut SplitSink<&mut WebSocket, Message>,
+    with_ping: bool,
+    frames: &mut VecDeque<Utf8Bytes>,
+) -> Result<(), axum::Error> {
+    if with_ping {
+        sink.feed(Message::Ping(Bytes::new())).await?;
+    }
+    loop {
+        poll_fn(|context| sink.poll_ready_unpin(context)).await?;
+        match frames.pop_front() {
+            Some(text) => sink.start_send_unpin(Message::Text(text))?,
+            None => return sink.flush().await,
+        }
+    }
+}
+
 /// Never without an instant.
 async fn wait_until(at: Option<Instant>) {
     match at {
@@ -564,8 +641,9 @@ mod tests {
 
     #[test]
     fn each_reason_to_close_has_its_code() {
-        let codes = [Close::Unauthenticated, Close::Expired, Close::TooSlow, Close::Restart, Close::Gone]
+        let slow = Close::TooSlow("too slow for alerts".into());
+        let codes = [Close::Unauthenticated, Close::Expired, slow, Close::TooLarge, Close::Restart, Close::Gone]
             .map(|close| close.frame().map(|frame| frame.code));
-        assert_eq!(codes, [Some(4001), Some(4002), Some(4008), Some(1012), None]);
+        assert_eq!(codes, [Some(4001), Some(4002), Some(4008), Some(1009), Some(1012), None]);
     }
 }

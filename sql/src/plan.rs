@@ -14,8 +14,8 @@ use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::{ExecutionProps, SessionContext};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::simplify::SimplifyContext;
-use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::logical_expr::{Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, SkipType, SortExpr};
+use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
 use datafusion::physical_expr::{LexOrdering, PhysicalExpr, PhysicalSortExpr, create_physical_sort_expr};
 use datafusion::prelude::SessionConfig;
@@ -499,7 +499,9 @@ impl<'a> Shape<'a> {
                         .help("use it outside of the aggregate")
                         .into());
                 }
-                let lowered = LoweredAggregateBuilder::new(&simplified(expr, event)?, event, event.as_arrow(), &props, &planning).build()?;
+                let lowered =
+                    LoweredAggregateBuilder::new(&simplified(expr, event)?, event, event.as_arrow(), &props, &planning)
+                        .build()?;
                 Ok(Aggregate { call: lowered.aggregate, filter: lowered.filter })
             })
             .collect::<Result<Vec<_>, PartsError>>()?;

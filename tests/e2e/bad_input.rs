@@ -33,10 +33,13 @@ async fn each_bad_event_is_named_with_its_code_and_the_good_ones_are_kept() {
         .iter()
         .map(|error| (error["index"].as_u64().unwrap(), error["code"].as_str().unwrap()))
         .collect();
-    let mut wanted: Vec<(u64, &str)> = bad.iter().enumerate().map(|(at, (_, code))| (2 * at as u64 + 1, *code)).collect();
+    let mut wanted: Vec<(u64, &str)> =
+        bad.iter().enumerate().map(|(at, (_, code))| (2 * at as u64 + 1, *code)).collect();
     wanted.push((14, "event_too_large"));
     assert_eq!(errors, wanted);
-    let count = server.ok(Method::POST, "/api/v1/workspaces/acme/query", json!({"sql": "SELECT count(*) AS n FROM market.trades"})).await;
+    let count = server
+        .ok(Method::POST, "/api/v1/workspaces/acme/query", json!({"sql": "SELECT count(*) AS n FROM market.trades"}))
+        .await;
     assert!(count["rows"].to_string().contains('7'), "{count}");
     server.stop().await;
 }
@@ -46,7 +49,10 @@ async fn refused(server: &Server, method: Method, path: &str, body: Value, statu
     let (found, problem) = server.call(method.clone(), path, body).await;
     assert_eq!((found.as_u16(), problem["code"].as_str()), (status, Some(code)), "{method} {path}: {problem}");
     assert_eq!(problem["status"].as_u64(), Some(u64::from(status)), "{problem}");
-    assert!(problem["detail"].as_str().is_some_and(|detail| !detail.is_empty()) && problem["title"].is_string(), "{problem}");
+    assert!(
+        problem["detail"].as_str().is_some_and(|detail| !detail.is_empty()) && problem["title"].is_string(),
+        "{problem}"
+    );
     problem
 }
 
@@ -56,14 +62,28 @@ async fn what_does_not_exist_or_cannot_be_read_is_a_problem_with_a_code() {
     let server = Server::with_workspace(directory.path()).await;
     let ws = "/api/v1/workspaces/acme";
     let event = json!({"symbol": "A", "price": 1, "qty": 1});
-    refused(&server, Method::POST, &format!("{ws}/streams/market.nothing/events"), event.clone(), 404, "unknown_stream").await;
+    refused(
+        &server,
+        Method::POST,
+        &format!("{ws}/streams/market.nothing/events"),
+        event.clone(),
+        404,
+        "unknown_stream",
+    )
+    .await;
     refused(&server, Method::GET, &format!("{ws}/metrics/nothing/rows"), Value::Null, 404, "unknown_metric").await;
-    refused(&server, Method::GET, &format!("{ws}/portfolios/nothing/summary"), Value::Null, 404, "unknown_portfolio").await;
+    refused(&server, Method::GET, &format!("{ws}/portfolios/nothing/summary"), Value::Null, 404, "unknown_portfolio")
+        .await;
     let (status, problem) = server.send(Method::POST, EVENTS, "text/plain", "x", Some(&server.token)).await;
-    assert_eq!((status, &problem["code"]), (StatusCode::UNSUPPORTED_MEDIA_TYPE, &json!("unsupported_media_type")), "{problem}");
+    assert_eq!(
+        (status, &problem["code"]),
+        (StatusCode::UNSUPPORTED_MEDIA_TYPE, &json!("unsupported_media_type")),
+        "{problem}"
+    );
     let (status, problem) = server.send(Method::POST, EVENTS, "application/json", "{", Some(&server.token)).await;
     assert_eq!(status, StatusCode::BAD_REQUEST, "{problem}");
-    let (status, problem) = server.send(Method::GET, "/api/v1/nothing", "application/json", "", Some(&server.token)).await;
+    let (status, problem) =
+        server.send(Method::GET, "/api/v1/nothing", "application/json", "", Some(&server.token)).await;
     assert_eq!(status, StatusCode::NOT_FOUND, "{problem}");
     assert!(problem["code"].is_string(), "{problem}");
     server.stop().await;
@@ -81,10 +101,25 @@ async fn bad_sql_is_refused_with_line_and_column() {
     let problem = refused(&server, Method::PUT, metric, json!({"sql": sql}), 400, "bad_sql").await;
     assert!(problem["detail"].as_str().unwrap().contains("tumble(ts, INTERVAL '1 minute')"), "{problem}");
     let query = "/api/v1/workspaces/acme/query";
-    for sql in ["SELEC 1", "DROP TABLE market.trades", "COPY market.trades TO '/tmp/x'", "SELECT 1; SELECT 2", "SET x = 1", "CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '/etc/passwd'"] {
+    for sql in [
+        "SELEC 1",
+        "DROP TABLE market.trades",
+        "COPY market.trades TO '/tmp/x'",
+        "SELECT 1; SELECT 2",
+        "SET x = 1",
+        "CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '/etc/passwd'",
+    ] {
         refused(&server, Method::POST, query, json!({"sql": sql}), 400, "bad_sql").await;
     }
-    refused(&server, Method::POST, query, json!({"sql": "SELECT * FROM information_schema.tables"}), 404, "unknown_table").await;
+    refused(
+        &server,
+        Method::POST,
+        query,
+        json!({"sql": "SELECT * FROM information_schema.tables"}),
+        404,
+        "unknown_table",
+    )
+    .await;
     server.stop().await;
 }
 
@@ -100,11 +135,15 @@ async fn a_wrong_token_and_a_foreign_workspace_show_nothing() {
     }
     server.ok(Method::POST, "/api/v1/users", json!({"email": "other@example.com", "password": PASSWORD})).await;
     let other = server.login("other@example.com", PASSWORD).await;
-    let (foreign, body) = server.send(Method::GET, "/api/v1/workspaces/acme/metrics", "application/json", "", Some(&other)).await;
-    let (missing, nobody) = server.send(Method::GET, "/api/v1/workspaces/nowhere/metrics", "application/json", "", Some(&other)).await;
+    let (foreign, body) =
+        server.send(Method::GET, "/api/v1/workspaces/acme/metrics", "application/json", "", Some(&other)).await;
+    let (missing, nobody) =
+        server.send(Method::GET, "/api/v1/workspaces/nowhere/metrics", "application/json", "", Some(&other)).await;
     assert_eq!((foreign, missing), (StatusCode::NOT_FOUND, StatusCode::NOT_FOUND));
     assert_eq!((&body["code"], &nobody["code"]), (&json!("workspace_not_found"), &json!("workspace_not_found")));
-    let (status, _) = server.send(Method::POST, EVENTS, "application/json", r#"{"symbol":"A","price":1,"qty":1}"#, Some(&other)).await;
+    let (status, _) = server
+        .send(Method::POST, EVENTS, "application/json", r#"{"symbol":"A","price":1,"qty":1}"#, Some(&other))
+        .await;
     assert_eq!(status, StatusCode::NOT_FOUND);
     server.stop().await;
 }
@@ -128,6 +167,10 @@ async fn bad_frames_on_the_socket_are_answered_and_the_socket_goes_on() {
     assert_eq!(socket.until(|answer| answer["ref"] == 4).await["type"], "error");
     socket.send(json!({"type": "publish", "workspace": "acme", "stream": "market.trades", "events": [{"symbol": "A", "price": 1, "qty": 1}, {}], "ref": 5})).await;
     let answer = socket.until(|answer| answer["ref"] == 5).await;
-    assert_eq!((&answer["type"], &answer["accepted"], &answer["rejected"]), (&json!("ok"), &json!(1), &json!(1)), "{answer}");
+    assert_eq!(
+        (&answer["type"], &answer["accepted"], &answer["rejected"]),
+        (&json!("ok"), &json!(1), &json!(1)),
+        "{answer}"
+    );
     server.stop().await;
 }

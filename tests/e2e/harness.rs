@@ -27,7 +27,8 @@ pub struct Server {
 impl Server {
     /// Starts on `directory`, which may hold the data of an earlier server.
     pub async fn start(directory: &Path) -> Server {
-        let mut config = Config { listen: ([127, 0, 0, 1], 0).into(), data_dir: directory.to_owned(), ..Config::default() };
+        let mut config =
+            Config { listen: ([127, 0, 0, 1], 0).into(), data_dir: directory.to_owned(), ..Config::default() };
         config.auth.secret = Some("a secret of the tests, long enough for them".to_owned());
         config.auth.bootstrap_email = Some(EMAIL.to_owned());
         config.auth.bootstrap_password = Some(PASSWORD.to_owned());
@@ -54,8 +55,15 @@ impl Server {
     }
 
     pub async fn login(&self, email: &str, password: &str) -> String {
-        let (status, body) =
-            self.send(Method::POST, "/api/v1/auth/login", "application/json", json!({"email": email, "password": password}).to_string(), None).await;
+        let (status, body) = self
+            .send(
+                Method::POST,
+                "/api/v1/auth/login",
+                "application/json",
+                json!({"email": email, "password": password}).to_string(),
+                None,
+            )
+            .await;
         assert_eq!(status, StatusCode::OK, "{body}");
         body["access_token"].as_str().unwrap().to_owned()
     }
@@ -68,7 +76,8 @@ impl Server {
         body: impl Into<reqwest::Body>,
         token: Option<&str>,
     ) -> (StatusCode, Value) {
-        let mut request = self.client.request(method, format!("{}{path}", self.url)).header("content-type", content_type);
+        let mut request =
+            self.client.request(method, format!("{}{path}", self.url)).header("content-type", content_type);
         if let Some(token) = token {
             request = request.bearer_auth(token);
         }
@@ -144,7 +153,8 @@ impl Socket {
     /// The next JSON frame; a close is an object of its code and reason.
     pub async fn next(&mut self) -> Value {
         loop {
-            let message = tokio::time::timeout(Duration::from_secs(20), self.0.next()).await.expect("a frame within 20 s");
+            let message =
+                tokio::time::timeout(Duration::from_secs(20), self.0.next()).await.expect("a frame within 20 s");
             match message {
                 Some(Ok(Message::Text(text))) => return serde_json::from_str(&text).unwrap(),
                 Some(Ok(Message::Close(frame))) => {

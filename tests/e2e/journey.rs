@@ -31,11 +31,16 @@ async fn a_posted_event_becomes_a_live_row_a_final_row_and_a_row_of_sql() {
     let answer = server.ingest("market.trades", &(trade(1, "A", 100.0, 2.0) + &trade(2, "A", 110.0, 2.0))).await;
     assert_eq!((answer["accepted"].as_u64(), answer["rejected"].as_u64()), (Some(2), Some(0)), "{answer}");
     let is_row = |frame: &Value, wanted: &dyn Fn(&Value) -> bool| {
-        frame["event"]["delta"].as_array().is_some_and(|ops| ops.iter().any(|op| op["path"] == "/rows/A" && wanted(&op["value"])))
+        frame["event"]["delta"]
+            .as_array()
+            .is_some_and(|ops| ops.iter().any(|op| op["path"] == "/rows/A" && wanted(&op["value"])))
     };
     let live = socket.until(|frame| is_row(frame, &|row| row["trades"] == 2)).await;
     let row = &live["event"]["delta"].as_array().unwrap().last().unwrap()["value"];
-    assert_eq!((&row["vwap"], &row["final"], &row["window_start"]), (&json!(105.0), &json!(false), &json!("2024-01-01T00:00:00.000000Z")));
+    assert_eq!(
+        (&row["vwap"], &row["final"], &row["window_start"]),
+        (&json!(105.0), &json!(false), &json!("2024-01-01T00:00:00.000000Z"))
+    );
 
     // event time passes the end of the minute and its 5 s of delay
     server.ingest("market.trades", &trade(66, "B", 1.0, 1.0)).await;
@@ -96,7 +101,12 @@ async fn a_restart_continues_where_it_was() {
     server.stop().await;
 
     let server = Server::start(directory.path()).await;
-    server.ingest("market.trades", &(trade(2, "A", 102.0, 1.0) + &trade(62, "A", 202.0, 1.0) + &trade(200, "A", 1.0, 1.0))).await;
+    server
+        .ingest(
+            "market.trades",
+            &(trade(2, "A", 102.0, 1.0) + &trade(62, "A", 202.0, 1.0) + &trade(200, "A", 1.0, 1.0)),
+        )
+        .await;
     let rows = server.final_rows("vwap_1m", 2).await;
     let vwaps: Vec<f64> = rows.iter().map(|row| row["vwap"].as_f64().unwrap()).collect();
     assert_eq!(vwaps, [101.0, 201.0]);
@@ -107,7 +117,13 @@ async fn a_restart_continues_where_it_was() {
 async fn a_portfolio_is_valued_with_every_trade() {
     let directory = tempfile::tempdir().unwrap();
     let server = Server::with_workspace(directory.path()).await;
-    server.ok(Method::POST, "/api/v1/workspaces/acme/portfolios", json!({"id": "fund", "name": "Fund", "currency": "USD"})).await;
+    server
+        .ok(
+            Method::POST,
+            "/api/v1/workspaces/acme/portfolios",
+            json!({"id": "fund", "name": "Fund", "currency": "USD"}),
+        )
+        .await;
     let positions = json!([
         {"symbol": "A", "qty": 10, "cost": 90, "sector": "tech"},
         {"symbol": "B", "qty": 5, "cost": 40, "sector": "energy"}
@@ -119,7 +135,10 @@ async fn a_portfolio_is_valued_with_every_trade() {
     server.ingest("market.trades", &(trade(1, "A", 100.0, 1.0) + &trade(1, "B", 200.0, 1.0))).await;
     socket.until(|frame| frame["event"]["type"] == "STATE_DELTA").await;
     let summary = server.get("/api/v1/workspaces/acme/portfolios/fund/summary").await;
-    assert_eq!((&summary["value"], &summary["cost"], &summary["unrealised"]), (&json!(2000.0), &json!(1100.0), &json!(900.0)));
+    assert_eq!(
+        (&summary["value"], &summary["cost"], &summary["unrealised"]),
+        (&json!(2000.0), &json!(1100.0), &json!(900.0))
+    );
     assert_eq!(summary["allocation"]["sector"], json!({"energy": 0.5, "tech": 0.5}));
     server.stop().await;
 }
@@ -136,13 +155,17 @@ async fn an_alert_fires_is_acknowledged_resolves_and_is_kept() {
     server.ingest("market.trades", &trade(1, "A", 150.0, 1.0)).await;
     let fired = socket.until(|frame| frame["event"]["name"] == "alert.firing").await;
     let alert = &fired["event"]["value"]["alert"];
-    assert_eq!((&alert["rule"], &alert["severity"], &alert["labels"]), (&json!("dear"), &json!("critical"), &json!({"symbol": "A"})));
+    assert_eq!(
+        (&alert["rule"], &alert["severity"], &alert["labels"]),
+        (&json!("dear"), &json!("critical"), &json!({"symbol": "A"}))
+    );
     let id = alert["id"].as_str().unwrap().to_owned();
 
     // the store has it within a commit
     let mut acked = Value::Null;
     for _ in 0..100 {
-        let (status, answer) = server.call(Method::POST, &format!("/api/v1/workspaces/acme/alerts/{id}/ack"), json!({})).await;
+        let (status, answer) =
+            server.call(Method::POST, &format!("/api/v1/workspaces/acme/alerts/{id}/ack"), json!({})).await;
         if status.is_success() {
             acked = answer;
             break;
@@ -182,7 +205,9 @@ async fn a_client_that_comes_back_gets_what_it_missed_and_nothing_twice() {
     let mut prices = Vec::new();
     while prices.len() < 3 {
         let frame = socket.until(|frame| frame["event"]["name"] == "stream.events").await;
-        prices.extend(frame["event"]["value"]["events"].as_array().unwrap().iter().map(|event| event["price"].as_f64().unwrap()));
+        prices.extend(
+            frame["event"]["value"]["events"].as_array().unwrap().iter().map(|event| event["price"].as_f64().unwrap()),
+        );
     }
     assert_eq!(prices, [2.0, 3.0, 4.0]);
     server.stop().await;
@@ -203,7 +228,13 @@ async fn a_draining_server_tells_its_clients_to_come_back() {
 async fn what_is_open_to_all_answers_without_a_token() {
     let directory = tempfile::tempdir().unwrap();
     let server = Server::start(directory.path()).await;
-    for (path, holds) in [("/health", ""), ("/ready", "store"), ("/metrics", "tidewatch"), ("/openapi.json", "/api/v1/me"), ("/docs", "html")] {
+    for (path, holds) in [
+        ("/health", ""),
+        ("/ready", "store"),
+        ("/metrics", "tidewatch"),
+        ("/openapi.json", "/api/v1/me"),
+        ("/docs", "html"),
+    ] {
         let (status, body) = server.send(Method::GET, path, "application/json", "", None).await;
         assert_eq!(status, StatusCode::OK, "{path}: {body}");
         assert!(body.to_string().contains(holds), "{path}: {body}");

@@ -2,7 +2,7 @@
 //! keeps what its messages add up to.
 
 use super::name::ChannelName;
-use super::outbox::{Changed, Frame, Outbox, WhenSlow};
+use super::outbox::{Changed, Effect, Frame, Outbox, Touch, WhenSlow};
 use super::state::{Op, State};
 use crate::config::Limits;
 use crate::problem::Problem;
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
@@ -22,6 +23,9 @@ use tokio::sync::OnceCell;
 const SNAPSHOT_BYTES_MAX: usize = 8 << 20;
 /// Changes of a state beyond this are sent in several messages.
 const DELTA_BYTES: usize = 256 << 10;
+
+/// Bytes of the histories of all channels together; beyond them each keeps its last message only.
+pub(super) const HISTORIES_BYTES_MAX: usize = 256 << 20;
 
 /// Where a client was when it left.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,6 +76,8 @@ pub(super) struct Channel {
     /// All of a message up to its offset.
     head: String,
     limits: Limits,
+    /// Bytes of the histories of all channels.
+    histories: Arc<AtomicUsize>,
     inner: Mutex<Inner>,
 }
 
@@ -95,7 +101,7 @@ impl Channel {
         (epoch, offset): (Arc<str>, u64),
         json_columns: Vec<String>,
         body: Body,
-        limits: Limits,
+        (limits, histories): (Limits, Arc<AtomicUsize>),
         now: Instant,
     ) -> Channel {
         let head = format!(
@@ -114,21 +120,31 @@ impl Channel {
             is_closed: false,
         };
         let loaded = OnceCell::new();
-        Channel { workspace, name, json_columns, loaded, epoch, head, limits, inner: Mutex::new(inner) }
+        Channel { workspace, name, json_columns, loaded, epoch, head, limits, histories, inner: Mutex::new(inner) }
     }
 
-    fn frame(&self, offset: u64, event: &str, names: Option<Arc<[Arc<str>]>>) -> Frame {
-        let mut text = String::with_capacity(self.head.len() + event.len() + 32);
+    /// The channel's name in a few bytes, for the reason of a close.
+    pub(super) fn short_name(&self) -> &str {
+        let text = &*self.name.text;
+        &text[..text.floor_char_boundary(40)]
+    }
+
+    fn text(&self, offset: u64, merged: u64, event: &str) -> Utf8Bytes {
+        let mut text = String::with_capacity(self.head.len() + event.len() + 48);
         text.push_str(&self.head);
-        _ = write!(text, "{offset},\"event\":"); // writing to a String cannot fail
+        _ = write!(text, "{offset}"); // writing to a String cannot fail
+        if merged > 1 {
+            _ = write!(text, ",\"merged\":{merged}");
+        }
+        text.push_str(",\"event\":");
         text.push_str(event);
         text.push('}');
-        Frame { offset, text: Utf8Bytes::from(text), names }
+        Utf8Bytes::from(text)
     }
 
     /// Sends an event, of whatever kind, to all subscribers.
     pub(super) fn event(&self, event: &str) {
-        self.send(&mut self.inner.lock(), event, Some(Arc::default()));
+        self.send(&mut self.inner.lock(), event, Effect::Event);
     }
 
     /// As [`Channel::event`], for one of a sequence: a subscriber that comes within it gets it from its start.
@@ -145,7 +161,7 @@ impl Channel {
         if inner.subscribers.is_empty() {
             inner.idle_since = Some(now); // a conversation that goes on is not idle
         }
-        self.send(&mut inner, event, Some(Arc::default()));
+        self.send(&mut inner, event, Effect::Event);
     }
 
     /// Runs `change` on the state and tells all subscribers the changes it finds, in their order.
@@ -153,21 +169,22 @@ impl Channel {
         let inner = &mut *self.inner.lock();
         let Body::State(state) = &mut inner.body else { return };
         let mut deltas = Vec::new();
-        let mut names: Vec<Arc<str>> = Vec::new();
+        let mut touches: Vec<Touch> = Vec::new();
         let mut delta = String::new();
         for op in change(state) {
             state.write(&op, &mut delta);
-            names.push(op.name.clone());
+            let last_final = op.member.as_ref().filter(|member| member.is_final()).map(|member| member.json.clone());
+            touches.push(Touch { name: op.name.clone(), last_final });
             state.apply(op);
             if delta.len() >= DELTA_BYTES {
-                deltas.push((std::mem::take(&mut delta), std::mem::take(&mut names)));
+                deltas.push((std::mem::take(&mut delta), std::mem::take(&mut touches)));
             }
         }
-        if !names.is_empty() {
-            deltas.push((delta, names));
+        if !touches.is_empty() {
+            deltas.push((delta, touches));
         }
-        for (delta, names) in deltas {
-            self.send(inner, &delta_event(&delta), Some(names.into()));
+        for (delta, touches) in deltas {
+            self.send(inner, &delta_event(&delta), Effect::Delta(touches.into()));
         }
     }
 
@@ -177,12 +194,12 @@ impl Channel {
         let Body::State(state) = &mut inner.body else { return };
         state.clear();
         let event = snapshot_event(state);
-        self.send(inner, &event, None);
+        self.send(inner, &event, Effect::Snapshot);
     }
 
-    fn send(&self, inner: &mut Inner, event: &str, names: Option<Arc<[Arc<str>]>>) {
+    fn send(&self, inner: &mut Inner, event: &str, effect: Effect) {
         inner.offset += 1;
-        let frame = self.frame(inner.offset, event, names);
+        let frame = Frame { offset: inner.offset, text: self.text(inner.offset, 1, event), effect };
         let when_slow = match inner.body {
             Body::Events { .. } => WhenSlow::Close,
             Body::State(_) | Body::Loading(_) => WhenSlow::Fold,
@@ -192,11 +209,18 @@ impl Channel {
         if before > 0 && inner.subscribers.is_empty() {
             inner.idle_since = Some(Instant::now());
         }
-        inner.history_bytes += frame.text.len();
+        let size = frame.text.len();
+        inner.history_bytes += size;
         inner.history.push_back(frame);
-        while inner.history.len() > self.limits.history_events || inner.history_bytes > self.limits.history_bytes {
+        let mut of_all = self.histories.fetch_add(size, Ordering::Relaxed) + size;
+        while inner.history.len() > self.limits.history_events
+            || inner.history_bytes > self.limits.history_bytes
+            || (of_all > HISTORIES_BYTES_MAX && inner.history.len() > 1)
+        {
             let Some(oldest) = inner.history.pop_front() else { break };
-            inner.history_bytes -= oldest.text.len();
+            let size = oldest.text.len();
+            inner.history_bytes -= size;
+            of_all = self.histories.fetch_sub(size, Ordering::Relaxed) - size;
         }
     }
 
@@ -264,20 +288,20 @@ impl Channel {
             );
             return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "state_too_large", detail));
         }
-        Ok(self.frame(offset, &snapshot_event(state), None))
+        Ok(Frame { offset, text: self.text(offset, 1, &snapshot_event(state)), effect: Effect::Snapshot })
     }
 
     /// Writes what changed for a subscription that was folded, up to now.
     pub(super) fn unfold(&self, id: u64, outbox: &Outbox, now: Instant, out: &mut Vec<Utf8Bytes>) {
         let inner = &mut *self.inner.lock();
         let Body::State(state) = &inner.body else { return };
-        let Some(changed) = outbox.take_folded(id, now) else { return };
-        let delta = match changed {
-            Changed::Some(names) => state.delta(&names),
+        let Some(folded) = outbox.take_folded(id, now) else { return };
+        let delta = match folded.changed {
+            Changed::Some(members) => state.delta(&members),
             Changed::All => None,
         };
         match delta {
-            Some(delta) => out.push(self.frame(inner.offset, &delta_event(&delta), None).text),
+            Some(delta) => out.push(self.text(inner.offset, folded.messages, &delta_event(&delta))),
             None => match self.snapshot(inner.offset, state) {
                 Ok(snapshot) => out.push(snapshot.text),
                 Err(problem) => {
@@ -297,6 +321,10 @@ impl Channel {
         look(&mut self.inner.lock())
     }
 
+    pub(super) fn has_history(&self) -> bool {
+        !self.inner.lock().history.is_empty()
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.inner.lock().idle_since.is_some()
     }
@@ -307,6 +335,12 @@ impl Channel {
         let is_idle = inner.idle_since.is_some_and(|since| now.duration_since(since) >= linger);
         inner.is_closed |= is_idle;
         inner.is_closed.then_some(inner.offset + 1)
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.histories.fetch_sub(self.inner.get_mut().history_bytes, Ordering::Relaxed);
     }
 }
 

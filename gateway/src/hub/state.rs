@@ -2,7 +2,7 @@
 
 use crate::encode::MetricRow;
 use engine::event::Micros;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -34,6 +34,18 @@ impl Member {
     fn of(row: &MetricRow) -> Member {
         Member { json: row.json.clone(), age: (row.window_end, row.is_final, row.revision) }
     }
+
+    pub(super) fn is_final(&self) -> bool {
+        self.age.1
+    }
+}
+
+/// Rows of windows before the newest are kept as long as all rows together take no more than this.
+const BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of a member in the document, about.
+fn size(name: &str, member: &Member) -> usize {
+    name.len() + member.json.len() + 8
 }
 
 pub(super) struct State {
@@ -58,7 +70,6 @@ impl State {
     }
 
     pub(super) fn apply(&mut self, op: Op) {
-        let size = |name: &str, member: &Member| name.len() + member.json.len() + 8;
         self.bytes += op.member.as_ref().map_or(0, |member| size(&op.name, member));
         let old = match op.member {
             Some(member) => self.members.insert(op.name.clone(), member),
@@ -93,13 +104,17 @@ impl State {
         };
     }
 
-    /// The operations that bring these members up to date; `None` where one is gone, since nobody knows whether the
-    /// client ever had it.
-    pub(super) fn delta(&self, names: &HashSet<Arc<str>>) -> Option<String> {
+    /// The operations that bring these members up to date, each behind its last final row where that is another one;
+    /// `None` where one is gone, since nobody knows whether the client ever had it.
+    pub(super) fn delta(&self, changes: &HashMap<Arc<str>, Option<Arc<str>>>) -> Option<String> {
         let mut out = String::new();
-        for name in names {
-            let member = self.members.get(name)?.clone();
-            self.write(&Op { name: name.clone(), member: Some(member) }, &mut out);
+        for (name, last_final) in changes {
+            let member = self.members.get(name)?;
+            if let Some(json) = last_final.as_ref().filter(|json| **json != member.json) {
+                let shown = Member { json: json.clone(), age: member.age };
+                self.write(&Op { name: name.clone(), member: Some(shown) }, &mut out);
+            }
+            self.write(&Op { name: name.clone(), member: Some(member.clone()) }, &mut out);
         }
         Some(out)
     }
@@ -140,17 +155,41 @@ impl State {
                 _ => ops.push(op(new)),
             }
         }
-        let left = |name: &str, member: &Member| {
-            let is_older = end.is_none_or(|end| member.age.0 <= end);
-            match gone.iter().any(|key| key == name) {
-                // without rows nothing tells the window: a final row is not taken away by a provisional change
-                true => is_older && (is_final || !member.age.1),
-                false => is_complete && is_older && !rows.iter().any(|row| *row.key == *name),
-            }
-        };
-        let left = self.members.iter().filter(|(name, member)| left(name, member));
+        let is_older = |member: &Member| end.is_none_or(|end| member.age.0 <= end);
+        let gone = gone.iter().filter_map(|key| self.members.get_key_value(key.as_str()));
+        // without rows nothing tells the window: a final row is not taken away by a provisional change
+        let left = gone.filter(|(_, member)| is_older(member) && (is_final || !member.age.1));
         ops.extend(left.map(|(name, _)| Op { name: name.clone(), member: None }));
+        if is_complete {
+            let kept: HashSet<&str> = rows.iter().map(|row| &*row.key).collect();
+            let left = self.members.iter().filter(|(name, member)| is_older(member) && !kept.contains(&***name));
+            ops.extend(left.map(|(name, _)| Op { name: name.clone(), member: None }));
+        }
+        if self.bytes > BYTES_MAX {
+            self.forget(&mut ops);
+        }
         ops
+    }
+
+    /// Takes away the oldest rows of windows before the newest, so that keys that do not come again take no room.
+    fn forget(&self, ops: &mut Vec<Op>) {
+        let touched: HashSet<&str> = ops.iter().map(|op| &*op.name).collect();
+        let newest = self.members.values().map(|member| member.age.0).max();
+        let mut old: Vec<(&Arc<str>, &Member)> = (self.members.iter())
+            .filter(|(name, member)| Some(member.age.0) < newest && !touched.contains(&***name))
+            .collect();
+        old.sort_unstable_by_key(|(_, member)| member.age);
+        let mut left = self.bytes;
+        let enough = BYTES_MAX - BYTES_MAX / 4; // some at a time, so that not every update sorts
+        let mut gone = Vec::new();
+        for (name, member) in old {
+            if left <= enough {
+                break;
+            }
+            left -= size(name, member);
+            gone.push(Op { name: name.clone(), member: None });
+        }
+        ops.extend(gone);
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 /// Rows in one statement. At 13 columns, the most any table here has, 256 rows are 3,328 parameters of the 32,766 that
-/// SQLite takes (PostgreSQL: 65,535); more rows measured no faster.
+/// SQLite takes (PostgreSQL: 65,535); up to 4,000 rows measured alike.
 const ROWS: usize = 256;
 
 /// Runs `INSERT …` (`head`) `VALUES (…), (…)` `ON CONFLICT …` (`tail`) over `rows`, `bind` giving the values of one:

@@ -338,7 +338,7 @@ mod tests {
         let expected =
             MetricRow { definition: json!({"sql": "b"}), since_offset: 9, version: 2, updated_at: Micros(2), ..first };
         assert_eq!(second, expected);
-        assert_eq!(store.metrics(&acme).await.unwrap(), [expected.clone()]);
+        assert_eq!(store.metrics(&acme).await.unwrap(), std::slice::from_ref(&expected));
         assert_eq!(store.all_metrics().await.unwrap(), [expected]);
         let lost = store.put_metric(&name("none"), &vwap, &json!({}), 0, Micros(1)).await;
         assert!(matches!(lost, Err(StoreError::Missing { .. })));
@@ -374,7 +374,7 @@ mod tests {
             created_at: Micros(1),
             updated_at: Micros(2),
         };
-        assert_eq!(store.alert_rules(&acme).await.unwrap(), [rule.clone()]);
+        assert_eq!(store.alert_rules(&acme).await.unwrap(), std::slice::from_ref(&rule));
         assert_eq!(store.all_alert_rules().await.unwrap(), [rule]);
         assert!(store.delete_alert_rule(&acme, &drop).await.unwrap());
         assert!(!store.delete_alert_rule(&acme, &drop).await.unwrap());

@@ -205,7 +205,6 @@ mod testing {
 #[cfg(test)]
 mod tests {
     use super::testing::*;
-    use super::*;
 
     #[tokio::test]
     async fn a_meta_value_is_replaced_and_an_unknown_one_is_absent() {

@@ -235,22 +235,23 @@ mod tests {
         ];
         let rows = keys.map(|key| FinalRow { key: key.into(), ..row("vwap", 0, "", 0) });
         let (store, acme, _dir) = store_with(rows.into()).await;
-        let cases: [(&[(&str, &str)], &[usize]); 11] = [
-            (&[("symbol", "A")], &[0]),
-            (&[("symbol", "a")], &[]),
-            (&[("symbol", "true")], &[1]),
-            (&[("symbol", "é\"\\n")], &[2]),
-            (&[("desk", "1")], &[0, 1]),
-            (&[("desk", "1.5")], &[2]),
-            (&[("live", "true")], &[0]),
-            (&[("desk", "1"), ("live", "false")], &[1]),
-            (&[("region", "EU")], &[]),
-            (&[("bad\"name", "A")], &[]),
-            (&[("$[", "A"), ("", "A")], &[]),
+        let cases: [(&str, &[usize]); 11] = [
+            ("symbol=A", &[0]),
+            ("symbol=a", &[]),
+            ("symbol=true", &[1]),
+            ("symbol=é\"\\n", &[2]),
+            ("desk=1", &[0, 1]),
+            ("desk=1.5", &[2]),
+            ("live=true", &[0]),
+            ("desk=1&live=false", &[1]),
+            ("region=EU", &[]),
+            ("bad\"name=A", &[]),
+            ("$[=A&=A", &[]),
         ];
         for (wanted, expected) in cases {
+            let keys_wanted = wanted.split('&').map(|pair| pair.split_once('=').unwrap());
             let wanted = RowQuery {
-                keys: wanted.iter().map(|(column, value)| (column.to_string(), value.to_string())).collect(),
+                keys: keys_wanted.map(|(column, value)| (column.into(), value.into())).collect(),
                 ..RowQuery::first(10)
             };
             let (rows, _) = store.rows(&acme, &name("vwap"), &wanted).await.unwrap();
