@@ -145,8 +145,11 @@ pub(crate) fn metric_rows(program: &Program, rows: &Rows) -> Result<Vec<MetricRo
         .collect()
 }
 
-/// Keys whose rows HAVING took back: as in [`MetricRow::key`], with the pairs for filters.
-pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<(String, Vec<(String, String)>)>, ArrowError> {
+/// A key as in [`MetricRow::key`], and its columns as in [`MetricRow::pairs`].
+pub(crate) type Labelled = (String, Vec<(String, String)>);
+
+/// Keys whose rows HAVING took back.
+pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<Labelled>, ArrowError> {
     let options = arrow::util::display::FormatOptions::new().with_null("null");
     let columns: Vec<_> = (gone.schema_ref().fields().iter().zip(gone.columns()))
         .map(|(field, column)| Ok((field.name(), arrow::util::display::ArrayFormatter::try_new(column, &options)?)))

@@ -357,14 +357,13 @@ impl RowChange {
     }
 
     fn ops(&self, name: &ChannelName, state: &State) -> Vec<Op> {
-        let gone = |kept: &dyn Fn(&[(String, String)]) -> bool| -> Vec<String> {
-            self.gone.iter().filter(|(_, pairs)| kept(pairs)).map(|(key, _)| key.clone()).collect()
-        };
+        let gone: Vec<String> =
+            self.gone.iter().filter(|(_, pairs)| name.keeps(pairs)).map(|(key, _)| key.clone()).collect();
         if name.filter.is_empty() {
-            return state.rows(&self.rows, &gone(&|_| true), self.is_complete, self.is_final);
+            return state.rows(&self.rows, &gone, self.is_complete, self.is_final);
         }
         let rows: Vec<MetricRow> = self.rows.iter().filter(|row| name.keeps(&row.pairs)).cloned().collect();
-        state.rows(&rows, &gone(&|pairs| name.keeps(pairs)), self.is_complete, self.is_final)
+        state.rows(&rows, &gone, self.is_complete, self.is_final)
     }
 }
 

@@ -341,10 +341,10 @@ impl Connection {
         let mut lost = Vec::new();
         for (workspace, channel) in self.subscriptions.keys() {
             let allowed = self.may_listen(&caller, workspace.as_ref(), channel).await;
-            if let Err(problem) = allowed {
-                if problem.is_final() {
-                    lost.push(((workspace.clone(), channel.clone()), problem));
-                }
+            if let Err(problem) = allowed
+                && problem.is_final()
+            {
+                lost.push(((workspace.clone(), channel.clone()), problem));
             }
         }
         for (key, problem) in lost {
@@ -645,5 +645,165 @@ mod tests {
         let codes = [Close::Unauthenticated, Close::Expired, slow, Close::TooLarge, Close::Restart, Close::Gone]
             .map(|close| close.frame().map(|frame| frame.code));
         assert_eq!(codes, [Some(4001), Some(4002), Some(4008), Some(1009), Some(1012), None]);
+    }
+    struct Server {
+        state: AppState,
+        url: String,
+        token: String,
+        _dir: tempfile::TempDir,
+    }
+
+    type Socket = tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>;
+    use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+    use tokio_tungstenite::tungstenite::{Message as Sent, Utf8Bytes as Text};
+
+    impl Server {
+        async fn start() -> Server {
+            let dir = tempfile::TempDir::new().unwrap();
+            let config = crate::Config {
+                auth: crate::AuthConfig {
+                    secret: Some(crate::auth::testing::SECRET.into()),
+                    bootstrap_email: Some("root@example.com".into()),
+                    bootstrap_password: Some("correct horse".into()),
+                    ..crate::AuthConfig::default()
+                },
+                limits: crate::Limits { subscriptions: 2, frame_bytes: 64 << 10, ..crate::Limits::default() },
+                ..crate::Config::default()
+            };
+            let auth = crate::Auth::new(&config.auth).unwrap();
+            let url = format!("sqlite:{}/store.db", dir.path().display());
+            let store = sql::store::Store::open(&url).await.unwrap();
+            let now = Micros(1);
+            auth.bootstrap(&store, now).await.unwrap();
+            let hub = crate::Hub::new(&config.limits);
+            let log = streams::log::EmbeddedLog::open(&dir.path().join("log"), &Default::default()).unwrap();
+            let parts = actors::Parts {
+                store,
+                log: Arc::new(log),
+                outlet: hub.clone(),
+                clock: Arc::new(actors::clock::SystemClock),
+                limits: actors::Limits::default(),
+                agents: Default::default(),
+            };
+            let system = actors::System::start(parts).await.unwrap();
+            let password = "correct horse".to_owned();
+            let tokens = auth.login(system.store(), "root@example.com", password, None, system.now()).await.unwrap();
+            let token = json!(tokens)["access_token"].as_str().unwrap().to_owned();
+            let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+            let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("ws://{}/api/v1/ws", listener.local_addr().unwrap());
+            tokio::spawn(axum::serve(listener, routes().with_state(state.clone())).into_future());
+            Server { state, url, token, _dir: dir }
+        }
+
+        /// A connection with this header.
+        async fn connect(&self, name: &'static str, value: &str) -> Socket {
+            let mut request = self.url.as_str().into_client_request().unwrap();
+            request.headers_mut().insert(name, value.parse().unwrap());
+            tokio_tungstenite::connect_async(request).await.unwrap().0
+        }
+
+        async fn signed_in(&self) -> Socket {
+            self.connect("authorization", &format!("Bearer {}", self.token)).await
+        }
+    }
+
+    async fn ask(socket: &mut Socket, frame: Value) -> Value {
+        socket.send(Sent::Text(frame.to_string().into())).await.unwrap();
+        next(socket).await
+    }
+
+    /// The next frame; of a close, its code.
+    async fn next(socket: &mut Socket) -> Value {
+        loop {
+            match socket.next().await {
+                Some(Ok(Sent::Text(text))) => return serde_json::from_str::<Value>(Text::as_str(&text)).unwrap(),
+                Some(Ok(Sent::Close(frame))) => return json!(frame.map(|frame| u16::from(frame.code))),
+                Some(Ok(_)) => {}
+                other => panic!("the socket ended: {other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn credentials_come_in_a_header_in_a_subprotocol_or_in_the_first_message() {
+        let server = Server::start().await;
+        let ping = json!({"type": "ping", "ref": 7});
+        let pong = json!({"type": "ok", "ref": 7});
+        let protocols = format!("tidewatch.v1, bearer.{}", server.token);
+        for mut socket in [server.signed_in().await, server.connect("sec-websocket-protocol", &protocols).await] {
+            assert_eq!(ask(&mut socket, ping.clone()).await, pong, "nothing unasked comes first");
+        }
+        let mut socket = server.connect("x-none", "").await;
+        let answer = ask(&mut socket, json!({"type": "auth", "token": server.token, "ref": "a"})).await;
+        assert_eq!((&answer["type"], &answer["ref"]), (&json!("ok"), &json!("a")));
+        let mut socket = server.connect("authorization", "Bearer wrong").await;
+        assert_eq!(next(&mut socket).await["code"], "unauthorized");
+        assert_eq!(next(&mut socket).await, 4001);
+        let mut socket = server.connect("x-none", "").await;
+        assert_eq!(ask(&mut socket, ping).await["code"], "unauthorized");
+        assert_eq!(next(&mut socket).await, 4001);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_refused_message_leaves_the_connection_open_and_one_that_is_too_large_closes_it() {
+        let server = Server::start().await;
+        let mut socket = server.signed_in().await;
+        for (frame, code) in [
+            (json!({"type": "dance"}), "unknown_type"),
+            (json!([]), "bad_frame"),
+            (json!({"type": "subscribe", "workspace": "acme", "channel": "alert"}), "unknown_channel"),
+            (json!({"type": "subscribe", "workspace": "acme", "channel": "alerts"}), "workspace_not_found"),
+            (json!({"type": "unsubscribe", "workspace": "acme", "channel": "alerts"}), "not_subscribed"),
+        ] {
+            assert_eq!(ask(&mut socket, frame.clone()).await["code"], code, "{frame}");
+        }
+        socket.send(Sent::Binary(Bytes::from_static(b"{}"))).await.unwrap();
+        assert_eq!(next(&mut socket).await["code"], "bad_frame");
+        let (mut sink, mut stream) = socket.split();
+        // most of the message is never taken: a client reads while it writes
+        let writing = tokio::spawn(async move { sink.send(Sent::Text("x".repeat(4 << 20).into())).await });
+        let Some(Ok(Sent::Close(Some(frame)))) = stream.next().await else { panic!("no close") };
+        assert_eq!(u16::from(frame.code), 1009);
+        writing.abort();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn subscriptions_are_bounded_and_a_second_one_to_a_channel_takes_the_place_of_the_first() {
+        let server = Server::start().await;
+        let mut socket = server.signed_in().await;
+        let subscribe = |channel: &str| json!({"type": "subscribe", "channel": channel, "ref": channel});
+        for channel in ["system/throughput", "system/throughput", "system/actors"] {
+            let answer = ask(&mut socket, subscribe(channel)).await;
+            assert_eq!((&answer["type"], &answer["recovered"]), (&json!("ok"), &json!(false)), "{answer}");
+            let snapshot = next(&mut socket).await;
+            assert_eq!((&snapshot["channel"], &snapshot["offset"]), (&json!(channel), &answer["offset"]));
+            assert_eq!(snapshot["event"]["type"], "STATE_SNAPSHOT");
+        }
+        socket.send(Sent::Text(subscribe("system/throughput?x=1").to_string().into())).await.unwrap();
+        let mut refused = next(&mut socket).await;
+        while refused["type"] == "event" {
+            refused = next(&mut socket).await;
+        }
+        assert_eq!(refused["code"], "bad_filter");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_closes_gets_its_close_back_and_a_server_that_drains_says_so() {
+        let server = Server::start().await;
+        let mut socket = server.signed_in().await;
+        socket.close(None).await.unwrap();
+        loop {
+            match socket.next().await {
+                Some(Ok(_)) => {}
+                None => break, // the handshake was completed
+                Some(Err(error)) => panic!("cut off: {error}"),
+            }
+        }
+        let mut socket = server.signed_in().await;
+        ask(&mut socket, json!({"type": "ping"})).await;
+        server.state.closing.cancel();
+        assert_eq!(next(&mut socket).await, 1012);
     }
 }

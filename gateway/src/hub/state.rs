@@ -278,6 +278,18 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_past_windows_give_way_where_all_rows_take_too_much_room() {
+        let mut state = State::new(Place::Rows);
+        let filler: Arc<str> = format!("\"{}\"", "x".repeat(1_000)).into();
+        for n in 0..20_000 {
+            let new = MetricRow { json: filler.clone(), ..row(&format!("k{n} {}!", n / 100)) };
+            state.rows(&[new], &[], false, true).into_iter().for_each(|op| state.apply(op));
+            assert!(state.bytes() <= BYTES_MAX + 2_000);
+        }
+        assert!(state.members.contains_key("k19999") && !state.members.contains_key("k0"));
+    }
+
+    #[test]
     fn only_members_that_differ_are_replaced() {
         let mut state = State::new(Place::Root);
         let members = |text: &str| -> Vec<(String, String)> {
