@@ -439,6 +439,9 @@ async fn runs_of_a_deleted_workspace_are_ended_and_unknown_from_then_on() {
     let (world, sessions) = (world().await, puppets(LONG));
     let first = world.start(&sessions, ask("t", "r1", "hang")).await.unwrap();
     let waiting = world.start(&sessions, ask("t", "r2", "hi")).await.unwrap();
+    while sessions.info().iter().any(|actor| actor.mailbox_batches != 1) {
+        tokio::time::sleep(Duration::from_millis(1)).await; // until the first is under way and only the second waits
+    }
     sessions.forget(&world.ws);
     assert_eq!(*outcome(&all(first).await), Outcome::Cancelled);
     assert_eq!(code(&all(waiting).await), "internal");
