@@ -6,9 +6,10 @@ use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
 use gateway::{AppState, Auth, Hub};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use parking_lot::Mutex;
 use sql::store::Store;
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use streams::log::{EmbeddedLog, Log};
 use tokio::net::TcpListener;
@@ -33,12 +34,12 @@ impl App {
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
         // recorded once for the whole process, whatever the number of systems in it
-        static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
-        let metrics = match METRICS.get() {
-            Some(handle) => handle.clone(),
-            None => {
-                let handle = PrometheusBuilder::new().install_recorder()?;
-                METRICS.get_or_init(|| handle).clone()
+        static METRICS: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+        let metrics = {
+            let mut recorded = METRICS.lock();
+            match recorded.as_ref() {
+                Some(handle) => handle.clone(),
+                None => recorded.insert(PrometheusBuilder::new().install_recorder()?).clone(),
             }
         };
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
