@@ -976,7 +976,7 @@ impl State {
     }
 }
 
-fn timing(definition: &MetricDefinition) -> Timing {
+pub(crate) fn timing(definition: &MetricDefinition) -> Timing {
     Timing {
         max_delay: definition.max_delay.unwrap_or(MAX_DELAY),
         allowed_lateness: definition.allowed_lateness.unwrap_or(Span::ZERO),
