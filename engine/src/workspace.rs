@@ -3,8 +3,10 @@
 use crate::alert::{Change, Rule, Standing, Watch};
 use crate::event::{ItemName, Micros, Span, StreamName};
 use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::over::{self, Produced, RowMetric};
 use crate::portfolio::Prices;
 use crate::program::Program;
+use crate::rollup::Rollup;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
@@ -56,10 +58,108 @@ pub struct Outputs {
     pub prices_changed: bool,
 }
 
+/// A metric's state: by panes of its stream, or row by row over another metric.
+pub enum Computation {
+    Windows(Metric),
+    Rollup(Rollup),
+    Rows(RowMetric),
+}
+
+impl Computation {
+    pub fn program(&self) -> &Arc<Program> {
+        match self {
+            Computation::Windows(metric) => metric.program(),
+            Computation::Rollup(rollup) => rollup.metric().program(),
+            Computation::Rows(metric) => metric.program(),
+        }
+    }
+
+    /// Keys that hold state now; of a row-wise metric, partitions.
+    pub fn keys(&self) -> usize {
+        match self {
+            Computation::Rows(metric) => metric.keys(),
+            other => other.windows().map_or(0, Metric::keys),
+        }
+    }
+
+    /// Panes that hold state now.
+    pub fn panes(&self) -> usize {
+        self.windows().map_or(0, Metric::panes)
+    }
+
+    /// Bytes of state on the heap, within a few percent.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Computation::Windows(metric) => metric.bytes(),
+            Computation::Rollup(rollup) => rollup.bytes(),
+            Computation::Rows(metric) => metric.bytes(),
+        }
+    }
+
+    /// The panes, where it has any.
+    fn windows(&self) -> Option<&Metric> {
+        match self {
+            Computation::Windows(metric) => Some(metric),
+            Computation::Rollup(rollup) => Some(rollup.metric()),
+            Computation::Rows(_) => None,
+        }
+    }
+
+    fn windows_mut(&mut self) -> Option<&mut Metric> {
+        match self {
+            Computation::Windows(metric) => Some(metric),
+            Computation::Rollup(rollup) => Some(rollup.metric_mut()),
+            Computation::Rows(_) => None,
+        }
+    }
+
+    /// Every window that ends here or before is final.
+    fn closed(&self) -> Micros {
+        match self {
+            Computation::Rows(metric) => metric.closed(),
+            other => other.windows().map_or(Micros::MIN, Metric::closed),
+        }
+    }
+
+    /// How long after its window's end a row may be corrected.
+    fn lateness(&self) -> Span {
+        match self {
+            Computation::Rows(metric) => metric.lateness(),
+            other => other.windows().map_or(Span::ZERO, |metric| metric.timing().allowed_lateness),
+        }
+    }
+
+    fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
+        let two = |(closed, first, second)| (closed, vec![first, second]);
+        Ok(match self {
+            Computation::Windows(metric) => two(metric.save()?),
+            Computation::Rows(metric) => two(metric.save()?),
+            Computation::Rollup(rollup) => rollup.save().map(|(closed, state)| (closed, state.to_vec()))?,
+        })
+    }
+
+    /// The same metric with the state that [`Computation::save`] gave.
+    fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Computation, RestoreError> {
+        let program = self.program().clone();
+        match (self, state) {
+            (Computation::Windows(metric), [panes, revisions]) => {
+                Metric::restore(program, metric.timing(), closed, panes, revisions).map(Computation::Windows)
+            }
+            (Computation::Rows(metric), [partitions, kept]) => {
+                RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
+            }
+            (Computation::Rollup(rollup), state) => rollup.restored(closed, state).map(Computation::Rollup),
+            (_, state) => Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
+        }
+    }
+}
+
 struct Entry {
     /// Which definition of the metric this is; state of another one is not restored.
     version: i64,
-    metric: Metric,
+    metric: Computation,
+    /// Of the metric it reads, the rows whose windows end later count.
+    since: Micros,
     watches: BTreeMap<ItemName, Watch>,
     failure: Option<String>,
 }
@@ -69,6 +169,8 @@ struct Entry {
 pub struct Workspace {
     streams: BTreeMap<StreamName, StreamTime>,
     metrics: BTreeMap<ItemName, Entry>,
+    /// Metrics that read another one, and which; each behind the one it reads.
+    chain: Vec<(ItemName, ItemName)>,
     prices: Prices,
 }
 
@@ -77,15 +179,44 @@ const TRADES: &str = "market.trades";
 
 impl Workspace {
     /// Starts a metric with empty state, or replaces its definition and state.
+    ///
+    /// A metric that reads another one takes its delay and lateness from there, and its rows from now on.
     pub fn define(&mut self, name: ItemName, version: i64, program: Arc<Program>, timing: Timing) -> Result<()> {
-        let metric = Metric::new(program, timing)?;
-        self.metrics.insert(name, Entry { version, metric, watches: BTreeMap::new(), failure: None });
+        let mut since = Micros::MIN;
+        let metric = match program.stream().metric() {
+            None => Computation::Windows(Metric::new(program, timing)?),
+            Some(upstream) => {
+                if let Some(cycle) = self.cycle(&name, &program) {
+                    return exec_err!("{}", in_a_circle(&cycle));
+                }
+                let Some(read) = self.metrics.get(&upstream) else {
+                    return exec_err!("metric `{name}` reads metric `{upstream}`, which is not defined");
+                };
+                since = read.metric.closed();
+                let allowed_lateness = read.metric.lateness();
+                match program.is_row_wise() {
+                    true => Computation::Rows(RowMetric::new(program, allowed_lateness)?),
+                    false => {
+                        let timing = Timing { max_delay: Span::ZERO, allowed_lateness };
+                        Computation::Rollup(Rollup::new(program, timing, read.metric.program().clone())?)
+                    }
+                }
+            }
+        };
+        self.metrics.insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None });
+        self.sort_chain();
         Ok(())
     }
 
-    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log.
+    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log; rules stay.
     pub fn adopt(&mut self, other: Workspace) {
-        self.metrics.extend(other.metrics);
+        for (name, mut entry) in other.metrics {
+            if let Some(known) = self.metrics.remove(&name) {
+                entry.watches = known.watches;
+            }
+            self.metrics.insert(name, entry);
+        }
+        self.sort_chain();
         for (stream, time) in other.streams {
             let mine = self.streams.entry(stream).or_default();
             mine.frontier = mine.frontier.max(time.frontier);
@@ -95,6 +226,66 @@ impl Workspace {
     /// Forgets a metric, its state and its rules.
     pub fn remove(&mut self, name: &ItemName) {
         self.metrics.remove(name);
+        self.sort_chain();
+    }
+
+    /// The metrics that read `name`.
+    pub fn readers(&self, name: &ItemName) -> Vec<ItemName> {
+        self.chain.iter().filter(|(_, upstream)| upstream == name).map(|(reader, _)| reader.clone()).collect()
+    }
+
+    /// The circle in which `name` would read its own rows if it were defined as `program`, from `name` to `name`.
+    pub fn cycle(&self, name: &ItemName, program: &Program) -> Option<Vec<ItemName>> {
+        let mut path = vec![name.clone()];
+        let mut next = program.stream().metric();
+        while let Some(upstream) = next {
+            path.push(upstream.clone());
+            if upstream == *name {
+                return Some(path);
+            }
+            next = self.metrics.get(&upstream).and_then(|entry| entry.metric.program().stream().metric());
+        }
+        None
+    }
+
+    /// The stream whose events reach `metric`, through other metrics or at once.
+    pub fn root(&self, metric: &ItemName) -> Option<&StreamName> {
+        let mut stream = self.metrics.get(metric)?.metric.program().stream();
+        while let Some(upstream) = stream.metric() {
+            stream = self.metrics.get(&upstream)?.metric.program().stream();
+        }
+        Some(stream)
+    }
+
+    /// Every window of `metric` that ends here or before is final; `None` for an unknown metric.
+    pub fn closed(&self, metric: &ItemName) -> Option<Micros> {
+        Some(self.metrics.get(metric)?.metric.closed())
+    }
+
+    /// The metrics so that each stands behind the one it reads.
+    pub fn in_order(&self, mut metrics: Vec<ItemName>) -> Vec<ItemName> {
+        let place = |name: &ItemName| self.chain.iter().position(|(reader, _)| reader == name);
+        metrics.sort_by_key(place); // those that read a stream have no place and come first
+        metrics
+    }
+
+    fn sort_chain(&mut self) {
+        let depth = |name: &ItemName| {
+            let mut depth = 0;
+            let mut next = Some(name.clone());
+            while let Some(upstream) = next.and_then(|name| self.metrics.get(&name)?.metric.program().stream().metric())
+            {
+                depth += 1;
+                next = Some(upstream);
+            }
+            depth
+        };
+        let reads = |(name, entry): (&ItemName, &Entry)| {
+            Some((depth(name), name.clone(), entry.metric.program().stream().metric()?))
+        };
+        let mut chain: Vec<_> = self.metrics.iter().filter_map(reads).collect();
+        chain.sort();
+        self.chain = chain.into_iter().map(|(_, name, upstream)| (name, upstream)).collect();
     }
 
     /// Starts or replaces a rule; its standing starts anew.
@@ -153,30 +344,51 @@ impl Workspace {
     /// Provisional rows of `metric` that changed since its last tick.
     pub fn tick(&mut self, metric: &ItemName) -> Outputs {
         let mut out = Outputs::default();
-        let Some(stream) = self.metrics.get(metric).map(|entry| entry.metric.program().stream().clone()) else {
-            return out;
-        };
-        let Some(frontier) = self.frontier(&stream) else { return out };
-        self.each(
-            &stream,
-            &mut out,
-            |name, state, rows| if name == metric { state.tick(frontier, rows) } else { Ok(()) },
-        );
+        let Some(frontier) = self.frontier_of(metric) else { return out };
+        let now = self.root(metric).and_then(|stream| self.frontier(stream)).unwrap_or(frontier);
+        if let Some(entry) = self.metrics.get_mut(metric)
+            && let Some(state) = entry.metric.windows_mut()
+            && entry.failure.is_none()
+        {
+            let mut rows = Vec::new();
+            let result = state.tick(frontier, &mut rows);
+            entry.take(metric, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, &mut out);
+        }
         out
     }
 
     /// Rows of `metric` that are not final yet; empty for an unknown metric.
     pub fn live(&mut self, metric: &ItemName) -> Result<Vec<Rows>> {
-        let Some(entry) = self.metrics.get_mut(metric) else { return Ok(Vec::new()) };
-        let stream = entry.metric.program().stream();
-        let Some(frontier) = self.streams.get(stream).and_then(|time| time.frontier) else { return Ok(Vec::new()) };
-        entry.metric.live(frontier)
+        let Some(frontier) = self.frontier_of(metric) else { return Ok(Vec::new()) };
+        match self.metrics.get_mut(metric).and_then(|entry| entry.metric.windows_mut()) {
+            Some(state) => state.live(frontier),
+            None => Ok(Vec::new()),
+        }
     }
 
-    /// Event time at which the next window over `stream` would close, if any is open.
+    /// Where event time stands for `metric`: on its stream, or by the windows that the metric it reads has closed.
+    fn frontier_of(&self, metric: &ItemName) -> Option<Micros> {
+        let stream = self.metrics.get(metric)?.metric.program().stream();
+        match stream.metric() {
+            None => self.frontier(stream),
+            Some(upstream) => Some(self.metrics.get(&upstream)?.metric.closed()).filter(|closed| *closed > Micros::MIN),
+        }
+    }
+
+    /// Event time at which the next window over `stream` would close, if any is open: also of metrics that read others.
     pub fn next_close(&self, stream: &StreamName) -> Option<Micros> {
-        let over = self.metrics.values().filter(|e| e.failure.is_none() && e.metric.program().stream() == stream);
-        over.filter_map(|e| Some(e.metric.next_end()?.plus(e.metric.timing().max_delay))).min()
+        let over =
+            self.metrics.iter().filter(|(name, entry)| entry.failure.is_none() && self.root(name) == Some(stream));
+        over.filter_map(|(name, entry)| Some(entry.metric.windows()?.next_end()?.plus(self.delay(name)))).min()
+    }
+
+    /// How far the watermark of `metric` stays behind its root stream.
+    fn delay(&self, metric: &ItemName) -> Span {
+        let Some(Entry { metric, .. }) = self.metrics.get(metric) else { return Span::ZERO };
+        match metric.program().stream().metric() {
+            Some(upstream) => self.delay(&upstream),
+            None => metric.windows().map_or(Span::ZERO, |metric| metric.timing().max_delay),
+        }
     }
 
     /// Greatest event time of `stream`.
@@ -190,7 +402,7 @@ impl Workspace {
     }
 
     /// The metrics defined here.
-    pub fn metrics(&self) -> impl Iterator<Item = (&ItemName, &Metric)> {
+    pub fn metrics(&self) -> impl Iterator<Item = (&ItemName, &Computation)> {
         self.metrics.iter().map(|(name, entry)| (name, &entry.metric))
     }
 
@@ -208,7 +420,7 @@ impl Workspace {
         self.metrics.values().map(|entry| entry.metric.bytes()).sum()
     }
 
-    /// Runs `work` on every healthy metric over `stream` and shows its rules what came of it.
+    /// Runs `work` on every healthy metric over `stream`, shows its rules what came of it, and passes final rows on.
     fn each(
         &mut self,
         stream: &StreamName,
@@ -217,23 +429,57 @@ impl Workspace {
     ) {
         let now = self.streams.get(stream).and_then(|time| time.frontier).unwrap_or(Micros::MIN);
         for (name, entry) in &mut self.metrics {
-            if entry.failure.is_some() || entry.metric.program().stream() != stream {
+            let Computation::Windows(metric) = &mut entry.metric else { continue };
+            if entry.failure.is_some() || metric.program().stream() != stream {
                 continue;
             }
             let mut rows = Vec::new();
-            let mut result = work(name, &mut entry.metric, &mut rows);
-            for rows in &rows {
-                for watch in entry.watches.values_mut() {
-                    result = result.and_then(|()| watch.observe(entry.metric.program(), rows, now, &mut out.alerts));
-                }
-            }
-            out.rows.extend(rows.into_iter().map(|rows| MetricRows { metric: name.clone(), rows }));
-            if let Err(error) = result {
-                let reason = error.to_string();
-                entry.failure = Some(reason.clone());
-                out.failures.push(Failure { metric: name.clone(), reason });
-            }
+            let result = work(name, metric, &mut rows);
+            entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, out);
         }
+        self.pass_on(stream, now, out);
+    }
+
+    /// Gives the final rows in `out` to the metrics that read them, and theirs to the next ones.
+    fn pass_on(&mut self, stream: &StreamName, now: Micros, out: &mut Outputs) {
+        for at in 0..self.chain.len() {
+            let (name, upstream) = self.chain[at].clone();
+            if self.root(&name) != Some(stream) {
+                continue;
+            }
+            let fresh = out.rows.iter().filter(|rows| rows.metric == upstream && rows.rows.revisions.is_some());
+            let fresh: Vec<Rows> = fresh.map(|rows| rows.rows.clone()).collect();
+            self.give(&name, &upstream, &fresh, now, out);
+        }
+    }
+
+    /// Takes final rows of the metric that `name` reads, from before it was defined: those whose windows end after
+    /// `since`, in the order of windows, and none that its upstream has not given yet.
+    pub fn backfill(&mut self, name: &ItemName, since: Micros, rows: &[Rows]) -> Outputs {
+        let mut out = Outputs::default();
+        let upstream = self.chain.iter().find(|(reader, _)| reader == name).map(|(_, upstream)| upstream.clone());
+        let Some(upstream) = upstream else { return out };
+        let now = self.frontier_of(name).unwrap_or(Micros::MIN);
+        let Some(entry) = self.metrics.get_mut(name) else { return out };
+        entry.since = since;
+        let watches = std::mem::take(&mut entry.watches); // what was then raises no alert now
+        self.give(name, &upstream, rows, now, &mut out);
+        if let Some(entry) = self.metrics.get_mut(name) {
+            entry.watches = watches;
+        }
+        out
+    }
+
+    fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], now: Micros, out: &mut Outputs) {
+        let Some(read) = self.metrics.get(upstream) else { return };
+        let (closed, program, failure) = (read.metric.closed(), read.metric.program().clone(), read.failure.is_some());
+        let Some(entry) = self.metrics.get_mut(name).filter(|entry| entry.failure.is_none()) else { return };
+        let mut produced = Vec::new();
+        let mut result = entry.absorb(&program, closed, rows, &mut produced);
+        if failure {
+            result = result.and_then(|()| exec_err!("metric `{upstream}`, which it reads, stopped"));
+        }
+        entry.take(name, produced.into_iter(), result, now, out);
     }
 
     /// The whole state as bytes that [`Saved::read`] understands.
@@ -241,17 +487,18 @@ impl Workspace {
         let mut blobs = Vec::new();
         let mut metrics = Vec::new();
         for (name, entry) in &mut self.metrics {
-            let (closed, panes, revisions) = entry.metric.save()?;
-            let (panes, revisions) = (to_ipc(&panes)?, to_ipc(&revisions)?);
+            let (closed, state) = entry.metric.save()?;
+            let state = state.iter().map(to_ipc).collect::<Result<Vec<_>>>()?;
             metrics.push(SavedMetric {
                 name: name.clone(),
                 version: entry.version,
                 closed,
+                since: Some(entry.since),
                 failure: entry.failure.clone(),
-                lengths: [panes.len(), revisions.len()],
+                lengths: state.iter().map(Vec::len).collect(),
                 standing: entry.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone())).collect(),
             });
-            blobs.extend([panes, revisions]);
+            blobs.extend(state);
         }
         let header = Header { streams: self.streams.clone(), metrics, prices: self.prices.clone() };
         let header = serde_json::to_vec(&header).expect("plain data becomes JSON");
@@ -268,16 +515,14 @@ impl Workspace {
         self.streams = saved.header.streams;
         self.prices = saved.header.prices;
         let mut fresh: Vec<ItemName> = Vec::new();
-        let mut states: HashMap<ItemName, (SavedMetric, RecordBatch, RecordBatch)> =
+        let mut states: HashMap<ItemName, (SavedMetric, Vec<RecordBatch>)> =
             saved.states.into_iter().map(|state| (state.0.name.clone(), state)).collect();
         for (name, entry) in &mut self.metrics {
-            let Some((state, panes, revisions)) = states.remove(name).filter(|(s, ..)| s.version == entry.version)
-            else {
+            let Some((state, batches)) = states.remove(name).filter(|(s, _)| s.version == entry.version) else {
                 fresh.push(name.clone());
                 continue;
             };
-            let (program, timing) = (entry.metric.program().clone(), entry.metric.timing());
-            match Metric::restore(program, timing, state.closed, &panes, &revisions) {
+            match entry.metric.restored(state.closed, &batches) {
                 Ok(metric) => entry.metric = metric,
                 Err(RestoreError::Mismatch(_)) => {
                     fresh.push(name.clone());
@@ -286,6 +531,7 @@ impl Workspace {
                 Err(error) => return Err(error),
             }
             entry.failure = state.failure;
+            entry.since = state.since.unwrap_or(Micros::MIN);
             for (rule, standing) in state.standing {
                 if let Some(watch) = entry.watches.get_mut(&rule) {
                     watch.standing = standing;
@@ -294,6 +540,67 @@ impl Workspace {
         }
         Ok(fresh)
     }
+}
+
+impl Entry {
+    /// Final rows of `upstream`, the metric this one reads, which has closed all windows up to `closed`.
+    fn absorb(&mut self, upstream: &Program, closed: Micros, rows: &[Rows], out: &mut Vec<Produced>) -> Result<()> {
+        for rows in rows {
+            let (batch, revisions) = over::rows_after(rows, self.since)?;
+            if batch.num_rows() == 0 {
+                continue;
+            }
+            let events = upstream.as_events(&batch)?;
+            match &mut self.metric {
+                Computation::Rows(metric) => metric.absorb(&events, &revisions, out)?,
+                Computation::Rollup(rollup) => {
+                    let mut rows = Vec::new();
+                    rollup.absorb(&events, &revisions, &mut rows)?;
+                    out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
+                }
+                Computation::Windows(_) => return exec_err!("a metric over events takes no rows"),
+            }
+        }
+        match &mut self.metric {
+            Computation::Rows(metric) => metric.advance(closed),
+            Computation::Rollup(rollup) => {
+                let mut rows = Vec::new();
+                let result = rollup.advance(closed, &mut rows);
+                out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
+                result
+            }
+            Computation::Windows(_) => Ok(()),
+        }
+    }
+
+    /// Shows the rules what came, keeps it, and stops the metric where `result` is an error.
+    fn take(
+        &mut self,
+        name: &ItemName,
+        produced: impl Iterator<Item = Produced>,
+        mut result: Result<()>,
+        now: Micros,
+        out: &mut Outputs,
+    ) {
+        for Produced { rows, is_newest } in produced {
+            // a correction far back says nothing about where things stand now
+            for watch in self.watches.values_mut().filter(|_| is_newest) {
+                result = result.and_then(|()| watch.observe(self.metric.program(), &rows, now, &mut out.alerts));
+            }
+            out.rows.push(MetricRows { metric: name.clone(), rows });
+        }
+        if let Err(error) = result {
+            let reason = error.to_string();
+            self.failure = Some(reason.clone());
+            out.failures.push(Failure { metric: name.clone(), reason });
+        }
+    }
+}
+
+/// What is wrong with a circle of metrics that [`Workspace::cycle`] found.
+pub fn in_a_circle(cycle: &[ItemName]) -> String {
+    let path: Vec<String> = cycle.iter().map(|name| format!("`{name}`")).collect();
+    format!("metrics would read their own rows: {}", path.join(" reads "))
 }
 
 /// Format of saved state; a change that cannot read the old one takes a new number.
@@ -311,15 +618,17 @@ struct SavedMetric {
     name: ItemName,
     version: i64,
     closed: Micros,
+    #[serde(default)]
+    since: Option<Micros>,
     failure: Option<String>,
-    lengths: [usize; 2],
+    lengths: Vec<usize>,
     standing: BTreeMap<ItemName, HashMap<String, Standing>>,
 }
 
 /// Saved state of a workspace, read but not yet put under its metrics.
 pub struct Saved {
     header: Header,
-    states: Vec<(SavedMetric, RecordBatch, RecordBatch)>,
+    states: Vec<(SavedMetric, Vec<RecordBatch>)>,
 }
 
 impl Saved {
@@ -339,8 +648,8 @@ impl Saved {
                 rest = after;
                 from_ipc(blob)
             };
-            let (panes, revisions) = (blob(metric.lengths[0])?, blob(metric.lengths[1])?);
-            states.push((metric, panes, revisions));
+            let batches = metric.lengths.iter().map(|&length| blob(length)).collect::<Result<_, _>>()?;
+            states.push((metric, batches));
         }
         Ok(Saved { header, states })
     }

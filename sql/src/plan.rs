@@ -5,6 +5,7 @@
 //! aggregate. The same rewriting over a table that has the two columns is the batch oracle of the tests.
 
 use crate::error::SqlError;
+use crate::over::RowSql;
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
@@ -26,7 +27,7 @@ use datafusion::sql::sqlparser::ast::{
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
-use engine::event::{Span, StreamName};
+use engine::event::{METRICS, Span, StreamName};
 use engine::program::{Aggregate, Parts, Program, Top};
 use engine::window::Window;
 use parking_lot::Mutex;
@@ -54,28 +55,80 @@ struct Planned {
 }
 
 impl Planner {
-    /// The program of `sql`; `schema` gives a stream's Arrow schema, `None` where there is no such stream.
-    pub async fn program(
+    /// The program of `sql`; `source` gives what a name in FROM stands for, `None` where there is no such thing.
+    pub async fn program<S: Into<Source>>(
         &self,
         sql: &str,
-        schema: impl Fn(&StreamName) -> Option<SchemaRef>,
+        source: impl Fn(&StreamName) -> Option<S>,
     ) -> Result<Arc<Program>, SqlError> {
-        let metric = MetricSql::parse(sql)?;
-        let input = schema(&metric.stream).ok_or_else(|| {
-            SqlError::new(format!("there is no stream `{}`", metric.stream))
-                .at(metric.stream_at)
-                .help(format!("define it with PUT …/streams/{} or name one that exists", metric.stream))
-        })?;
+        let metric = match RowSql::parse(sql)? {
+            Some(rows) => Parsed::Rows(rows),
+            None => Parsed::Windows(MetricSql::parse(sql)?),
+        };
+        let (stream, place) = match &metric {
+            Parsed::Rows(rows) => (&rows.upstream, rows.upstream_at),
+            Parsed::Windows(metric) => (&metric.stream, metric.stream_at),
+        };
+        let source = source(stream).map(Into::into).ok_or_else(|| unknown(stream).at(place))?;
+        if let Source::Metric(upstream) = &source
+            && upstream.output().column_with_name("ts").is_some()
+        {
+            return Err(SqlError::new(format!("the rows of `{stream}` have a column `ts` of their own"))
+                .at(place)
+                .help("the time of a row is called so: define that metric with another name for its column"));
+        }
+        let input = match &source {
+            Source::Stream(schema) => schema.clone(),
+            Source::Metric(upstream) => upstream.rows().clone(),
+        };
         let key = (sql.to_owned(), Arc::as_ptr(&input) as usize);
         if let Some(known) = self.programs.lock().get(&key).and_then(|known| known.program.upgrade()) {
             return Ok(known);
         }
-        let program = Arc::new(metric.program(sql, input.clone()).await?);
+        let program = Arc::new(match (metric, &source) {
+            (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, input.clone()).await?,
+            (Parsed::Windows(metric), Source::Metric(_)) => metric.program(sql, without_bounds(&input)).await?,
+            (Parsed::Rows(rows), Source::Metric(upstream)) => rows.program(sql, upstream).await?,
+            (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
+        });
         let mut programs = self.programs.lock();
         programs.retain(|_, known| known.program.strong_count() > 0);
         programs.insert(key, Planned { program: Arc::downgrade(&program), _input: input });
         Ok(program)
     }
+}
+
+/// What a metric reads.
+pub enum Source {
+    /// A stream's events, by their Arrow schema.
+    Stream(SchemaRef),
+    /// The final rows of another metric.
+    Metric(Arc<Program>),
+}
+
+impl From<SchemaRef> for Source {
+    fn from(schema: SchemaRef) -> Self {
+        Source::Stream(schema)
+    }
+}
+
+enum Parsed {
+    Windows(MetricSql),
+    Rows(RowSql),
+}
+
+fn unknown(stream: &StreamName) -> SqlError {
+    match stream.parts() {
+        (METRICS, metric) => SqlError::new(format!("there is no metric `{metric}`"))
+            .help("define it first, or name one that exists; a stream has two parts, for example market.trades"),
+        _ => SqlError::new(format!("there is no stream `{stream}`"))
+            .help(format!("define it with PUT …/streams/{stream} or name one that exists")),
+    }
+}
+
+/// A metric's rows as a longer window takes them in: the bounds are those of the new window.
+fn without_bounds(rows: &SchemaRef) -> SchemaRef {
+    Arc::new(Schema::new(rows.fields().iter().filter(|field| !is_bound(field.name())).cloned().collect::<Vec<_>>()))
 }
 
 /// An alert rule's condition over the rows of `program`: a boolean expression.
@@ -97,7 +150,7 @@ pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, 
     }
 }
 
-fn config() -> SessionConfig {
+pub(crate) fn config() -> SessionConfig {
     let mut config = SessionConfig::new().with_target_partitions(1).with_information_schema(false);
     config.options_mut().sql_parser.collect_spans = true;
     config
@@ -115,18 +168,7 @@ pub struct MetricSql {
 impl MetricSql {
     /// Reads the text, takes the window out of GROUP BY and refuses what no window program can do.
     pub fn parse(sql: &str) -> Result<MetricSql, SqlError> {
-        let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-        let statements =
-            parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-                ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-                ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-            })?;
-        let mut statement = match <[Statement; 1]>::try_from(statements) {
-            Ok([statement]) => statement,
-            Err(many) => {
-                return Err(SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())));
-            }
-        };
+        let mut statement = statement_of(sql)?;
         let place = statement.span().start;
         let Statement::Query(query) = &mut statement else {
             return Err(SqlError::new("a metric is a SELECT").at(place));
@@ -209,6 +251,19 @@ impl MetricSql {
     }
 }
 
+/// The one statement of a metric's text.
+pub(crate) fn statement_of(sql: &str) -> Result<Statement, SqlError> {
+    let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
+    let statements =
+        parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
+            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
+        })?;
+    <[Statement; 1]>::try_from(statements)
+        .map(|[statement]| statement)
+        .map_err(|many| SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())))
+}
+
 /// The stream's schema with the two generated columns behind.
 pub fn with_bounds(input: &SchemaRef) -> SchemaRef {
     let kind = streams::schema::timestamp_type();
@@ -217,13 +272,16 @@ pub fn with_bounds(input: &SchemaRef) -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
-fn unsupported(what: &str, instead: impl Into<String>) -> SqlError {
+pub(crate) fn unsupported(what: &str, instead: impl Into<String>) -> SqlError {
     SqlError::new(format!("{what} is not supported in a metric")).help(instead)
 }
 
-fn stream_of(select: &ast::Select) -> Result<(StreamName, datafusion::sql::sqlparser::tokenizer::Location), SqlError> {
+/// The stream a metric reads; the metric that a name of one part stands for is written out as `metrics.NAME`.
+pub(crate) fn stream_of(
+    select: &mut ast::Select,
+) -> Result<(StreamName, datafusion::sql::sqlparser::tokenizer::Location), SqlError> {
     let place = select.span().start;
-    let [from] = select.from.as_slice() else {
+    let [from] = select.from.as_mut_slice() else {
         return Err(match select.from.len() {
             0 => SqlError::new("a metric reads a stream").at(place).help("add FROM, for example FROM market.trades"),
             _ => unsupported("a join", "read one stream").at(select.from[1].span().start),
@@ -232,12 +290,15 @@ fn stream_of(select: &ast::Select) -> Result<(StreamName, datafusion::sql::sqlpa
     if let Some(join) = from.joins.first() {
         return Err(unsupported("a join", "read one stream").at(join.relation.span().start));
     }
-    let TableFactor::Table { name, args: None, .. } = &from.relation else {
+    let TableFactor::Table { name, args: None, .. } = &mut from.relation else {
         return Err(
             unsupported("a subquery or table function in FROM", "read one stream").at(from.relation.span().start)
         );
     };
     let place = name.span().start;
+    if name.0.len() == 1 {
+        name.0.insert(0, ast::ObjectNamePart::Identifier(Ident::new(METRICS)));
+    }
     let parts: Vec<&str> = name.0.iter().filter_map(|part| part.as_ident()).map(|ident| ident.value.as_str()).collect();
     let stream = parts.join(".").to_ascii_lowercase();
     let stream = stream.parse().map_err(|e: engine::event::NameError| SqlError::new(e.to_string()).at(place))?;
@@ -551,21 +612,21 @@ impl<'a> Shape<'a> {
                 Some(Top { order, skip: self.skip, limit })
             }
         };
-        Ok(Parts { stream, window, input, filter, keys, aggregates, having, values, top })
+        Ok(Parts { stream, window, input, filter, keys, aggregates, having, values, top, over: None })
     }
 }
 
 /// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
-fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
+pub(crate) fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
     let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
     ExprSimplifier::new(context).simplify(expr.clone())
 }
 
-fn is_bound(name: &str) -> bool {
+pub(crate) fn is_bound(name: &str) -> bool {
     name == "window_start" || name == "window_end"
 }
 
-fn check_name(name: &str) -> Result<(), SqlError> {
+pub(crate) fn check_name(name: &str) -> Result<(), SqlError> {
     if RESERVED.contains(&name) {
         return Err(SqlError::new(format!("a metric's rows have `{name}` already")).help("rename the column with AS"));
     }
