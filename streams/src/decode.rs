@@ -1,6 +1,10 @@
 //! Events as clients send them become Arrow columns, without a tree in between.
 //!
 //! A bad event never takes the good ones beside it along: it is reported by its index and left out.
+//! Usual lines are read by the scanner in `scan`; whatever it does not take is read, or refused with
+//! its reason, by the strict reader here.
+
+mod scan; // the usual line, in one pass
 
 use crate::schema::{Column, ColumnType, StreamSchema, UnknownFields, timestamp_type};
 use arrow::array::{
@@ -11,6 +15,7 @@ use arrow::compute::{CastOptions, cast_with_options, filter_record_batch, kernel
 use arrow::datatypes::{DataType, Float64Type, TimestampMicrosecondType};
 use arrow::ipc::reader::StreamReader;
 use engine::event::{Micros, Span};
+use scan::{Scanned, Scanner};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -132,16 +137,26 @@ pub fn decode(
         return decode_arrow(schema, body, bounds, now);
     }
     let mut rows = Rows::new(schema, unit, *bounds, now, body.len());
+    let mut scanner = Scanner::new(schema, unit, *bounds, now);
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     if format == Format::Ndjson {
-        for line in body.split(|&byte| byte == b'\n') {
-            if !line.trim_ascii().is_empty() {
-                rows.event(line);
+        let text = std::str::from_utf8(body).ok();
+        let mut from = 0;
+        for to in memchr::memchr_iter(b'\n', body).chain([body.len()]) {
+            let line = match text {
+                Some(text) => text.get(from..to),
+                None => std::str::from_utf8(&body[from..to]).ok(),
+            };
+            match line.and_then(|line| scanner.scan(line)) {
+                Some(row) => rows.scanned(row),
+                None if body[from..to].trim_ascii().is_empty() => {}
+                None => rows.event(&body[from..to]),
             }
+            from = to + 1;
         }
     } else {
         let mut input = serde_json::Deserializer::from_slice(body);
-        let result = Elements(&mut rows).deserialize(&mut input).and_then(|()| input.end());
+        let result = Elements(&mut rows, &mut scanner).deserialize(&mut input).and_then(|()| input.end());
         if let Err(error) = result {
             if rows.index == 0 && !body.trim_ascii().is_empty() {
                 return Err(DecodeError::Unreadable(error.to_string()));
@@ -156,14 +171,23 @@ pub fn decode(
 }
 
 /// The elements of a JSON array, or the one object that is no array.
-struct Elements<'a, 's>(&'a mut Rows<'s>);
+struct Elements<'a, 's, 'de>(&'a mut Rows<'s>, &'a mut Scanner<'s, 'de>);
 
-impl<'de> DeserializeSeed<'de> for Elements<'_, '_> {
+impl<'de> Elements<'_, '_, 'de> {
+    fn event(&mut self, text: &'de str) {
+        match self.1.scan(text) {
+            Some(row) => self.0.scanned(row),
+            None => self.0.event(text.as_bytes()),
+        }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Elements<'_, '_, 'de> {
     type Value = ();
-    fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<(), D::Error> {
+    fn deserialize<D: Deserializer<'de>>(mut self, input: D) -> Result<(), D::Error> {
         let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
         if !raw.starts_with('[') {
-            self.0.event(raw.as_bytes());
+            self.event(raw);
             return Ok(());
         }
         let mut elements = serde_json::Deserializer::from_str(raw);
@@ -171,14 +195,14 @@ impl<'de> DeserializeSeed<'de> for Elements<'_, '_> {
     }
 }
 
-impl<'de> Visitor<'de> for Elements<'_, '_> {
+impl<'de> Visitor<'de> for Elements<'_, '_, 'de> {
     type Value = ();
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an event or an array of events")
     }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut elements: A) -> Result<(), A::Error> {
         while let Some(element) = elements.next_element::<&RawValue>()? {
-            self.0.event(element.get().as_bytes());
+            self.event(element.get());
         }
         Ok(())
     }
@@ -235,19 +259,19 @@ impl Growing {
         }
     }
 
-    fn push(&mut self, cell: Cell<'_>) {
+    fn push(&mut self, cell: &Cell<'_>) {
         match (self, cell) {
             (Growing::Text(b), Cell::Text(text)) => b.append_value(text),
             (Growing::Text(b), _) => b.append_null(),
-            (Growing::Int(b), Cell::Int(value)) => b.append_value(value),
+            (Growing::Int(b), Cell::Int(value)) => b.append_value(*value),
             (Growing::Int(b), _) => b.append_null(),
-            (Growing::Float(b), Cell::Float(value)) => b.append_value(value),
+            (Growing::Float(b), Cell::Float(value)) => b.append_value(*value),
             (Growing::Float(b), _) => b.append_null(),
-            (Growing::Decimal(b), Cell::Decimal(value)) => b.append_value(value),
+            (Growing::Decimal(b), Cell::Decimal(value)) => b.append_value(*value),
             (Growing::Decimal(b), _) => b.append_null(),
-            (Growing::Bool(b), Cell::Bool(value)) => b.append_value(value),
+            (Growing::Bool(b), Cell::Bool(value)) => b.append_value(*value),
             (Growing::Bool(b), _) => b.append_null(),
-            (Growing::Time(b), Cell::Int(value)) => b.append_value(value),
+            (Growing::Time(b), Cell::Int(value)) => b.append_value(*value),
             (Growing::Time(b), _) => b.append_null(),
         }
     }
@@ -303,7 +327,22 @@ impl<'s> Rows<'s> {
         }
     }
 
-    /// Reads one event; a bad one leaves the columns as they were.
+    /// Takes in an event that the scanner read.
+    fn scanned(&mut self, row: Scanned<'_, '_>) {
+        self.append(row.ts, row.id, row.cells, row.extra);
+        self.index += 1;
+    }
+
+    fn append(&mut self, ts: Micros, id: Option<&str>, cells: &[Cell<'_>], extra: Option<&str>) {
+        self.ts.append_value(ts.0);
+        self.id.append_option(id);
+        for (column, cell) in self.columns.iter_mut().zip(cells) {
+            column.push(cell);
+        }
+        self.extra.append_option(extra);
+    }
+
+    /// Reads one event strictly; a bad one leaves the columns as they were.
     fn event(&mut self, text: &[u8]) {
         if text.len() > self.bounds.event_bytes {
             let detail = format!(
@@ -318,14 +357,7 @@ impl<'s> Rows<'s> {
         let mut input = serde_json::Deserializer::from_slice(text);
         let row = Event { rows: self }.deserialize(&mut input).and_then(|row| input.end().map(|()| row));
         match row {
-            Ok(row) => {
-                self.ts.append_value(row.ts.0);
-                self.id.append_option(row.id);
-                for (column, cell) in self.columns.iter_mut().zip(row.cells) {
-                    column.push(cell);
-                }
-                self.extra.append_option(row.extra);
-            }
+            Ok(row) => self.append(row.ts, row.id.as_deref(), &row.cells, row.extra.as_deref()),
             Err(error) => self.malformed(text, &error),
         }
         self.index += 1;
@@ -977,7 +1009,7 @@ mod tests {
         assert!(seen > 200, "{seen} cases");
     }
 
-    fn base64_decode(text: &str) -> Vec<u8> {
+    pub(super) fn base64_decode(text: &str) -> Vec<u8> {
         let value =
             |b: u8| b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".iter().position(|c| *c == b);
         let mut out = Vec::new();
