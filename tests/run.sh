@@ -65,6 +65,19 @@ api "$url/api/v1/workspaces" -d '{"id":"try","name":"Try"}' >/dev/null &&
   api "$ws/streams/market.trades/events" -d '[{"symbol":"AAPL","price":200,"qty":5},{"symbol":"MSFT","price":410.5,"qty":2}]' >/dev/null ||
   { echo "FAIL the server did not take the sample workspace"; count 0 1 0; }
 
+say "client: against the server"
+if (cd gateway/web && TIDEWATCH_URL=$url TIDEWATCH_EMAIL=$email TIDEWATCH_PASSWORD=$password TIDEWATCH_WORKSPACE=try \
+  npx vitest run src/client/live.test.ts --reporter=json --outputFile=/tmp/vitest.$$.json >/dev/null 2>&1); then :; fi
+if [ -s /tmp/vitest.$$.json ]; then
+  read -r p f s < <(node -e 'const r=JSON.parse(require("fs").readFileSync(process.argv[1]));console.log(r.numPassedTests,r.numFailedTests+r.numFailedTestSuites,r.numPendingTests)' /tmp/vitest.$$.json)
+  count "$p" "$f" "$s"
+  echo "$p passed, $f failed"
+else
+  count 0 1 0
+  echo "FAIL vitest did not run"
+fi
+rm -f /tmp/vitest.$$.json
+
 say "AG-UI: the official clients"
 if [ -d ../shared/agui ]; then
   agui=$(mktemp -d) && cp ../shared/agui/*.mjs ../shared/agui/package*.json "$agui" && (cd "$agui" && npm ci --no-audit --no-fund --silent)

@@ -15,8 +15,11 @@ export type Effect =
   /** Something is missing: subscribe again, from `Channel.since`. */
   | { kind: 'gap'; detail: string };
 
-/** Channels whose messages are folded for a slow reader, so that an offset may jump without anything being lost. */
-const FOLDED = /^(metrics|portfolio|query|system)\//;
+/**
+ * Channels whose offsets jump without anything being lost: the messages of states are folded for a slow reader, and
+ * those of streams are places in a log that other streams share.
+ */
+const SPARSE = /^(metrics|portfolio|query|system|presence|streams)\//;
 
 export class Channel {
   #state: unknown = undefined;
@@ -33,7 +36,7 @@ export class Channel {
   #fresh = false;
 
   constructor(name: string) {
-    this.#dense = !FOLDED.test(name);
+    this.#dense = !SPARSE.test(name);
   }
 
   /** Where to resume; absent when a fresh start is needed. */

@@ -211,6 +211,13 @@ describe('a connection', () => {
     expect(tidewatch.connection).toMatchObject({ phase: 'waiting', retryAt: Date.now() + 1000 });
   });
 
+  test('comes back when the server that restarts said', async () => {
+    await follow(METRIC);
+    world.socket.push({ type: 'reconnect', after_ms: 1234 });
+    world.socket.drop(1012);
+    expect(tidewatch.connection).toMatchObject({ phase: 'waiting', retryAt: Date.now() + 1234 });
+  });
+
   test('resumes without growing waits when it read too slowly', async () => {
     const { seen } = await follow('alerts');
     for (let n = 1; n <= 3; n += 1) {

@@ -54,6 +54,7 @@ interface Frame {
   event?: AguiEvent;
   code?: string;
   detail?: string;
+  after_ms?: number;
 }
 
 /** Close codes of the contract, and our own for a server that fell silent. */
@@ -69,7 +70,7 @@ const PING_WAIT = 10_000;
 const CONNECT_WAIT = 10_000;
 /** A connection that lived this long was good: the next trouble starts with short waits again. */
 const GOOD_AFTER = 10_000;
-/** Clients of a restarting server spread their return over this long. */
+/** Clients of a restarting server spread their return over this long, where it does not say when each should come. */
 const RESTART_SPREAD = 2_000;
 /** A renewal that failed is tried again after this long. */
 const RENEW_RETRY = 5_000;
@@ -85,6 +86,8 @@ export class Connection {
   #refusals = 0;
   #liveSince = 0;
   #heard = false;
+  /** When a server that restarts wants to see us again, in milliseconds from its close on. */
+  #returnAfter: number | null = null;
   #refs = 0;
   #retry?: ReturnType<typeof setTimeout>;
   #pings?: ReturnType<typeof setInterval>;
@@ -176,6 +179,7 @@ export class Connection {
     this.#heard = true;
     const frame = JSON.parse(data) as Frame;
     if (frame.type === 'event') return this.#push(frame);
+    if (frame.type === 'reconnect') return void (this.#returnAfter = frame.after_ms ?? null);
     if (frame.ref === 'auth') return this.#authenticated(frame);
     const subscription = [...this.#subscriptions.values()].find(({ ref }) => ref === frame.ref);
     if (!subscription) return; // an answer to a ping, or to what was given up meanwhile
@@ -243,7 +247,9 @@ export class Connection {
     if (lived) this.#attempt = 0;
     for (const subscription of this.#subscriptions.values()) this.#tell(subscription, { phase: 'stale' });
     if (code === UNAUTHENTICATED) return void this.#onRefused();
-    if (code === RESTARTING) return this.#wait(this.env.random() * RESTART_SPREAD, 'the server is restarting');
+    const returnAfter = this.#returnAfter ?? this.env.random() * RESTART_SPREAD;
+    this.#returnAfter = null;
+    if (code === RESTARTING) return this.#wait(returnAfter, 'the server is restarting');
     if (code === SLOW_READER) return this.#wait(backoff(0, this.env.random), 'this page read too slowly');
     const why = reason || (code === SILENT ? 'the server fell silent' : 'the connection was lost');
     this.#wait(backoff(this.#attempt++, this.env.random), why);
