@@ -347,7 +347,7 @@ impl System {
     }
 
     /// The log, and the first offset in it that belongs to this workspace.
-    pub(crate) fn log_of(&self, id: &WorkspaceId) -> Result<(Arc<dyn Log>, Offset), Fault> {
+    pub fn log_of(&self, id: &WorkspaceId) -> Result<(Arc<dyn Log>, Offset), Fault> {
         Ok((self.0.deps.log.clone(), Offset(self.tenant(id)?.first)))
     }
 

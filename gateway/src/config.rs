@@ -13,6 +13,7 @@ pub struct Config {
     pub listen: SocketAddr,
     pub auth: AuthConfig,
     pub limits: Limits,
+    pub history: History,
     /// Origins of pages on other hosts that may call, `https://app.example.com`. Pages of this server always may.
     pub cors_origins: Vec<String>,
     /// Serves `/metrics` there instead of on `listen`.
@@ -25,6 +26,7 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             auth: AuthConfig::default(),
             limits: Limits::default(),
+            history: History::default(),
             cors_origins: Vec::new(),
             metrics_listen: None,
         }
@@ -91,12 +93,17 @@ pub struct Limits {
     pub subscriptions: usize,
     /// Connections at the same time, of any kind.
     pub connections: usize,
-    /// Messages a channel keeps for clients that come back.
-    pub history_events: usize,
-    /// Bytes of those messages.
-    pub history_bytes: usize,
-    /// Bytes that may wait for one WebSocket client.
+    /// WebSocket and SSE connections at the same time from one address, of one user and in one workspace.
+    pub connections_per_address: usize,
+    pub connections_per_user: usize,
+    pub connections_per_workspace: usize,
+    /// Live queries at the same time in one workspace; they are asked one after the other.
+    pub live_queries: usize,
+    /// Bytes that a client may be behind in a channel whose messages are not folded; and bytes of answers that may
+    /// wait for one.
     pub queue_bytes: usize,
+    /// Bytes of messages to one WebSocket client that the kernel may hold: `SO_SNDBUF`, which Linux doubles.
+    pub send_buffer_bytes: usize,
 }
 
 impl Default for Limits {
@@ -108,10 +115,42 @@ impl Default for Limits {
             frame_bytes: 1 << 20,
             subscriptions: 256,
             connections: 50_000,
-            history_events: 1_000,
-            history_bytes: 1 << 20,
+            connections_per_address: 10_000,
+            connections_per_user: 1_000,
+            connections_per_workspace: 10_000,
+            live_queries: 64,
             queue_bytes: 1 << 20,
+            send_buffer_bytes: 64 << 10,
         }
+    }
+}
+
+/// What channels keep for clients that come back: `history.*` of the configuration, by class of channel.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct History {
+    /// `streams/…`. What is older comes from the log.
+    pub streams: Kept,
+    /// `alerts`; also kept while nobody listens.
+    pub alerts: Kept,
+    /// `thread/…`; also kept while nobody listens.
+    pub threads: Kept,
+    /// `metrics/…`, `portfolio/…`, `query/…` and `system/…`: what is older is made good by a snapshot.
+    pub states: Kept,
+}
+
+/// Bounds of one channel's history. Whatever is reached first counts.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Kept {
+    pub events: usize,
+    pub bytes: usize,
+    pub seconds: u64,
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self { events: 4_096, bytes: 1 << 20, seconds: 3_600 }
     }
 }
 

@@ -2,39 +2,45 @@
 //! it to every subscriber without waiting for any.
 
 mod channel; // one channel: offsets, history, subscribers
+mod crowd; // how many clients there are
 mod load; // the state a channel starts from
 mod name; // how channels are named
 mod outbox; // what waits for one client
+mod ring; // the newest messages of a channel, as they go over the wire
 mod state; // what the messages of a state channel add up to
 
 pub(crate) use channel::Since;
+pub(crate) use crowd::{Crowd, Group, Seat};
 pub(crate) use name::{ChannelName, Topic};
-pub(crate) use outbox::{Outbox, Taken};
+pub(crate) use outbox::{Cut, Outbox, Taken};
+pub(crate) use ring::Form;
 
 use crate::agui::{self, Dialect};
-use crate::config::Limits;
+use crate::config::{History, Limits};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
 use actors::agent::RunEvent;
 use actors::{AlertPhase, Outlet, System, Update, What};
 use arrow::array::RecordBatch;
+use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
+use axum::http::StatusCode;
 use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
 use engine::event::WorkspaceId;
 use engine::metric::Rows;
 use engine::program::Program;
 use parking_lot::{Mutex, RwLock};
+use ring::Bounds;
 use serde_json::{Value, json};
 use state::{Op, Place, State};
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
 
 /// A channel without listeners goes on for this long, so that a client that lost its connection can resume.
 const LINGER: Duration = Duration::from_secs(60);
-/// Alerts and conversations go on for this long, listeners or not: they are what people come back for.
-const LINGER_KEPT: Duration = Duration::from_secs(3_600);
 /// How often channels without listeners are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// Events of a stream are sent in messages of about this many bytes.
@@ -48,14 +54,28 @@ type Site = (Option<WorkspaceId>, Topic);
 /// All channels.
 pub struct Hub {
     epoch: Arc<str>,
+    /// The epoch of channels of streams, whose offsets are places in the log.
+    log_epoch: OnceCell<Arc<str>>,
     limits: Limits,
+    history: History,
     channels: RwLock<HashMap<Site, Vec<Arc<Channel>>>>,
     /// Where new channels start to count: above every channel that is gone, so that none is taken for another.
     floor: AtomicU64,
     ids: AtomicU64,
+    /// Clients of WebSockets.
+    connections: AtomicU32,
+    pub(crate) crowd: Arc<Crowd>,
+    /// Live queries by workspace: who may ask next.
+    live: Mutex<HashMap<WorkspaceId, Weak<Live>>>,
     /// Bytes of the histories of all channels.
     histories: Arc<AtomicUsize>,
     swept: Mutex<Option<Instant>>,
+}
+
+/// The live queries of a workspace. They are asked one after the other, so that together they take one query worker.
+#[derive(Default)]
+struct Live {
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// A subscription of one client.
@@ -66,13 +86,18 @@ pub(crate) struct Subscription {
 
 impl Hub {
     /// No channels yet. The epoch is this hub's alone: offsets of another process mean nothing here.
-    pub fn new(limits: &Limits) -> Arc<Hub> {
+    pub fn new(limits: &Limits, history: &History) -> Arc<Hub> {
         Arc::new(Hub {
+            log_epoch: OnceCell::new(),
             epoch: uuid::Uuid::new_v4().simple().to_string().into(),
             limits: *limits,
+            history: *history,
             channels: RwLock::default(),
             floor: AtomicU64::new(0),
             ids: AtomicU64::new(1),
+            connections: AtomicU32::new(0),
+            crowd: Crowd::new(*limits),
+            live: Mutex::default(),
             histories: Arc::default(),
             swept: Mutex::default(),
         })
@@ -83,11 +108,26 @@ impl Hub {
         self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Counts a client of a WebSocket, or one that left.
+    pub(crate) fn count_connection(&self, is_new: bool) {
+        if is_new {
+            self.connections.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.connections.fetch_sub(1, Ordering::Relaxed);
+        }
+        metrics::gauge!("tidewatch_ws_connections").set(self.connections());
+    }
+
+    /// Clients of WebSockets.
+    pub(crate) fn connections(&self) -> u32 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
     /// Lets a client listen: queues the answer, then what the client missed or the state as it is.
     ///
     /// `sql` is the live query of a `query/…` channel. The caller has checked what the client may see.
     pub(crate) async fn subscribe(
-        &self,
+        self: &Arc<Self>,
         system: &System,
         workspace: Option<WorkspaceId>,
         name: ChannelName,
@@ -96,20 +136,49 @@ impl Hub {
     ) -> Result<Subscription, Problem> {
         let id = self.next_id();
         let Request { outbox, since, rate, reference } = request;
-        let wish = Wish { id, outbox, since, rate, reference };
+        let mut wish = Wish { id, outbox, since, rate, reference, missed: None };
         self.sweep(Instant::now());
+        let live = match (&name.topic, &workspace) {
+            (Topic::Query { .. }, Some(workspace)) => Some(self.live(workspace)?),
+            _ => None,
+        };
         loop {
             let channel = self.channel(system, workspace.as_ref(), &name).await?;
-            let load = || load::load(system, &channel, sql.as_deref(), rate);
+            let load = || load::load(self, system, &channel, sql.as_deref(), rate, live.clone());
             if let Err(problem) = channel.loaded.get_or_try_init(load).await {
                 self.close(&channel);
                 return Err(problem);
             }
+            // what is not held any more is in the log; what comes while it is read is held
+            wish.missed = match channel.not_held(wish.since.as_ref()) {
+                Some((since, until)) => load::missed(system, &channel, since, until, self.limits.queue_bytes).await,
+                None => None,
+            };
             match channel.subscribe(&wish) {
                 Some(done) => return done.map(|()| Subscription { id, channel }),
                 None => continue, // it was closed just now: a new one takes its place
             }
         }
+    }
+
+    /// A place among the live queries of a workspace.
+    fn live(&self, workspace: &WorkspaceId) -> Result<Arc<Live>, Problem> {
+        let mut all = self.live.lock();
+        all.retain(|_, live| live.strong_count() > 0);
+        let live = match all.get(workspace).and_then(Weak::upgrade) {
+            Some(live) => live,
+            None => {
+                let live = Arc::new(Live::default());
+                all.insert(workspace.clone(), Arc::downgrade(&live));
+                live
+            }
+        };
+        let most = self.limits.live_queries;
+        if Arc::strong_count(&live) > most {
+            let detail = format!("the workspace has limits.live_queries = {most} live queries; end some of them");
+            return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_live_queries", detail));
+        }
+        Ok(live)
     }
 
     /// Ends a subscription: nothing more is queued for it.
@@ -137,25 +206,49 @@ impl Hub {
             (Topic::Stream(stream), Some(workspace)) => load::json_columns(system, workspace, stream, name).await?,
             _ => Vec::new(),
         };
+        let log = match (&name.topic, workspace) {
+            (Topic::Stream(_), Some(workspace)) => {
+                let epoch = self.log_epoch.get_or_try_init(|| load::log_epoch(system)).await?;
+                Some((epoch.clone(), system.log_of(workspace)?.0))
+            }
+            _ => None,
+        };
         let mut channels = self.channels.write();
         let channels = channels.entry(place).or_default();
         if let Some(channel) = find(channels) {
             return Ok(channel);
         }
-        let channel = self.make(workspace.cloned(), name.clone(), json_columns);
+        // read while nobody can publish: what is durable from here on comes to the channel
+        let start = match log {
+            Some((epoch, log)) => (epoch, place::before(log.tail().0)),
+            None => (self.epoch.clone(), self.floor.load(Ordering::Acquire)),
+        };
+        let channel = self.make(workspace.cloned(), name.clone(), json_columns, start);
         channels.push(channel.clone());
         Ok(channel)
     }
 
-    fn make(&self, workspace: Option<WorkspaceId>, name: ChannelName, json_columns: Vec<String>) -> Arc<Channel> {
+    fn make(
+        &self,
+        workspace: Option<WorkspaceId>,
+        name: ChannelName,
+        json_columns: Vec<String>,
+        start: (Arc<str>, u64),
+    ) -> Arc<Channel> {
         let body = match name.topic {
             Topic::Stream(_) | Topic::Alerts | Topic::Thread(_) => Body::Events { start: None },
             Topic::Metric(_) | Topic::Portfolio(_) => Body::Loading(channel::Meanwhile::default()),
             Topic::Query { .. } => Body::State(State::new(Place::Rows)),
-            Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
+            Topic::Presence(_) | Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
         };
-        let start = (self.epoch.clone(), self.floor.load(Ordering::Acquire));
-        let limits = (self.limits, self.histories.clone());
+        let kept = match name.topic {
+            Topic::Stream(_) => &self.history.streams,
+            Topic::Alerts => &self.history.alerts,
+            Topic::Thread(_) => &self.history.threads,
+            _ => &self.history.states,
+        };
+        let bounds = Bounds { events: kept.events, bytes: kept.bytes, age: Duration::from_secs(kept.seconds) };
+        let limits = (bounds, self.limits.queue_bytes, self.histories.clone());
         Arc::new(Channel::new((workspace, name), start, json_columns, body, limits, Instant::now()))
     }
 
@@ -173,7 +266,9 @@ impl Hub {
     fn closes(&self, channel: &Channel, linger: Duration, now: Instant) -> bool {
         let end = channel.close_if_idle(linger, now);
         end.is_some_and(|end| {
-            self.floor.fetch_max(end, Ordering::AcqRel);
+            if !matches!(channel.name.topic, Topic::Stream(_)) {
+                self.floor.fetch_max(end, Ordering::AcqRel);
+            }
             true
         })
     }
@@ -190,13 +285,28 @@ impl Hub {
         // where room for histories is short, what nobody listens to gives way
         let has_room = self.histories.load(Ordering::Relaxed) < HISTORIES_BYTES_MAX / 2;
         self.channels.write().retain(|(_, topic), channels| {
-            let is_kept = has_room && matches!(topic, Topic::Alerts | Topic::Thread(_));
+            let kept = match topic {
+                Topic::Alerts => self.history.alerts.seconds,
+                Topic::Thread(_) => self.history.threads.seconds,
+                _ => 0,
+            };
             channels.retain(|channel| {
-                let linger = if is_kept && channel.has_history() { LINGER_KEPT } else { LINGER };
+                channel.sweep(now);
+                let is_kept = has_room && channel.has_history();
+                let linger = if is_kept { LINGER.max(Duration::from_secs(kept)) } else { LINGER };
                 !self.closes(channel, linger, now)
             });
             !channels.is_empty()
         });
+    }
+
+    /// Who follows a topic of a workspace, whatever their filters, and over how many connections.
+    fn presence(&self, workspace: &WorkspaceId, topic: &Topic) -> BTreeMap<String, usize> {
+        let mut users = BTreeMap::new();
+        for channel in self.listening(workspace, topic.clone()) {
+            channel.count_users(&mut users);
+        }
+        users
     }
 
     fn listening(&self, workspace: &WorkspaceId, topic: Topic) -> Vec<Arc<Channel>> {
@@ -213,7 +323,8 @@ impl Hub {
         let channels = all.entry((Some(workspace.clone()), topic.clone())).or_default();
         if channels.is_empty() {
             let name = ChannelName { text: text.into(), topic, filter: Vec::new() };
-            channels.push(self.make(Some(workspace.clone()), name, Vec::new()));
+            let start = (self.epoch.clone(), self.floor.load(Ordering::Acquire));
+            channels.push(self.make(Some(workspace.clone()), name, Vec::new(), start));
         }
         channels.clone()
     }
@@ -288,10 +399,11 @@ impl Outlet for Hub {
                     }
                 }
             }
-            What::Events { stream, batch, .. } => {
+            What::Events { stream, batch, offset } => {
                 for channel in self.listening(&workspace, Topic::Stream(stream.clone())) {
-                    if let Err(error) = send_events(&channel, batch) {
-                        tracing::error!(%workspace, %stream, %error, "events have no JSON form");
+                    match stream_events(&channel.name, &channel.json_columns, batch) {
+                        Ok(messages) => channel.events_at(*offset, &messages),
+                        Err(error) => tracing::error!(%workspace, %stream, %error, "events have no JSON form"),
                     }
                 }
             }
@@ -347,7 +459,7 @@ struct RowChange {
 }
 
 impl RowChange {
-    fn of(program: &Program, rows: &Rows) -> Result<RowChange, arrow::error::ArrowError> {
+    fn of(program: &Program, rows: &Rows) -> Result<RowChange, ArrowError> {
         Ok(RowChange {
             rows: encode::metric_rows(program, rows)?,
             gone: rows.gone.as_ref().map_or(Ok(Vec::new()), encode::gone_keys)?,
@@ -375,39 +487,55 @@ fn members(object: Value) -> Vec<(String, String)> {
     }
 }
 
-/// Sends the events that the channel's filter keeps, some at a time.
-fn send_events(channel: &Channel, batch: &RecordBatch) -> Result<(), arrow::error::ArrowError> {
+/// The events of a batch that the filter keeps, as the messages of a channel: one, unless they are very large.
+fn stream_events(name: &ChannelName, json_columns: &[String], batch: &RecordBatch) -> Result<Vec<String>, ArrowError> {
     let options = FormatOptions::new();
-    let columns = (channel.name.filter.iter())
+    let columns = (name.filter.iter())
         .map(|(name, value)| {
             let column = batch.column_by_name(name);
             Ok((column.map(|column| ArrayFormatter::try_new(column, &options)).transpose()?, value))
         })
-        .collect::<Result<Vec<_>, arrow::error::ArrowError>>()?;
+        .collect::<Result<Vec<_>, ArrowError>>()?;
     let keep = |row| {
         columns
             .iter()
             .all(|(column, value)| column.as_ref().is_some_and(|column| column.value(row).to_string() == **value))
     };
-    let events = encode::objects(batch, channel.json_columns.clone(), false, keep)?;
-    let mut part = String::new();
-    let send = |part: &mut String| {
-        if !part.is_empty() {
-            channel.event(&custom("stream.events", &format!("{{\"events\":[{part}]}}")));
-            part.clear();
-        }
-    };
-    for event in events {
-        if part.len() + event.len() > EVENTS_BYTES {
-            send(&mut part);
+    let (mut messages, mut part) = (Vec::new(), String::new());
+    for event in encode::objects(batch, json_columns.to_vec(), false, keep)? {
+        if !part.is_empty() && part.len() + event.len() > EVENTS_BYTES {
+            messages.push(std::mem::take(&mut part));
         }
         if !part.is_empty() {
             part.push(',');
         }
         part.push_str(&event);
     }
-    send(&mut part);
-    Ok(())
+    messages.extend(Some(part).filter(|part| !part.is_empty()));
+    let event = |events: String| custom("stream.events", &format!("{{\"events\":[{events}]}}"));
+    Ok(messages.into_iter().map(event).collect())
+}
+
+/// Where the messages of a record of the log are in a channel of its stream: the record's offset in the upper bits, the
+/// number of the message among those of the record, from 1 on, in the lower. So what a client has seen stands for a
+/// place in the log, and holds when the server starts again.
+mod place {
+    const PART_BITS: u32 = 12;
+
+    /// Everything before this record.
+    pub(super) fn before(record: u64) -> u64 {
+        record << PART_BITS
+    }
+
+    /// Message `at`, from 0 on, of the record; the last place holds all that would be behind it.
+    pub(super) fn of(record: u64, at: usize) -> u64 {
+        before(record) + (at as u64 + 1).min((1 << PART_BITS) - 1)
+    }
+
+    /// The record with the message at this place.
+    pub(super) fn record(offset: u64) -> u64 {
+        offset >> PART_BITS
+    }
 }
 
 #[cfg(test)]

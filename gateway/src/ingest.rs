@@ -96,17 +96,16 @@ pub(crate) async fn take_body(
     Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
 }
 
-/// Takes in events that came in a frame: one JSON object or an array of them.
-pub(crate) async fn take_frame(
+/// Decodes events that came in a frame: one JSON object or an array of them.
+pub(crate) async fn decode_frame(
     state: &AppState,
     member: &Member,
     stream: &StreamName,
     events: Bytes,
-) -> Result<Value, Problem> {
+) -> Result<Decoded, Problem> {
     let large = events.len() > INLINE_BYTES;
     let (format, encoding) = (Format::Json, Encoding::Identity);
-    let decoded = decode_body(state, member, stream, TsUnit::default(), format, encoding, events, large).await?;
-    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+    decode_body(state, member, stream, TsUnit::default(), format, encoding, events, large).await
 }
 
 #[expect(clippy::too_many_arguments, reason = "how a body is packed, written and counted are different things")]
@@ -208,7 +207,7 @@ fn unpack(body: Bytes, encoding: Encoding, limits: &Limits) -> Result<Bytes, Pro
 }
 
 /// The answer to an ingest, as the contract shows it.
-fn answer(done: &Ingested) -> Value {
+pub(crate) fn answer(done: &Ingested) -> Value {
     let errors: Vec<Value> = done
         .errors
         .iter()

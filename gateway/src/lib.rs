@@ -20,7 +20,7 @@ mod edge; // what happens to every request and answer
 mod serve; // connections, and how they drain
 
 pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, hash_password};
-pub use config::{AuthConfig, Config, Limits};
+pub use config::{AuthConfig, Config, History, Kept, Limits};
 pub use hub::Hub;
 pub use serve::serve;
 

@@ -184,6 +184,9 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. Permission `chat`."),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Permission `read`, for live queries `query`.")
+        .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel.")])
+        .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
     Operation::new("get", "/api/v1/system/throughput", "system", "Live rates. Admins only.").gives(200, "Throughput"),
 ];
@@ -384,7 +387,7 @@ fn document() -> Value {
             "title": "Tidewatch", "version": env!("CARGO_PKG_VERSION"),
             "description": "Events in, live metrics, alerts, portfolios and chat out. Errors are RFC 9457 problem documents \
                 with a stable `code`; every answer carries `x-request-id`. Live updates come over the WebSocket at \
-                `/api/v1/ws`.",
+                `/api/v1/ws`, as JSON or (subprotocol `tidewatch.v1.msgpack`) MessagePack, or as server-sent events.",
         },
         "servers": [{"url": "/"}],
         "security": [{"bearer": []}],

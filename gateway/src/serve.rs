@@ -114,9 +114,19 @@ fn service(
 }
 
 /// A connection that counts as one for as long as its socket is open, upgraded or not.
-struct Counted {
+pub(crate) struct Counted {
     stream: TcpStream,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Counted {
+    /// Bounds what the kernel holds for the client.
+    pub(crate) fn bound_send_buffer(&self, bytes: usize) {
+        let bounded = socket2::SockRef::from(&self.stream).set_send_buffer_size(bytes);
+        if let Err(error) = bounded {
+            tracing::debug!(%error, "the send buffer stays as it is");
+        }
+    }
 }
 
 impl AsyncRead for Counted {

@@ -54,7 +54,7 @@ impl Server {
         let auth = Auth::new(&config.auth).unwrap();
         let store = Store::open(&format!("sqlite:{}/store.db", dir.path().display())).await.unwrap();
         auth.bootstrap(&store, engine::event::Micros(0)).await.unwrap();
-        let hub = Hub::new(&config.limits);
+        let hub = Hub::new(&config.limits, &config.history);
         let log = EmbeddedLog::open(&dir.path().join("log"), &streams::log::Config::default()).unwrap();
         let parts = Parts {
             store,
@@ -149,7 +149,7 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
     assert_eq!(code("POST", at, json, large).await, (413, "body_too_large".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limit=0", json, Body::empty()).await, (400, "bad_parameter".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limt=1", json, Body::empty()).await, (400, "unknown_parameter".into()));
-    assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await.0, 400);
+    assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await, (426, "upgrade_required".into()));
     assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await, (400, "bad_path".into()));
 }
 

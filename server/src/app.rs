@@ -48,7 +48,7 @@ impl App {
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let wire = config.gateway();
-        let hub = Hub::new(&wire.limits);
+        let hub = Hub::new(&wire.limits, &wire.history);
         let system = System::start(Parts {
             store,
             log,

@@ -25,6 +25,8 @@ pub struct Config {
     pub store: StoreConfig,
     pub auth: gateway::AuthConfig,
     pub limits: Limits,
+    /// What channels keep for clients that come back, by class.
+    pub history: gateway::History,
     /// Agents answered by an OpenAI-compatible model, by name.
     pub agents: BTreeMap<ItemName, AgentConfig>,
 }
@@ -40,6 +42,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             auth: gateway::AuthConfig::default(),
             limits: Limits::default(),
+            history: gateway::History::default(),
             agents: BTreeMap::new(),
         }
     }
@@ -124,9 +127,12 @@ pub struct Limits {
     pub frame_bytes: usize,
     pub subscriptions: usize,
     pub connections: usize,
-    pub history_events: usize,
-    pub history_bytes: usize,
+    pub connections_per_address: usize,
+    pub connections_per_user: usize,
+    pub connections_per_workspace: usize,
+    pub live_queries: usize,
     pub queue_bytes: usize,
+    pub send_buffer_bytes: usize,
 }
 
 impl Default for Limits {
@@ -147,9 +153,12 @@ impl Default for Limits {
             frame_bytes: wire.frame_bytes,
             subscriptions: wire.subscriptions,
             connections: wire.connections,
-            history_events: wire.history_events,
-            history_bytes: wire.history_bytes,
+            connections_per_address: wire.connections_per_address,
+            connections_per_user: wire.connections_per_user,
+            connections_per_workspace: wire.connections_per_workspace,
+            live_queries: wire.live_queries,
             queue_bytes: wire.queue_bytes,
+            send_buffer_bytes: wire.send_buffer_bytes,
         }
     }
 }
@@ -176,9 +185,12 @@ impl Limits {
             frame_bytes: self.frame_bytes,
             subscriptions: self.subscriptions,
             connections: self.connections,
-            history_events: self.history_events,
-            history_bytes: self.history_bytes,
+            connections_per_address: self.connections_per_address,
+            connections_per_user: self.connections_per_user,
+            connections_per_workspace: self.connections_per_workspace,
+            live_queries: self.live_queries,
             queue_bytes: self.queue_bytes,
+            send_buffer_bytes: self.send_buffer_bytes,
         }
     }
 }
@@ -215,6 +227,7 @@ impl Config {
             listen: self.listen,
             auth: self.auth.clone(),
             limits: self.limits.wire(),
+            history: self.history,
             cors_origins: self.cors_origins.clone(),
             metrics_listen: self.metrics_listen,
         }

@@ -1,19 +1,20 @@
 //! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
 //! keeps what its messages add up to.
 
-use super::name::ChannelName;
-use super::outbox::{Changed, Effect, Frame, Outbox, Touch, WhenSlow};
+use super::name::{ChannelName, Topic};
+use super::outbox::{Cut, Outbox};
+use super::place;
+use super::ring::{Bounds, Chunk, Form, Ring};
 use super::state::{Op, State};
-use crate::config::Limits;
 use crate::problem::Problem;
 use actors::What;
-use axum::extract::ws::Utf8Bytes;
 use axum::http::StatusCode;
+use bytes::Bytes;
 use engine::event::WorkspaceId;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
-use std::collections::VecDeque;
-use std::fmt::Write;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -23,6 +24,10 @@ use tokio::sync::OnceCell;
 const SNAPSHOT_BYTES_MAX: usize = 8 << 20;
 /// Changes of a state beyond this are sent in several messages.
 const DELTA_BYTES: usize = 256 << 10;
+
+/// A client of a state that is further behind gets the newest values instead of every message: enough that one that
+/// keeps up gets the shared messages, little enough that one that does not has no old values in front of the new.
+const FOLD_BYTES: usize = 64 << 10;
 
 /// Bytes of the histories of all channels together; beyond them each keeps its last message only.
 pub(super) const HISTORIES_BYTES_MAX: usize = 256 << 20;
@@ -42,6 +47,15 @@ pub(super) struct Wish<'a> {
     pub(super) rate: Option<Duration>,
     /// Echoed in the answer.
     pub(super) reference: Option<Value>,
+    /// Messages from behind `since` on that are not held any more.
+    pub(super) missed: Option<Missed>,
+}
+
+/// Messages that came from the log: all up to `until`.
+pub(super) struct Missed {
+    pub(super) until: u64,
+    /// Each with its offset.
+    pub(super) messages: Vec<(u64, String)>,
 }
 
 /// What a channel's messages are.
@@ -75,7 +89,8 @@ pub(super) struct Channel {
     epoch: Arc<str>,
     /// All of a message up to its offset.
     head: String,
-    limits: Limits,
+    /// Bytes that a client of events may be behind before it is cut off.
+    queue_bytes: usize,
     /// Bytes of the histories of all channels.
     histories: Arc<AtomicUsize>,
     inner: Mutex<Inner>,
@@ -84,14 +99,53 @@ pub(super) struct Channel {
 pub(super) struct Inner {
     /// Of the last message.
     offset: u64,
-    history: VecDeque<Frame>,
-    history_bytes: usize,
-    subscribers: Vec<(u64, Arc<Outbox>)>,
+    ring: Ring,
+    subscribers: HashMap<u64, Subscriber>,
+    /// Subscribers that have everything: who is told when there is more.
+    waiting: Vec<(u64, Arc<Outbox>)>,
+    /// Subscribers of a state that do not get its changes before their time: who is told of an event only.
+    delayed: Vec<(u64, Arc<Outbox>)>,
     pub(super) body: Body,
+    /// Of the last message that counts by itself.
+    last_event: u64,
+    /// The state as one message, at its offset.
+    snapshot: Option<Arc<Chunk>>,
     /// Since when nobody listens.
     idle_since: Option<Instant>,
     /// Taken out of the hub: a new one takes its place.
     is_closed: bool,
+}
+
+struct Subscriber {
+    outbox: Arc<Outbox>,
+    at: At,
+    /// Frames that come before all others.
+    missed: VecDeque<Bytes>,
+    /// Least time between two messages of a state.
+    rate: Option<Duration>,
+    due: Option<Instant>,
+    /// Events of a state channel up to this offset were given before their turn; then only the whole state is behind
+    /// them.
+    ahead: Option<u64>,
+}
+
+/// What a subscriber has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum At {
+    /// Nothing: it gets the state as it is.
+    Start,
+    /// Every message up to this offset, or what they add up to.
+    After(u64),
+}
+
+/// What comes next for a subscriber that was given something.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Turn {
+    /// It has everything, and is told when there is more.
+    Done,
+    More,
+    /// There is more, not to be sent before this instant.
+    Due(Instant),
 }
 
 impl Channel {
@@ -101,7 +155,7 @@ impl Channel {
         (epoch, offset): (Arc<str>, u64),
         json_columns: Vec<String>,
         body: Body,
-        (limits, histories): (Limits, Arc<AtomicUsize>),
+        (bounds, queue_bytes, histories): (Bounds, usize, Arc<AtomicUsize>),
         now: Instant,
     ) -> Channel {
         let head = format!(
@@ -112,15 +166,18 @@ impl Channel {
         );
         let inner = Inner {
             offset,
-            history: VecDeque::new(),
-            history_bytes: 0,
-            subscribers: Vec::new(),
+            ring: Ring::new(bounds, offset, now),
+            subscribers: HashMap::new(),
+            waiting: Vec::new(),
+            delayed: Vec::new(),
             body,
+            last_event: 0,
+            snapshot: None,
             idle_since: Some(now),
             is_closed: false,
         };
-        let loaded = OnceCell::new();
-        Channel { workspace, name, json_columns, loaded, epoch, head, limits, histories, inner: Mutex::new(inner) }
+        let (loaded, inner) = (OnceCell::new(), Mutex::new(inner));
+        Channel { workspace, name, json_columns, loaded, epoch, head, queue_bytes, histories, inner }
     }
 
     /// The channel's name in a few bytes, for the reason of a close.
@@ -129,22 +186,24 @@ impl Channel {
         &text[..text.floor_char_boundary(40)]
     }
 
-    fn text(&self, offset: u64, merged: u64, event: &str) -> Utf8Bytes {
-        let mut text = String::with_capacity(self.head.len() + event.len() + 48);
-        text.push_str(&self.head);
-        _ = write!(text, "{offset}"); // writing to a String cannot fail
-        if merged > 1 {
-            _ = write!(text, ",\"merged\":{merged}");
-        }
-        text.push_str(",\"event\":");
-        text.push_str(event);
-        text.push('}');
-        Utf8Bytes::from(text)
-    }
-
     /// Sends an event, of whatever kind, to all subscribers.
     pub(super) fn event(&self, event: &str) {
-        self.send(&mut self.inner.lock(), event, Effect::Event);
+        let mut inner = self.inner.lock();
+        self.push(&mut inner, event, true);
+        self.tell(inner);
+    }
+
+    /// Sends the messages of one record of the log, unless the channel is behind it already.
+    pub(super) fn events_at(&self, record: u64, messages: &[String]) {
+        let mut inner = self.inner.lock();
+        for (at, message) in messages.iter().enumerate() {
+            let offset = place::of(record, at);
+            if offset > inner.offset {
+                inner.offset = offset - 1;
+                self.push(&mut inner, message, true);
+            }
+        }
+        self.tell(inner);
     }
 
     /// As [`Channel::event`], for one of a sequence: a subscriber that comes within it gets it from its start.
@@ -161,74 +220,108 @@ impl Channel {
         if inner.subscribers.is_empty() {
             inner.idle_since = Some(now); // a conversation that goes on is not idle
         }
-        self.send(&mut inner, event, Effect::Event);
+        self.push(&mut inner, event, true);
+        self.tell(inner);
     }
 
     /// Runs `change` on the state and tells all subscribers the changes it finds, in their order.
     pub(super) fn update(&self, change: impl FnOnce(&State) -> Vec<Op>) {
-        let inner = &mut *self.inner.lock();
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
         let Body::State(state) = &mut inner.body else { return };
         let mut deltas = Vec::new();
-        let mut touches: Vec<Touch> = Vec::new();
         let mut delta = String::new();
         for op in change(state) {
             state.write(&op, &mut delta);
-            let last_final = op.member.as_ref().filter(|member| member.is_final()).map(|member| member.json.clone());
-            touches.push(Touch { name: op.name.clone(), last_final });
-            state.apply(op);
+            state.apply(op, inner.offset + deltas.len() as u64 + 1);
             if delta.len() >= DELTA_BYTES {
-                deltas.push((std::mem::take(&mut delta), std::mem::take(&mut touches)));
+                deltas.push(std::mem::take(&mut delta));
             }
         }
-        if !touches.is_empty() {
-            deltas.push((delta, touches));
+        if !delta.is_empty() {
+            deltas.push(delta);
         }
-        for (delta, touches) in deltas {
-            self.send(inner, &delta_event(&delta), Effect::Delta(touches.into()));
+        for delta in deltas {
+            self.push(inner, &delta_event(&delta), false);
         }
+        self.tell(guard);
     }
 
     /// Empties the state: what it said is void.
     pub(super) fn reset(&self) {
-        let inner = &mut *self.inner.lock();
+        let mut inner = self.inner.lock();
+        let offset = inner.offset + 1;
         let Body::State(state) = &mut inner.body else { return };
-        state.clear();
+        state.clear(offset);
         let event = snapshot_event(state);
-        self.send(inner, &event, Effect::Snapshot);
+        self.push(&mut inner, &event, false);
+        self.tell(inner);
     }
 
-    fn send(&self, inner: &mut Inner, event: &str, effect: Effect) {
+    /// Appends a message, and lets go of what is over the bounds, together with clients that still needed it.
+    fn push(&self, inner: &mut Inner, event: &str, is_event: bool) {
+        let now = Instant::now();
+        let scarce = self.histories.load(Ordering::Relaxed) > HISTORIES_BYTES_MAX;
+        if scarce {
+            inner.ring.seal();
+        }
         inner.offset += 1;
-        let frame = Frame { offset: inner.offset, text: self.text(inner.offset, 1, event), effect };
-        let when_slow = match inner.body {
-            Body::Events { .. } => WhenSlow::Close,
-            Body::State(_) | Body::Loading(_) => WhenSlow::Fold,
-        };
-        let before = inner.subscribers.len();
-        inner.subscribers.retain(|(id, outbox)| outbox.push(*id, &frame, when_slow));
-        if before > 0 && inner.subscribers.is_empty() {
-            inner.idle_since = Some(Instant::now());
+        inner.snapshot = None;
+        if is_event {
+            inner.last_event = inner.offset;
+            inner.waiting.append(&mut inner.delayed);
         }
-        let size = frame.text.len();
-        inner.history_bytes += size;
-        inner.history.push_back(frame);
-        let mut of_all = self.histories.fetch_add(size, Ordering::Relaxed) + size;
-        while inner.history.len() > self.limits.history_events
-            || inner.history_bytes > self.limits.history_bytes
-            || (of_all > HISTORIES_BYTES_MAX && inner.history.len() > 1)
-        {
-            let Some(oldest) = inner.history.pop_front() else { break };
-            let size = oldest.text.len();
-            inner.history_bytes -= size;
-            of_all = self.histories.fetch_sub(size, Ordering::Relaxed) - size;
+        let bytes = inner.ring.push(&self.head, inner.offset, event, is_event, now);
+        self.histories.fetch_add(bytes, Ordering::Relaxed);
+        if inner.ring.is_untrimmed() {
+            self.trim(inner, scarce, now);
         }
     }
 
-    /// The messages behind `offset`, if all of them are still here.
-    fn since(inner: &Inner, offset: u64) -> Option<Vec<Frame>> {
-        let first = inner.history.front().map_or(inner.offset + 1, |frame| frame.offset);
-        let held = offset <= inner.offset && offset + 1 >= first;
-        held.then(|| inner.history.iter().filter(|frame| frame.offset > offset).cloned().collect())
+    fn trim(&self, inner: &mut Inner, scarce: bool, now: Instant) {
+        let keeps_all = matches!(inner.body, Body::Events { .. });
+        let positions = inner.subscribers.values().filter_map(|subscriber| match subscriber.at {
+            At::After(offset) => Some(offset),
+            At::Start => None,
+        });
+        let slowest = if keeps_all { positions.min() } else { None };
+        let slack = if scarce { 0 } else { self.queue_bytes };
+        let dropped = inner.ring.trim(slowest, slack, scarce, now);
+        if dropped == 0 {
+            return;
+        }
+        self.histories.fetch_sub(dropped, Ordering::Relaxed);
+        if slowest.is_some_and(|at| !inner.ring.holds(at)) {
+            let Inner { subscribers, ring, offset, idle_since, .. } = inner;
+            subscribers.retain(|_, subscriber| {
+                let At::After(at) = subscriber.at else { return true };
+                let holds = ring.holds(at);
+                if !holds {
+                    metrics::counter!("tidewatch_ws_slow_closed_total").increment(1);
+                    let why = format!("too slow for {}, now at {offset}: resume with `since`", self.short_name());
+                    subscriber.outbox.cut(Cut::TooSlow(why));
+                }
+                holds
+            });
+            if subscribers.is_empty() && idle_since.is_none() {
+                *idle_since = Some(now);
+            }
+        }
+    }
+
+    /// Drops what is too old, and tells the histories' bytes. For the hub's sweep.
+    pub(super) fn sweep(&self, now: Instant) {
+        let mut inner = self.inner.lock();
+        self.trim(&mut inner, false, now);
+    }
+
+    /// Wakes the subscribers that had everything so far.
+    fn tell(&self, mut inner: MutexGuard<'_, Inner>) {
+        let waiting = std::mem::take(&mut inner.waiting);
+        drop(inner);
+        for (id, outbox) in waiting {
+            outbox.has_something(id);
+        }
     }
 
     /// Adds a subscriber and queues what it gets first: the answer, then what it missed or a snapshot. `None` when the
@@ -238,82 +331,170 @@ impl Channel {
         if inner.is_closed {
             return None;
         }
-        let missed = match &wish.since {
-            Some(since) if *since.epoch == *self.epoch => {
-                Self::since(inner, since.offset).map(|all| (since.offset, all))
+        let since = wish.since.as_ref().filter(|since| *since.epoch == *self.epoch).map(|since| since.offset);
+        let since = since.filter(|since| *since <= inner.offset);
+        let missed = wish.missed.as_ref().filter(|missed| inner.ring.holds(missed.until));
+        let since = since.filter(|since| missed.is_some() || inner.ring.holds(*since));
+        let (at, offset) = match (since, &inner.body) {
+            (Some(since), _) => (At::After(missed.map_or(since, |missed| missed.until)), since),
+            (None, Body::State(state)) => {
+                if let Err(problem) = self.check_size(state) {
+                    return Some(Err(problem));
+                }
+                (At::Start, inner.offset)
             }
-            _ => None,
-        };
-        let recovered = missed.is_some();
-        // where the subscriber is before it gets the first of these
-        let (offset, first) = match (missed, &inner.body) {
-            (Some(missed), _) => missed,
-            (None, Body::State(state)) => match self.snapshot(inner.offset, state) {
-                Ok(snapshot) => (inner.offset, vec![snapshot]),
-                Err(problem) => return Some(Err(problem)),
-            },
-            (None, Body::Events { start: Some(start) }) => match Self::since(inner, start - 1) {
-                Some(sequence) => (start - 1, sequence),
-                None => (inner.offset, Vec::new()),
-            },
-            (None, Body::Events { start: None } | Body::Loading(_)) => (inner.offset, Vec::new()),
+            (None, Body::Events { start: Some(start) }) if inner.ring.holds(start - 1) => {
+                (At::After(start - 1), start - 1)
+            }
+            (None, Body::Events { .. } | Body::Loading(_)) => (At::After(inner.offset), inner.offset),
         };
         let mut answer = json!({
-            "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset, "recovered": recovered,
+            "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset,
+            "recovered": since.is_some(),
         });
         if let Some(reference) = &wish.reference {
             answer["ref"] = reference.clone();
         }
-        wish.outbox.reply(answer.to_string());
-        wish.outbox.add(wish.id, self.clone(), wish.rate, first);
-        inner.subscribers.push((wish.id, wish.outbox.clone()));
+        wish.outbox.reply(&answer.to_string());
+        wish.outbox.add(wish.id, self.clone());
+        let missed = since.and(missed).map_or_else(VecDeque::new, |missed| self.frames(missed, wish.outbox.form()));
+        let subscriber =
+            Subscriber { outbox: wish.outbox.clone(), at, missed, rate: wish.rate, due: None, ahead: None };
+        inner.subscribers.insert(wish.id, subscriber);
         inner.idle_since = None;
         Some(Ok(()))
     }
 
+    fn frames(&self, missed: &Missed, form: Form) -> VecDeque<Bytes> {
+        let now = Instant::now();
+        let one = |(offset, event): &(u64, String)| Chunk::single(&self.head, *offset, 1, event, now).whole(form);
+        missed.messages.iter().map(one).collect()
+    }
+
+    /// Where the position of a client of a stream is in the log and not held here any more: the messages behind it, up
+    /// to and with the second offset, are missing.
+    pub(super) fn not_held(&self, since: Option<&Since>) -> Option<(u64, u64)> {
+        let is_stream = matches!(self.name.topic, Topic::Stream(_));
+        let since = since.filter(|since| is_stream && *since.epoch == *self.epoch)?.offset;
+        let from = self.inner.lock().ring.from();
+        (since < from).then_some((since, from))
+    }
+
+    /// Counts connections by the name of their user.
+    pub(super) fn count_users(&self, users: &mut BTreeMap<String, usize>) {
+        for subscriber in self.inner.lock().subscribers.values() {
+            *users.entry(subscriber.outbox.who().to_owned()).or_default() += 1;
+        }
+    }
+
     pub(super) fn unsubscribe(&self, id: u64, now: Instant) {
         let mut inner = self.inner.lock();
-        inner.subscribers.retain(|(other, _)| *other != id);
+        inner.subscribers.remove(&id);
+        inner.waiting.retain(|(other, _)| *other != id);
+        inner.delayed.retain(|(other, _)| *other != id);
         if inner.subscribers.is_empty() && inner.idle_since.is_none() {
             inner.idle_since = Some(now);
         }
     }
 
-    fn snapshot(&self, offset: u64, state: &State) -> Result<Frame, Problem> {
-        if state.bytes() > SNAPSHOT_BYTES_MAX {
-            let detail = format!(
-                "the state of `{}` is {} bytes, more than the {SNAPSHOT_BYTES_MAX} that are sent; subscribe with a filter",
-                self.name.text,
-                state.bytes()
-            );
-            return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "state_too_large", detail));
+    fn check_size(&self, state: &State) -> Result<(), Problem> {
+        if state.bytes() <= SNAPSHOT_BYTES_MAX {
+            return Ok(());
         }
-        Ok(Frame { offset, text: self.text(offset, 1, &snapshot_event(state)), effect: Effect::Snapshot })
+        let detail = format!(
+            "the state of `{}` is {} bytes, more than the {SNAPSHOT_BYTES_MAX} that are sent; subscribe with a filter",
+            self.name.text,
+            state.bytes()
+        );
+        Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "state_too_large", detail))
     }
 
-    /// Writes what changed for a subscription that was folded, up to now.
-    pub(super) fn unfold(&self, id: u64, outbox: &Outbox, now: Instant, out: &mut Vec<Utf8Bytes>) {
-        let inner = &mut *self.inner.lock();
-        let Body::State(state) = &inner.body else { return };
-        let Some(folded) = outbox.take_folded(id, now) else { return };
-        let delta = match folded.changed {
-            Changed::Some(members) => state.delta(&members),
-            Changed::All => None,
-        };
-        match delta {
-            Some(delta) => out.push(self.text(inner.offset, folded.messages, &delta_event(&delta))),
-            None => match self.snapshot(inner.offset, state) {
-                Ok(snapshot) => out.push(snapshot.text),
-                Err(problem) => {
+    /// Gives a subscriber what it does not have yet, until `room` bytes are full.
+    pub(super) fn take(&self, id: u64, form: Form, now: Instant, room: &mut usize, out: &mut Vec<Bytes>) -> Turn {
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        let Some(subscriber) = inner.subscribers.get_mut(&id) else { return Turn::Done };
+        if subscriber.due.is_some() {
+            inner.delayed.retain(|(other, _)| *other != id);
+        }
+        while let Some(missed) = subscriber.missed.pop_front() {
+            *room = room.saturating_sub(missed.len());
+            out.push(missed);
+            if *room == 0 {
+                return Turn::More;
+            }
+        }
+        let at = match (subscriber.at, &inner.body) {
+            (At::After(at), Body::Events { .. } | Body::Loading(_)) => inner.ring.take(at, form, room, out),
+            (At::Start, Body::Events { .. } | Body::Loading(_)) => inner.offset,
+            (At::After(at), Body::State(_)) if at == inner.offset => at,
+            (at, Body::State(state)) => {
+                let before = out.len();
+                let ahead = subscriber.ahead;
+                if let (At::After(at), Some(due)) = (at, subscriber.due.filter(|due| *due > now)) {
+                    let from = ahead.unwrap_or(at);
+                    if inner.last_event > from && inner.ring.take_events(from, form, out) > 0 {
+                        subscriber.ahead = Some(inner.offset);
+                        *room = room.saturating_sub(out[before..].iter().map(Bytes::len).sum());
+                    }
+                    inner.delayed.push((id, subscriber.outbox.clone()));
+                    return Turn::Due(due);
+                }
+                let missed = match at {
+                    At::Start => Changes::Unknown,
+                    At::After(at) => {
+                        subscriber.due = subscriber.rate.map(|rate| now + rate);
+                        let to = inner.offset;
+                        changes(&mut inner.ring, state, at..to, ahead, subscriber.rate.is_some(), form, out)
+                    }
+                };
+                subscriber.ahead = None;
+                let given = match missed {
+                    Changes::All => Ok(()),
+                    Changes::Folded { delta, messages } => {
+                        let event = delta_event(&delta);
+                        out.push(Chunk::single(&self.head, inner.offset, messages, &event, now).whole(form));
+                        Ok(())
+                    }
+                    Changes::Unknown => self.snapshot(state, &mut inner.snapshot, inner.offset, form, out),
+                };
+                if let Err(problem) = given {
                     let (code, detail) = (problem.code, &problem.detail);
                     let channel = &*self.name.text;
                     let error = json!({"type": "error", "channel": channel, "code": code, "detail": detail});
-                    out.push(error.to_string().into());
-                    outbox.remove(id);
-                    inner.subscribers.retain(|(other, _)| *other != id);
+                    subscriber.outbox.reply(&error.to_string());
+                    inner.subscribers.remove(&id);
+                    return Turn::Done;
                 }
-            },
+                *room = room.saturating_sub(out[before..].iter().map(Bytes::len).sum());
+                inner.offset
+            }
+        };
+        subscriber.at = At::After(at);
+        if at < inner.offset {
+            return Turn::More;
         }
+        let outbox = subscriber.outbox.clone();
+        inner.waiting.push((id, outbox));
+        Turn::Done
+    }
+
+    /// The state as it is, encoded once for all that get it at this offset.
+    fn snapshot(
+        &self,
+        state: &State,
+        known: &mut Option<Arc<Chunk>>,
+        offset: u64,
+        form: Form,
+        out: &mut Vec<Bytes>,
+    ) -> Result<(), Problem> {
+        self.check_size(state)?;
+        if known.is_none() {
+            let event = snapshot_event(state);
+            *known = Some(Arc::new(Chunk::single(&self.head, offset, 1, &event, Instant::now())));
+        }
+        out.extend(known.as_ref().map(|known| known.whole(form)));
+        Ok(())
     }
 
     /// Looks at the channel's state under its lock.
@@ -322,7 +503,7 @@ impl Channel {
     }
 
     pub(super) fn has_history(&self) -> bool {
-        !self.inner.lock().history.is_empty()
+        !self.inner.lock().ring.is_empty()
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -340,7 +521,45 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        self.histories.fetch_sub(self.inner.get_mut().history_bytes, Ordering::Relaxed);
+        self.histories.fetch_sub(self.inner.get_mut().ring.bytes(), Ordering::Relaxed);
+    }
+}
+
+/// What a subscriber of a state has missed.
+enum Changes {
+    /// Every message of it was given.
+    All,
+    /// Its sum, which stands for so many messages.
+    Folded { delta: String, messages: u64 },
+    /// Nobody knows: only the whole state mends that.
+    Unknown,
+}
+
+/// Gives a subscriber of a state every message in these offsets, if it keeps up; else their sum. Events up to `ahead` it
+/// has already.
+fn changes(
+    ring: &mut Ring,
+    state: &State,
+    Range { start, end }: Range<u64>,
+    ahead: Option<u64>,
+    has_rate: bool,
+    form: Form,
+    out: &mut Vec<Bytes>,
+) -> Changes {
+    let messages = end - start;
+    let keeps_up = messages == 1 || (!has_rate && ring.bytes_behind(start) <= FOLD_BYTES);
+    if keeps_up && ahead.is_none() && ring.holds(start) {
+        let mut room = usize::MAX; // all of it: it is bounded already
+        ring.take(start, form, &mut room, out);
+        return Changes::All;
+    }
+    metrics::counter!("tidewatch_ws_folded_total").increment(messages);
+    if ring.take_events(ahead.unwrap_or(start), form, out) > 0 || ahead.is_some() {
+        return Changes::Unknown; // a delta of the offset of what was just given would be taken for a repeat
+    }
+    match state.delta_since(start) {
+        Some(delta) => Changes::Folded { delta, messages },
+        None => Changes::Unknown,
     }
 }
 

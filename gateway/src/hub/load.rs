@@ -1,10 +1,10 @@
 //! The state a channel starts from. What happens while it is read is kept and applied behind it, so that nothing is
 //! lost in between.
 
-use super::channel::{Body, Channel, Meanwhile};
+use super::channel::{Body, Channel, Meanwhile, Missed};
 use super::name::{ChannelName, Topic};
 use super::state::{Place, State};
-use super::{RowChange, members};
+use super::{Hub, Live, RowChange, members, place, stream_events};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
 use actors::{QueryRequest, RowsQuery, System, What};
@@ -13,7 +13,8 @@ use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use streams::log::{self, Body as Logged, Offset, ReadError};
 use streams::schema::ColumnType;
 
 /// Times a state is read before the channel gives up because too much happens meanwhile.
@@ -29,24 +30,42 @@ const SYSTEM_EVERY: Duration = Duration::from_secs(1);
 /// How often a live query is asked, unless and at most.
 const QUERY_EVERY: Duration = Duration::from_secs(1);
 const QUERY_EVERY_MIN: Duration = Duration::from_millis(250);
+/// A live query rests for so many times as long as it took.
+const QUERY_REST: u32 = 4;
+
+/// Records of a stream that are looked at, at most, for a client that comes back.
+const MISSED_RECORDS_MAX: usize = 100_000;
+/// Where the store keeps the epoch of the log.
+const LOG_EPOCH: &str = "log_epoch";
 
 /// Makes the channel ready for its first subscriber.
 pub(super) async fn load(
+    hub: &Arc<Hub>,
     system: &System,
     channel: &Arc<Channel>,
     sql: Option<&str>,
     rate: Option<Duration>,
+    live: Option<Arc<Live>>,
 ) -> Result<(), Problem> {
     let (name, workspace) = (&channel.name, channel.workspace.as_ref());
     match (&name.topic, workspace) {
         (Topic::Metric(_) | Topic::Portfolio(_), Some(workspace)) => read_state(system, workspace, channel).await,
+        (Topic::Presence(watched), Some(workspace)) => {
+            take_presence(hub, workspace, watched, channel);
+            tokio::spawn(poll_presence(Arc::downgrade(channel), Arc::downgrade(hub)));
+            Ok(())
+        }
         (Topic::Query { .. }, Some(workspace)) => {
+            let live = live.unwrap_or_default();
             let missing = || Problem::invalid("bad_request", "a `query/…` channel needs the query in `sql`");
             let sql = sql.ok_or_else(missing)?.to_owned();
-            let found = ask(system, workspace, &sql).await?;
+            let found = {
+                let _turn = live.turn.lock().await;
+                ask(system, workspace, &sql).await?
+            };
             channel.update(|state| state.replace(found));
             let every = rate.unwrap_or(QUERY_EVERY).max(QUERY_EVERY_MIN);
-            tokio::spawn(poll_query(Arc::downgrade(channel), system.clone(), workspace.clone(), sql, every));
+            tokio::spawn(poll_query(Arc::downgrade(channel), system.clone(), workspace.clone(), sql, every, live));
             Ok(())
         }
         (Topic::Throughput | Topic::Actors, _) => {
@@ -67,7 +86,7 @@ async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel)
                 // row by row: of several rows of a key the newest stays, whatever their order
                 let mut state = State::new(Place::Rows);
                 for row in metric_rows(system, workspace, metric, &channel.name).await? {
-                    state.rows(&[row], &[], false, false).into_iter().for_each(|op| state.apply(op));
+                    state.rows(&[row], &[], false, false).into_iter().for_each(|op| state.apply(op, 0));
                 }
                 state
             }
@@ -75,7 +94,7 @@ async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel)
                 let mut state = State::new(Place::Root);
                 let summary = system.portfolio_summary(workspace, id).await?;
                 let members = members(encode::portfolio(&summary));
-                state.replace(members).into_iter().for_each(|op| state.apply(op));
+                state.replace(members).into_iter().for_each(|op| state.apply(op, 0));
                 state
             }
             _ => return Ok(()),
@@ -116,12 +135,12 @@ fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
         },
         What::Portfolio { summary, .. } => state.replace(members(encode::portfolio(summary))),
         What::MetricRemoved { .. } => {
-            state.clear();
+            state.clear(0);
             Vec::new()
         }
         What::MetricFailed { .. } | What::Alert { .. } | What::Events { .. } | What::Run { .. } => Vec::new(),
     };
-    ops.into_iter().for_each(|op| state.apply(op));
+    ops.into_iter().for_each(|op| state.apply(op, 0));
 }
 
 /// The newest row of each key: of an open window where there is one, else the last final one of late.
@@ -194,15 +213,27 @@ async fn ask(system: &System, workspace: &WorkspaceId, sql: &str) -> Result<Vec<
     Ok(rows)
 }
 
-/// Asks a live query again and again, while somebody listens.
-async fn poll_query(channel: Weak<Channel>, system: System, workspace: WorkspaceId, sql: String, every: Duration) {
+/// Asks a live query again and again, while somebody listens; one that takes long is asked less often.
+async fn poll_query(
+    channel: Weak<Channel>,
+    system: System,
+    workspace: WorkspaceId,
+    sql: String,
+    every: Duration,
+    live: Arc<Live>,
+) {
     let mut failed = false;
+    let mut took = Duration::ZERO;
     loop {
-        tokio::time::sleep(every).await;
+        tokio::time::sleep(every.max(took * QUERY_REST)).await;
         if channel.upgrade().is_none_or(|channel| channel.is_idle()) {
             return; // it is closed as soon as its one subscriber is gone
         }
+        let turn = live.turn.lock().await;
+        let started = Instant::now();
         let found = ask(&system, &workspace, &sql).await;
+        took = started.elapsed();
+        drop(turn);
         let Some(channel) = channel.upgrade() else { return };
         match found {
             Ok(rows) => {
@@ -216,6 +247,83 @@ async fn poll_query(channel: Weak<Channel>, system: System, workspace: Workspace
             }
             Err(_) => {}
         }
+    }
+}
+
+fn take_presence(hub: &Hub, workspace: &WorkspaceId, watched: &Topic, channel: &Channel) {
+    let users = hub.presence(workspace, watched);
+    let count: usize = users.values().sum();
+    channel.update(|state| state.replace(members(json!({"count": count, "users": users}))));
+}
+
+/// Looks again and again who follows a channel, until nobody wants to know any more.
+async fn poll_presence(channel: Weak<Channel>, hub: Weak<Hub>) {
+    loop {
+        tokio::time::sleep(SYSTEM_EVERY).await;
+        let (Some(channel), Some(hub)) = (channel.upgrade(), hub.upgrade()) else { return };
+        if let (Topic::Presence(watched), Some(workspace)) = (&channel.name.topic, &channel.workspace)
+            && !channel.is_idle()
+        {
+            take_presence(&hub, workspace, watched, &channel);
+        }
+    }
+}
+
+/// The name that offsets of this log go by, now and after every restart.
+pub(super) async fn log_epoch(system: &System) -> Result<Arc<str>, Problem> {
+    if let Some(known) = system.store().meta(LOG_EPOCH).await? {
+        return Ok(known.into());
+    }
+    let new = uuid::Uuid::new_v4().simple().to_string();
+    system.store().put_meta(LOG_EPOCH, &new).await?;
+    Ok(new.into())
+}
+
+/// The messages of a stream's channel behind `since` up to `until`, from the log; nothing where they are not there any
+/// more, or are more than a client may be behind.
+pub(super) async fn missed(
+    system: &System,
+    channel: &Arc<Channel>,
+    since: u64,
+    until: u64,
+    bytes_max: usize,
+) -> Option<Missed> {
+    let (workspace, Topic::Stream(stream)) = (channel.workspace.as_ref()?, &channel.name.topic) else { return None };
+    let (log, first) = system.log_of(workspace).ok()?;
+    let filter = log::Filter { workspace: Some(workspace.clone()), stream: Some(stream.clone()), ..Default::default() };
+    let channel = channel.clone();
+    let read = move || -> Result<Option<Missed>, ReadError> {
+        let (from, mut messages, mut bytes) = (Offset(place::record(since)), Vec::new(), 0);
+        if from < first || from < log.head() {
+            return Ok(None);
+        }
+        for (looked_at, record) in log.scan(from, filter)?.enumerate() {
+            let (offset, record) = record?;
+            if place::before(offset.0) >= until {
+                break;
+            }
+            let Logged::Events { batch, .. } = record.body else { continue };
+            let Ok(events) = stream_events(&channel.name, &channel.json_columns, &batch) else { return Ok(None) };
+            for (at, event) in events.into_iter().enumerate() {
+                let offset = place::of(offset.0, at);
+                if offset > since && offset <= until {
+                    bytes += event.len();
+                    messages.push((offset, event));
+                }
+            }
+            if bytes > bytes_max || looked_at > MISSED_RECORDS_MAX {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Missed { until, messages }))
+    };
+    match tokio::task::spawn_blocking(read).await {
+        Ok(Ok(missed)) => missed,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "a client's position is not in the log any more");
+            None
+        }
+        Err(_) => None,
     }
 }
 

@@ -18,6 +18,8 @@ pub(crate) enum Topic {
         connection: u64,
         name: String,
     },
+    /// Who follows another channel of the workspace.
+    Presence(Box<Topic>),
     Throughput,
     Actors,
 }
@@ -39,8 +41,8 @@ impl ChannelName {
     pub(crate) fn parse(text: &str, connection: u64) -> Result<ChannelName, Problem> {
         let shown: String = text.chars().take(80).collect();
         let unknown = || {
-            let known = "metrics/NAME, portfolio/ID, streams/NAME, alerts, thread/ID, query/NAME, system/throughput, \
-                system/actors";
+            let known = "metrics/NAME, portfolio/ID, streams/NAME, alerts, thread/ID, query/NAME, presence/CHANNEL, \
+                system/throughput, system/actors";
             Problem::not_found("unknown_channel", format!("there is no channel `{shown}`; there are {known}"))
         };
         if text.len() > NAME_BYTES_MAX {
@@ -54,6 +56,9 @@ impl ChannelName {
             Some(("streams", name)) => Topic::Stream(name.parse()?),
             Some(("thread", id)) if !id.is_empty() => Topic::Thread(id.to_owned()),
             Some(("query", name)) if !name.is_empty() => Topic::Query { connection, name: name.to_owned() },
+            Some(("presence", watched)) if is_watchable(watched) => {
+                Topic::Presence(Box::new(ChannelName::parse(watched, connection)?.topic))
+            }
             Some(("system", "throughput")) => Topic::Throughput,
             Some(("system", "actors")) => Topic::Actors,
             _ => return Err(unknown()),
@@ -71,6 +76,11 @@ impl ChannelName {
     pub(crate) fn keeps(&self, pairs: &[(String, String)]) -> bool {
         self.filter.iter().all(|wanted| pairs.contains(wanted))
     }
+}
+
+/// Whether one may ask who follows this channel: those of one connection or of the installation are nobody's business.
+fn is_watchable(path: &str) -> bool {
+    !["query/", "presence/", "system/"].iter().any(|prefix| path.starts_with(prefix))
 }
 
 fn filter(query: &str) -> Option<Vec<(String, String)>> {
@@ -120,7 +130,8 @@ mod tests {
     #[test]
     fn what_is_no_channel_is_refused() {
         let long = format!("thread/{}", "x".repeat(600));
-        for bad in ["", "metrics", "metric/x", "thread/", "system/all", "alerts/x", &long] {
+        let presence = ["presence/", "presence/query/q", "presence/presence/alerts", "presence/system/actors"];
+        for bad in ["", "metrics", "metric/x", "thread/", "system/all", "alerts/x", &long].into_iter().chain(presence) {
             assert_eq!(ChannelName::parse(bad, 1).unwrap_err().code, "unknown_channel", "{bad}");
         }
         for bad in ["metrics/", "metrics/A b", "streams/trades", "portfolio/../x"] {

@@ -1,297 +1,222 @@
-//! What waits for one client: every event up to a bound, and of states the newest value of each key.
+//! What waits for one client: its answers, and which of its channels have something for it. The messages themselves
+//! stay in their channels, shared by all clients, so that a client that reads slowly takes no room.
 
-use super::channel::Channel;
-use axum::extract::ws::Utf8Bytes;
+use super::channel::{Channel, Turn};
+use super::ring::Form;
+use bytes::Bytes;
+use futures::task::AtomicWaker;
 use parking_lot::Mutex;
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use std::collections::VecDeque;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Instant;
 
-/// A message of a channel, encoded once for all its subscribers.
-#[derive(Clone, Debug)]
-pub(super) struct Frame {
-    pub(super) offset: u64,
-    pub(super) text: Utf8Bytes,
-    pub(super) effect: Effect,
-}
-
-/// What a message does to a state.
-#[derive(Clone, Debug)]
-pub(super) enum Effect {
-    /// Nothing: it counts by itself.
-    Event,
-    /// It changes these members.
-    Delta(Arc<[Touch]>),
-    /// It takes the place of all there was.
-    Snapshot,
-}
-
-/// A member of a state that changed.
-#[derive(Clone, Debug)]
-pub(super) struct Touch {
-    pub(super) name: Arc<str>,
-    /// Its new value, if that is a final row.
-    pub(super) last_final: Option<Arc<str>>,
-}
-
-/// What a subscription does when its client reads more slowly than updates come.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum WhenSlow {
-    /// Keep the newest value of each member.
-    Fold,
-    /// Keep every message up to the client's bound, then close.
-    Close,
-}
-
-/// Bytes of a state's messages that wait for one subscription before they are folded: enough that a client that
-/// keeps up gets the shared messages, little enough that one that does not has no old values in front of the new.
-const FOLD_BYTES: usize = 64 << 10;
-
-/// Messages of a state that the client gets as one.
-#[derive(Debug)]
-pub(super) struct Folded {
-    pub(super) changed: Changed,
-    /// How many they are.
-    pub(super) messages: u64,
-}
-
-/// Members of a state that changed since the client last heard of them.
-#[derive(Debug)]
-pub(super) enum Changed {
-    /// Each with the last final row it had meanwhile.
-    Some(HashMap<Arc<str>, Option<Arc<str>>>),
-    All,
-}
-
-impl Folded {
-    fn new() -> Folded {
-        Folded { changed: Changed::Some(HashMap::new()), messages: 0 }
-    }
-
-    fn add(&mut self, frame: &Frame) {
-        self.messages += 1;
-        match (&mut self.changed, &frame.effect) {
-            (Changed::Some(members), Effect::Delta(touches)) => {
-                for Touch { name, last_final } in touches.iter() {
-                    let last = members.entry(name.clone()).or_default();
-                    if last_final.is_some() {
-                        last.clone_from(last_final);
-                    }
-                }
-            }
-            _ => self.changed = Changed::All,
-        }
-    }
-}
-
-/// What waits for one subscription.
-struct Slot {
-    channel: Arc<Channel>,
-    frames: VecDeque<Frame>,
-    bytes: usize,
-    folded: Option<Folded>,
-    /// Least time between two messages of a state.
-    rate: Option<Duration>,
-    due: Option<Instant>,
-    /// In [`Waiting::order`].
-    listed: bool,
-}
+/// A client takes so many bytes at a time, so that what it gets next is as new as can be.
+const WRITE_BYTES: usize = 64 << 10;
 
 #[derive(Default)]
 struct Waiting {
-    replies: VecDeque<Utf8Bytes>,
-    slots: HashMap<u64, Slot>,
-    /// Subscriptions that have something, in the order in which they got it.
-    order: VecDeque<u64>,
-    /// Of the messages that must not be folded.
-    bytes: usize,
+    replies: VecDeque<Bytes>,
     /// Bytes of `replies`.
     reply_bytes: usize,
+    /// Subscriptions in the order of their ids.
+    channels: Vec<(u64, Arc<Channel>)>,
+    /// Subscriptions that have something, in the order in which they got it.
+    ready: VecDeque<u64>,
+    /// Subscriptions that have something which is not to be sent before this instant.
+    due: Vec<(Instant, u64)>,
     /// Why the client is cut off.
-    over: Option<String>,
+    over: Option<Cut>,
+}
+
+/// Why a client is sent away without having asked for it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Cut {
+    /// Too far behind in a channel, which is named, whose messages must not be folded.
+    TooSlow(String),
 }
 
 /// What waits for one client.
 pub(crate) struct Outbox {
     waiting: Mutex<Waiting>,
-    wake: Notify,
-    room: Notify,
+    waker: AtomicWaker,
+    form: Form,
+    /// What people know the user by.
+    who: OnceLock<String>,
     bytes_max: usize,
 }
 
 /// What a client may do next.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
-    /// Wait for more; at this instant there will be some in any case.
+    /// Nothing waits; at this instant something will in any case.
     Until(Option<Instant>),
-    /// Too much was waiting, and is dropped: the client has to come back. Says where that was.
-    TooSlow(String),
+    /// There is more.
+    More,
+    Cut(Cut),
 }
 
 impl Outbox {
-    pub(crate) fn new(bytes_max: usize) -> Arc<Outbox> {
-        Arc::new(Outbox { waiting: Mutex::default(), wake: Notify::new(), room: Notify::new(), bytes_max })
+    /// `bytes_max` bounds the answers that wait.
+    pub(crate) fn new(bytes_max: usize, form: Form) -> Arc<Outbox> {
+        Arc::new(Outbox { waiting: Mutex::default(), waker: AtomicWaker::new(), form, who: OnceLock::new(), bytes_max })
+    }
+
+    pub(crate) fn form(&self) -> Form {
+        self.form
+    }
+
+    /// Says whose it is; the first word counts.
+    pub(crate) fn belongs_to(&self, who: &str) {
+        self.who.get_or_init(|| who.to_owned());
+    }
+
+    /// What people know the user by; empty until there is one.
+    pub(super) fn who(&self) -> &str {
+        self.who.get().map_or("", String::as_str)
     }
 
     /// Queues an answer, which goes in front of all messages that come later.
-    pub(crate) fn reply(&self, text: impl Into<Utf8Bytes>) {
-        let text = text.into();
+    pub(crate) fn reply(&self, json: &str) {
+        self.send(self.form.frame(json));
+    }
+
+    /// Queues frames as they are.
+    pub(crate) fn send(&self, frames: Bytes) {
         let mut waiting = self.waiting.lock();
-        waiting.reply_bytes += text.len();
-        waiting.replies.push_back(text);
+        waiting.reply_bytes += frames.len();
+        waiting.replies.push_back(frames);
         drop(waiting);
-        self.wake.notify_one();
+        self.waker.wake();
     }
 
-    /// Returns when there is room for more answers: a client that takes none is asked for nothing more.
-    pub(crate) async fn room(&self) {
-        while self.waiting.lock().reply_bytes > self.bytes_max {
-            self.room.notified().await;
-        }
+    /// Whether there is room for more answers: a client that takes none is asked for nothing more.
+    pub(crate) fn has_room(&self) -> bool {
+        self.waiting.lock().reply_bytes <= self.bytes_max
     }
 
-    /// Returns when something waits; it may return without.
+    /// Sees to it that the task is woken when something waits. To be called before [`Outbox::take`].
+    pub(crate) fn register(&self, context: &Context<'_>) {
+        self.waker.register(context.waker());
+    }
+
+    /// Waits until something may wait.
     pub(crate) async fn ready(&self) {
-        self.wake.notified().await;
+        let mut registered = false;
+        std::future::poll_fn(|context| {
+            if std::mem::replace(&mut registered, true) {
+                return Poll::Ready(());
+            }
+            self.register(context);
+            if self.waiting.lock().has_something() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
-    /// Returns when too much waits.
-    pub(crate) async fn too_slow(&self) {
-        while self.waiting.lock().over.is_none() {
-            self.wake.notified().await;
-        }
-    }
-
-    /// Makes room for a subscription, with what it gets first.
-    pub(super) fn add(&self, id: u64, channel: Arc<Channel>, rate: Option<Duration>, first: Vec<Frame>) {
+    /// Adds a subscription, which has something from the start on.
+    pub(super) fn add(&self, id: u64, channel: Arc<Channel>) {
         let mut waiting = self.waiting.lock();
-        let listed = !first.is_empty();
-        let slot = Slot { channel, frames: first.into(), bytes: 0, folded: None, rate, due: None, listed };
-        waiting.slots.insert(id, slot);
-        if listed {
-            waiting.order.push_back(id);
-        }
+        waiting.channels.push((id, channel));
+        waiting.ready.push_back(id);
         drop(waiting);
-        self.wake.notify_one();
+        self.waker.wake();
     }
 
     pub(super) fn remove(&self, id: u64) {
         let mut waiting = self.waiting.lock();
-        if let Some(slot) = waiting.slots.remove(&id) {
-            waiting.bytes = waiting.bytes.saturating_sub(slot.bytes);
-            waiting.order.retain(|other| *other != id);
+        waiting.channels.retain(|(other, _)| *other != id);
+        waiting.ready.retain(|other| *other != id);
+        waiting.due.retain(|(_, other)| *other != id);
+    }
+
+    /// Tells that a subscription has something.
+    pub(super) fn has_something(&self, id: u64) {
+        self.waiting.lock().ready.push_back(id);
+        self.waker.wake();
+    }
+
+    /// Cuts the client off, and drops what waits for it.
+    pub(super) fn cut(&self, cut: Cut) {
+        let mut waiting = self.waiting.lock();
+        if waiting.over.is_none() {
+            waiting.over = Some(cut);
+            drop(waiting);
+            self.waker.wake();
         }
     }
 
-    /// Queues a message: whether the subscription still stands.
-    pub(super) fn push(&self, id: u64, frame: &Frame, when_slow: WhenSlow) -> bool {
-        let mut guard = self.waiting.lock();
-        let waiting = &mut *guard;
-        if waiting.over.is_some() {
-            return false;
-        }
-        let Some(slot) = waiting.slots.get_mut(&id) else { return false };
-        let size = frame.text.len();
-        match when_slow {
-            WhenSlow::Close => {
-                waiting.bytes += size;
-                slot.bytes += size;
-                slot.frames.push_back(frame.clone());
-                if waiting.bytes > self.bytes_max {
-                    let name = slot.channel.short_name();
-                    let over = format!("too slow for {name}, now at {}: resume with `since`", frame.offset);
-                    *waiting = Waiting { over: Some(over), ..Waiting::default() };
-                    metrics::counter!("tidewatch_ws_slow_closed_total").increment(1);
-                    drop(guard);
-                    self.wake.notify_one();
-                    return false;
-                }
-            }
-            WhenSlow::Fold => slot.fold_in(frame, size),
-        }
-        if !slot.listed {
-            slot.listed = true;
-            waiting.order.push_back(id);
-        }
-        drop(guard);
-        self.wake.notify_one();
-        true
+    /// Why the client is cut off, if it is.
+    pub(crate) fn over(&self) -> Option<Cut> {
+        self.waiting.lock().over.clone()
     }
 
-    /// Moves all that waits to `out`, answers first.
-    pub(crate) fn take(&self, now: Instant, out: &mut Vec<Utf8Bytes>) -> Taken {
-        let mut folded = Vec::new();
-        let mut until: Option<Instant> = None;
-        {
-            let mut guard = self.waiting.lock();
-            let waiting = &mut *guard;
-            if let Some(over) = &waiting.over {
-                return Taken::TooSlow(over.clone());
+    /// Moves what waits to `out`, answers first, about as much as is written at once.
+    pub(crate) fn take(&self, now: Instant, out: &mut Vec<Bytes>) -> Taken {
+        let mut room = WRITE_BYTES;
+        let mut turns = {
+            let mut waiting = self.waiting.lock();
+            if let Some(cut) = &waiting.over {
+                return Taken::Cut(cut.clone());
             }
             out.extend(waiting.replies.drain(..));
             waiting.reply_bytes = 0;
-            self.room.notify_one();
-            for id in std::mem::take(&mut waiting.order) {
-                let Some(slot) = waiting.slots.get_mut(&id) else { continue };
-                out.extend(slot.frames.drain(..).map(|frame| frame.text));
-                waiting.bytes = waiting.bytes.saturating_sub(std::mem::take(&mut slot.bytes));
-                slot.listed = false;
-                match (&slot.folded, slot.due) {
-                    (None, _) => {}
-                    (Some(_), Some(due)) if due > now => {
-                        until = Some(until.map_or(due, |until| until.min(due)));
-                        slot.listed = true;
-                        waiting.order.push_back(id);
-                    }
-                    (Some(_), _) => folded.push((slot.channel.clone(), id)),
-                }
+            if waiting.replies.capacity() > 16 {
+                waiting.replies = VecDeque::new();
+            }
+            waiting.list_due(now);
+            waiting.ready.len()
+        };
+        // a channel's lock is taken before an outbox's, never the other way round
+        while room > 0 && turns > 0 {
+            turns -= 1;
+            let Some((id, channel)) = self.waiting.lock().next() else { break };
+            let turn = channel.take(id, self.form, now, &mut room, out);
+            let mut waiting = self.waiting.lock();
+            waiting.due.retain(|(_, other)| *other != id);
+            match turn {
+                Turn::Done => {}
+                Turn::More => waiting.ready.push_back(id),
+                Turn::Due(at) => waiting.due.push((at, id)),
             }
         }
-        // a channel's lock is taken before an outbox's, never the other way round
-        folded.into_iter().for_each(|(channel, id)| channel.unfold(id, self, now, out));
-        Taken::Until(until)
-    }
-
-    /// What changed for a folded subscription, which starts over. For [`Channel::unfold`], under the channel's lock.
-    pub(super) fn take_folded(&self, id: u64, now: Instant) -> Option<Folded> {
         let mut waiting = self.waiting.lock();
-        let slot = waiting.slots.get_mut(&id)?;
-        slot.due = slot.rate.map(|rate| now + rate);
-        slot.folded.take()
+        match &waiting.over {
+            Some(cut) => Taken::Cut(cut.clone()),
+            None if waiting.has_something() => Taken::More,
+            None => {
+                if waiting.ready.capacity() > 16 {
+                    waiting.ready = VecDeque::new();
+                }
+                Taken::Until(waiting.due.iter().map(|(at, _)| *at).min())
+            }
+        }
     }
 }
 
-impl Slot {
-    fn fold_in(&mut self, frame: &Frame, size: usize) {
-        if matches!(frame.effect, Effect::Event) {
-            // what is folded comes behind it, as a snapshot: a delta of a lower offset would be taken for a repeat
-            if let Some(folded) = &mut self.folded {
-                folded.changed = Changed::All;
+impl Waiting {
+    fn has_something(&self) -> bool {
+        !self.replies.is_empty() || !self.ready.is_empty() || self.over.is_some()
+    }
+
+    fn list_due(&mut self, now: Instant) {
+        let Waiting { due, ready, .. } = self;
+        due.retain(|(at, id)| {
+            let waits = *at > now;
+            if !waits {
+                ready.push_back(*id);
             }
-            return self.frames.push_back(frame.clone());
-        }
-        let waiting: usize = self.frames.iter().map(|frame| frame.text.len()).sum();
-        match &mut self.folded {
-            Some(folded) => folded.add(frame),
-            None if self.rate.is_some() => self.folded.insert(Folded::new()).add(frame),
-            None if !self.frames.is_empty() && waiting + size > FOLD_BYTES => {
-                let folded = self.folded.insert(Folded::new());
-                let mut events = VecDeque::new();
-                for frame in self.frames.drain(..) {
-                    match frame.effect {
-                        Effect::Event => events.push_back(frame),
-                        Effect::Delta(_) | Effect::Snapshot => folded.add(&frame),
-                    }
-                }
-                if !events.is_empty() {
-                    folded.changed = Changed::All;
-                }
-                self.frames = events;
-                folded.add(frame);
-                metrics::counter!("tidewatch_ws_folded_total").increment(1);
+            waits
+        });
+    }
+
+    /// The next subscription that has something.
+    fn next(&mut self) -> Option<(u64, Arc<Channel>)> {
+        loop {
+            let id = self.ready.pop_front()?;
+            // one that ended meanwhile has nothing any more
+            if let Ok(at) = self.channels.binary_search_by_key(&id, |(id, _)| *id) {
+                return Some((id, self.channels[at].1.clone()));
             }
-            None => self.frames.push_back(frame.clone()),
         }
     }
 }

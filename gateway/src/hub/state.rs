@@ -2,7 +2,7 @@
 
 use crate::encode::MetricRow;
 use engine::event::Micros;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -48,20 +48,33 @@ fn size(name: &str, member: &Member) -> usize {
     name.len() + member.json.len() + 8
 }
 
+/// A member and when it changed.
+struct Held {
+    member: Member,
+    /// Offset of the message with its last change.
+    changed: u64,
+    /// The last final row it was, and the offset of the message with that.
+    last_final: Option<(Arc<str>, u64)>,
+}
+
 pub(super) struct State {
     place: Place,
-    members: BTreeMap<Arc<str>, Member>,
+    members: BTreeMap<Arc<str>, Held>,
     bytes: usize,
+    /// Offset of the message with the last removal.
+    removed: u64,
 }
 
 impl State {
     pub(super) fn new(place: Place) -> State {
-        State { place, members: BTreeMap::new(), bytes: 0 }
+        State { place, members: BTreeMap::new(), bytes: 0, removed: 0 }
     }
 
-    pub(super) fn clear(&mut self) {
+    /// Takes all members away, which the message at `offset` tells.
+    pub(super) fn clear(&mut self, offset: u64) {
         self.members.clear();
         self.bytes = 0;
+        self.removed = offset;
     }
 
     /// Bytes of the document, about.
@@ -69,22 +82,31 @@ impl State {
         self.bytes
     }
 
-    pub(super) fn apply(&mut self, op: Op) {
-        self.bytes += op.member.as_ref().map_or(0, |member| size(&op.name, member));
-        let old = match op.member {
-            Some(member) => self.members.insert(op.name.clone(), member),
-            None => self.members.remove(&op.name),
-        };
-        self.bytes -= old.as_ref().map_or(0, |member| size(&op.name, member));
+    /// Makes a change, which the message at `offset` tells.
+    pub(super) fn apply(&mut self, op: Op, offset: u64) {
+        let old = self.members.remove(&op.name);
+        self.bytes -= old.as_ref().map_or(0, |old| size(&op.name, &old.member));
+        match op.member {
+            Some(member) => {
+                self.bytes += size(&op.name, &member);
+                let last_final = if member.is_final() {
+                    Some((member.json.clone(), offset))
+                } else {
+                    old.and_then(|old| old.last_final)
+                };
+                self.members.insert(op.name, Held { member, changed: offset, last_final });
+            }
+            None => self.removed = offset,
+        }
     }
 
     /// The whole as a JSON document.
     pub(super) fn document(&self) -> String {
         let mut out = String::with_capacity(self.bytes + 16);
         out.push_str(if self.place == Place::Rows { "{\"rows\":{" } else { "{" });
-        for (at, (name, member)) in self.members.iter().enumerate() {
+        for (at, (name, held)) in self.members.iter().enumerate() {
             let comma = if at > 0 { "," } else { "" };
-            _ = write!(out, "{comma}{}:{}", quoted(name), member.json); // writing to a String cannot fail
+            _ = write!(out, "{comma}{}:{}", quoted(name), held.member.json); // writing to a String cannot fail
         }
         out.push_str(if self.place == Place::Rows { "}}" } else { "}" });
         out
@@ -104,17 +126,20 @@ impl State {
         };
     }
 
-    /// The operations that bring these members up to date, each behind its last final row where that is another one;
-    /// `None` where one is gone, since nobody knows whether the client ever had it.
-    pub(super) fn delta(&self, changes: &HashMap<Arc<str>, Option<Arc<str>>>) -> Option<String> {
+    /// The operations that bring a client at `offset` up to date, each member behind its last final row where that is
+    /// another one; `None` where one was taken away since, since nobody knows whether the client ever had it.
+    pub(super) fn delta_since(&self, offset: u64) -> Option<String> {
+        if self.removed > offset {
+            return None;
+        }
         let mut out = String::new();
-        for (name, last_final) in changes {
-            let member = self.members.get(name)?;
-            if let Some(json) = last_final.as_ref().filter(|json| **json != member.json) {
-                let shown = Member { json: json.clone(), age: member.age };
+        for (name, held) in self.members.iter().filter(|(_, held)| held.changed > offset) {
+            let missed = held.last_final.as_ref().filter(|(json, at)| *at > offset && *json != held.member.json);
+            if let Some((json, _)) = missed {
+                let shown = Member { json: json.clone(), age: held.member.age };
                 self.write(&Op { name: name.clone(), member: Some(shown) }, &mut out);
             }
-            self.write(&Op { name: name.clone(), member: Some(member.clone()) }, &mut out);
+            self.write(&Op { name: name.clone(), member: Some(held.member.clone()) }, &mut out);
         }
         Some(out)
     }
@@ -125,7 +150,7 @@ impl State {
         let gone = self.members.keys().filter(|name| !new.contains_key(&***name));
         let mut ops: Vec<Op> = gone.map(|name| Op { name: name.clone(), member: None }).collect();
         for (name, json) in new {
-            if self.members.get(name.as_str()).is_none_or(|old| *old.json != *json) {
+            if self.members.get(name.as_str()).is_none_or(|old| *old.member.json != *json) {
                 let member = Member { json: json.into(), age: (Micros::ZERO, false, 0) };
                 ops.push(Op { name: name.into(), member: Some(member) });
             }
@@ -144,7 +169,7 @@ impl State {
         for row in rows {
             let op = |member| Op { name: row.key.clone(), member: Some(member) };
             let new = Member::of(row);
-            match self.members.get(&row.key) {
+            match self.members.get(&row.key).map(|held| &held.member) {
                 Some(old) if old.age.0 > new.age.0 => {
                     if row.is_final {
                         ops.extend([op(new), op(old.clone())]);
@@ -158,11 +183,11 @@ impl State {
         let is_older = |member: &Member| end.is_none_or(|end| member.age.0 <= end);
         let gone = gone.iter().filter_map(|key| self.members.get_key_value(key.as_str()));
         // without rows nothing tells the window: a final row is not taken away by a provisional change
-        let left = gone.filter(|(_, member)| is_older(member) && (is_final || !member.age.1));
+        let left = gone.filter(|(_, held)| is_older(&held.member) && (is_final || !held.member.is_final()));
         ops.extend(left.map(|(name, _)| Op { name: name.clone(), member: None }));
         if is_complete {
             let kept: HashSet<&str> = rows.iter().map(|row| &*row.key).collect();
-            let left = self.members.iter().filter(|(name, member)| is_older(member) && !kept.contains(&***name));
+            let left = self.members.iter().filter(|(name, held)| is_older(&held.member) && !kept.contains(&***name));
             ops.extend(left.map(|(name, _)| Op { name: name.clone(), member: None }));
         }
         if self.bytes > BYTES_MAX {
@@ -174,8 +199,8 @@ impl State {
     /// Takes away the oldest rows of windows before the newest, so that keys that do not come again take no room.
     fn forget(&self, ops: &mut Vec<Op>) {
         let touched: HashSet<&str> = ops.iter().map(|op| &*op.name).collect();
-        let newest = self.members.values().map(|member| member.age.0).max();
-        let mut old: Vec<(&Arc<str>, &Member)> = (self.members.iter())
+        let newest = self.members.values().map(|held| held.member.age.0).max();
+        let mut old: Vec<(&Arc<str>, &Member)> = (self.members.iter().map(|(name, held)| (name, &held.member)))
             .filter(|(name, member)| Some(member.age.0) < newest && !touched.contains(&***name))
             .collect();
         old.sort_unstable_by_key(|(_, member)| member.age);
@@ -230,7 +255,7 @@ mod tests {
     fn check(before: &str, new: &str, gone: &[&str], is_complete: bool, expected: &str) {
         let mut state = State::new(Place::Rows);
         for row in rows(before) {
-            state.apply(Op { name: row.key.clone(), member: Some(Member::of(&row)) });
+            state.apply(Op { name: row.key.clone(), member: Some(Member::of(&row)) }, 1);
         }
         let gone: Vec<String> = gone.iter().map(|key| (*key).to_owned()).collect();
         let new = rows(new);
@@ -271,9 +296,9 @@ mod tests {
         let mut document: Value = json!({"rows": {}});
         let patch: json_patch::Patch = serde_json::from_str(&format!("[{patch}]")).unwrap();
         json_patch::patch(&mut document, &patch).unwrap();
-        state.apply(op.clone());
+        state.apply(op.clone(), 1);
         assert_eq!(document, serde_json::from_str::<Value>(&state.document()).unwrap());
-        state.apply(Op { member: None, ..op });
+        state.apply(Op { member: None, ..op }, 2);
         assert_eq!((state.document().as_str(), state.bytes()), ("{\"rows\":{}}", 0));
     }
 
@@ -283,7 +308,7 @@ mod tests {
         let filler: Arc<str> = format!("\"{}\"", "x".repeat(1_000)).into();
         for n in 0..20_000 {
             let new = MetricRow { json: filler.clone(), ..row(&format!("k{n} {}!", n / 100)) };
-            state.rows(&[new], &[], false, true).into_iter().for_each(|op| state.apply(op));
+            state.rows(&[new], &[], false, true).into_iter().for_each(|op| state.apply(op, 1));
             assert!(state.bytes() <= BYTES_MAX + 2_000);
         }
         assert!(state.members.contains_key("k19999") && !state.members.contains_key("k0"));
@@ -295,7 +320,7 @@ mod tests {
         let members = |text: &str| -> Vec<(String, String)> {
             text.split(' ').filter_map(|m| m.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
         };
-        state.replace(members("a=1 b=2")).into_iter().for_each(|op| state.apply(op));
+        state.replace(members("a=1 b=2")).into_iter().for_each(|op| state.apply(op, 1));
         let names: Vec<String> = state.replace(members("b=2 a=3 c=4")).iter().map(|op| op.name.to_string()).collect();
         assert_eq!(names, ["a", "c"]);
         assert_eq!(state.document(), "{\"a\":1,\"b\":2}");

@@ -1,6 +1,8 @@
 use super::*;
+use crate::config::Kept;
+use crate::socket::frame;
 use actors::PortfolioSummary;
-use axum::extract::ws::Utf8Bytes;
+use bytes::Bytes;
 use engine::portfolio::{Position, Prices, summarise};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -11,14 +13,29 @@ fn acme() -> WorkspaceId {
 }
 
 fn hub(limits: Limits) -> Arc<Hub> {
-    Hub::new(&limits)
+    Hub::new(&limits, &History::default())
+}
+
+/// A hub whose channels all keep this much.
+fn keeping(kept: Kept, limits: Limits) -> Arc<Hub> {
+    Hub::new(&limits, &History { streams: kept, alerts: kept, threads: kept, states: kept })
+}
+
+/// The messages in frames of text.
+fn texts(frames: &[Bytes]) -> Vec<String> {
+    let payloads = frames.iter().flat_map(|frames| frame::payloads(frames));
+    payloads.map(|payload| std::str::from_utf8(payload).unwrap().to_owned()).collect()
+}
+
+fn make(hub: &Hub, name: ChannelName) -> Arc<Channel> {
+    hub.make(Some(acme()), name, vec!["extra".into()], (hub.epoch.clone(), hub.floor.load(Ordering::Relaxed)))
 }
 
 /// A channel of this hub that is ready for subscribers.
 fn open(hub: &Hub, text: &str) -> Arc<Channel> {
     let name = ChannelName::parse(text, 1).unwrap();
     let site = (Some(acme()), name.topic.clone());
-    let channel = hub.make(Some(acme()), name, vec!["extra".into()]);
+    let channel = make(hub, name);
     channel.with(|inner| {
         if let Body::Loading(_) = inner.body {
             inner.body = Body::State(State::new(Place::Root));
@@ -43,7 +60,7 @@ struct Client {
 
 impl Client {
     fn of(hub: &Hub, channel: &Arc<Channel>, rate: Option<Duration>) -> Client {
-        let outbox = Outbox::new(hub.limits.queue_bytes);
+        let outbox = Outbox::new(hub.limits.queue_bytes, Form::Text);
         let mut client = Client {
             id: 0,
             outbox,
@@ -61,7 +78,7 @@ impl Client {
 
     fn subscribe(&mut self, hub: &Hub, since: Option<Since>, rate: Option<Duration>) {
         self.id = hub.next_id();
-        let wish = Wish { id: self.id, outbox: &self.outbox, since, rate, reference: Some("r".into()) };
+        let wish = Wish { id: self.id, outbox: &self.outbox, since, rate, reference: Some("r".into()), missed: None };
         self.channel.subscribe(&wish).unwrap().unwrap();
     }
 
@@ -69,7 +86,7 @@ impl Client {
     fn resume(&mut self, hub: &Hub) {
         self.leave();
         let since = self.offset.map(|offset| Since { epoch: self.epoch.clone(), offset });
-        self.outbox = Outbox::new(hub.limits.queue_bytes);
+        self.outbox = Outbox::new(hub.limits.queue_bytes, Form::Text);
         self.subscribe(hub, since, None);
     }
 
@@ -78,17 +95,27 @@ impl Client {
         self.channel.unsubscribe(self.id, Instant::now());
     }
 
-    fn take(&mut self) -> Vec<Utf8Bytes> {
+    fn take(&mut self) -> Vec<String> {
         self.take_at(Instant::now())
     }
 
-    fn take_at(&mut self, now: Instant) -> Vec<Utf8Bytes> {
-        let mut texts = Vec::new();
-        assert!(matches!(self.outbox.take(now, &mut texts), Taken::Until(_)));
+    fn take_at(&mut self, now: Instant) -> Vec<String> {
+        let texts = texts(&self.take_frames(now));
         for text in &texts {
-            self.receive(serde_json::from_str(text.as_str()).unwrap());
+            self.receive(serde_json::from_str(text).unwrap());
         }
         texts
+    }
+
+    fn take_frames(&self, now: Instant) -> Vec<Bytes> {
+        let mut frames = Vec::new();
+        loop {
+            match self.outbox.take(now, &mut frames) {
+                Taken::More => {}
+                Taken::Until(_) => return frames,
+                Taken::Cut(cut) => panic!("{cut:?}"),
+            }
+        }
     }
 
     fn receive(&mut self, frame: Value) {
@@ -118,6 +145,7 @@ impl Client {
             }
             _ => {
                 match self.document {
+                    None if self.channel.name.text.starts_with("streams/") => assert!(offset > before),
                     None => assert_eq!(offset, before + 1, "no event is lost or doubled"),
                     Some(_) => assert!(offset > before),
                 }
@@ -150,22 +178,25 @@ fn an_event_is_encoded_once_and_every_subscriber_gets_it() {
     let mut clients: Vec<Client> = (0..3).map(|_| Client::of(&hub, &channel, None)).collect();
     clients.iter_mut().for_each(|client| drop(client.take()));
     channel.event(&numbered(7));
-    let got: Vec<Utf8Bytes> = clients.iter_mut().flat_map(Client::take).collect();
+    let got: Vec<Bytes> = clients.iter().flat_map(|client| client.take_frames(Instant::now())).collect();
     assert_eq!(got.len(), 3);
-    assert!(got.iter().all(|text| std::ptr::eq(text.as_str(), got[0].as_str())), "the same bytes for all");
-    assert!(clients.iter().all(|client| numbers(client) == [7]));
+    assert!(got.iter().all(|bytes| std::ptr::eq(&**bytes, &*got[0])), "the same bytes for all");
+    assert!(texts(&got).iter().all(|text| text.ends_with("\"value\":7}}")));
 }
 
 #[test]
 fn a_client_too_slow_for_events_is_cut_off_alone() {
-    let hub = hub(Limits { queue_bytes: 10_000, ..Limits::default() });
+    let kept = Kept { bytes: 5_000, ..Kept::default() };
+    let hub = keeping(kept, Limits { queue_bytes: 10_000, ..Limits::default() });
     let channel = open(&hub, "alerts");
     let (mut quick, slow) = (Client::of(&hub, &channel, None), Client::of(&hub, &channel, None));
     for n in 0..500 {
         channel.event(&numbered(n));
         quick.take();
     }
-    let Taken::TooSlow(why) = slow.outbox.take(Instant::now(), &mut Vec::new()) else { panic!("it still gets events") };
+    let Taken::Cut(Cut::TooSlow(why)) = slow.outbox.take(Instant::now(), &mut Vec::new()) else {
+        panic!("it still gets events")
+    };
     assert!(why.starts_with("too slow for alerts, now at ") && why.len() <= 123, "{why}");
     assert_eq!(numbers(&quick), (0..500).collect::<Vec<_>>());
     // it comes back for the rest
@@ -176,7 +207,7 @@ fn a_client_too_slow_for_events_is_cut_off_alone() {
 
 impl Client {
     fn take_after_cut(&mut self, hub: &Hub) {
-        self.outbox = Outbox::new(hub.limits.queue_bytes);
+        self.outbox = Outbox::new(hub.limits.queue_bytes, Form::Text);
         self.subscribe(hub, Some(Since { epoch: hub.epoch.to_string(), offset: 0 }), None);
         self.offset = Some(0);
         self.take();
@@ -185,7 +216,7 @@ impl Client {
 
 #[test]
 fn a_client_resumes_exactly_where_it_was_as_far_as_history_goes() {
-    let hub = hub(Limits { history_events: 10, ..Limits::default() });
+    let hub = keeping(Kept { events: 10, ..Kept::default() }, Limits::default());
     let channel = open(&hub, "alerts");
     (1..=30).for_each(|n| channel.event(&numbered(n)));
     for since in 0..=31 {
@@ -204,7 +235,7 @@ fn a_client_resumes_exactly_where_it_was_as_far_as_history_goes() {
 
 #[test]
 fn history_is_bounded_in_bytes_too() {
-    let hub = hub(Limits { history_bytes: 2_000, ..Limits::default() });
+    let hub = keeping(Kept { bytes: 2_000, ..Kept::default() }, Limits::default());
     let channel = open(&hub, "alerts");
     (1..=100).for_each(|n| channel.event(&numbered(n)));
     let mut client = Client::of(&hub, &channel, None);
@@ -237,7 +268,7 @@ fn a_channel_that_was_forgotten_and_made_again_does_not_take_old_positions_for_i
     client.take();
     client.leave();
     hub.close(&channel);
-    let wish = Wish { id: 99, outbox: &client.outbox, since: None, rate: None, reference: None };
+    let wish = Wish { id: 99, outbox: &client.outbox, since: None, rate: None, reference: None, missed: None };
     assert!(channel.subscribe(&wish).is_none(), "a closed channel takes no subscriber");
     client.channel = open(&hub, "alerts");
     client.resume(&hub);
@@ -313,7 +344,7 @@ fn whatever_clients_do_each_ends_with_the_state_of_the_channel() {
     for seed in 0..400 {
         let mut rng = StdRng::seed_from_u64(seed);
         let history = if rng.random() { 3 } else { 1_000 };
-        let hub = hub(Limits { history_events: history, ..Limits::default() });
+        let hub = keeping(Kept { events: history, ..Kept::default() }, Limits::default());
         let channel = open(&hub, "portfolio/p");
         let mut clients: Vec<Client> = (0..3).map(|_| Client::of(&hub, &channel, None)).collect();
         for step in 0..60 {
@@ -344,8 +375,8 @@ fn whatever_clients_do_each_ends_with_the_state_of_the_channel() {
 #[test]
 fn nothing_is_lost_or_doubled_while_clients_come_and_go_as_events_are_published() {
     const EVENTS: usize = 20_000;
-    let hub =
-        hub(Limits { history_events: EVENTS, history_bytes: 64 << 20, queue_bytes: 64 << 20, ..Limits::default() });
+    let kept = Kept { events: EVENTS, bytes: 64 << 20, ..Kept::default() };
+    let hub = keeping(kept, Limits { queue_bytes: 64 << 20, ..Limits::default() });
     let channel = open(&hub, "alerts");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -391,13 +422,13 @@ fn a_state_that_changes_while_it_is_read_is_complete_whenever_the_changes_come()
         for read in registered..=LAST {
             let hub = hub(Limits::default());
             let name = ChannelName::parse("portfolio/p", 1).unwrap();
-            let channel = hub.make(Some(acme()), name.clone(), Vec::new());
+            let channel = make(&hub, name.clone());
             hub.channels.write().insert((Some(acme()), name.topic), vec![channel.clone()]);
             let publish = |n: usize| hub.publish(Update { workspace: acme(), what: valued(n as f64) });
             (registered..read).for_each(publish);
             let mut state = State::new(Place::Root);
             if let What::Portfolio { summary, .. } = valued(read as f64) {
-                state.replace(members(encode::portfolio(&summary))).into_iter().for_each(|op| state.apply(op));
+                state.replace(members(encode::portfolio(&summary))).into_iter().for_each(|op| state.apply(op, 0));
             }
             (read..LAST).for_each(publish);
             assert!(load::begin(&channel, state));
@@ -413,7 +444,7 @@ fn a_state_that_changes_while_it_is_read_is_complete_whenever_the_changes_come()
 fn a_state_that_changes_too_often_while_it_is_read_is_read_again() {
     let hub = hub(Limits::default());
     let name = ChannelName::parse("portfolio/p", 1).unwrap();
-    let channel = hub.make(Some(acme()), name.clone(), Vec::new());
+    let channel = make(&hub, name.clone());
     hub.channels.write().insert((Some(acme()), name.topic), vec![channel.clone()]);
     for n in 0..=MEANWHILE_MAX {
         hub.publish(Update { workspace: acme(), what: valued(n as f64) });
@@ -482,7 +513,7 @@ fn a_folded_message_shows_the_last_final_row_of_a_key_before_its_newest_and_says
         channel.update(|state| state.rows(&[row("a", end, is_final)], &[], false, is_final));
     }
     let texts = client.take_at(start + Duration::from_secs(2));
-    let frame: Value = serde_json::from_str(texts[0].as_str()).unwrap();
+    let frame: Value = serde_json::from_str(&texts[0]).unwrap();
     let value =
         |end: i64, is_final: bool| json!({"op": "add", "path": "/rows/a", "value": {"end": end, "final": is_final}});
     assert_eq!(frame["event"]["delta"], json!([value(10, true), value(20, false)]));
@@ -544,7 +575,7 @@ fn an_alert_is_kept_for_who_comes_back_although_nobody_listened_when_it_fired() 
 
 #[test]
 fn histories_together_are_bounded() {
-    let hub = hub(Limits { history_bytes: usize::MAX, ..Limits::default() });
+    let hub = keeping(Kept { bytes: usize::MAX, ..Kept::default() }, Limits::default());
     let channel = open(&hub, "alerts");
     hub.histories.store(HISTORIES_BYTES_MAX, Ordering::Relaxed);
     (0..10).for_each(|n| channel.event(&numbered(n)));
@@ -561,12 +592,81 @@ fn histories_together_are_bounded() {
     assert_eq!(hub.histories.load(Ordering::Relaxed), HISTORIES_BYTES_MAX, "a channel that is gone takes no room");
 }
 
-#[tokio::test]
-async fn a_client_that_takes_no_answers_is_asked_for_nothing_more_until_it_does() {
-    let outbox = Outbox::new(100);
-    let room = || tokio::time::timeout(Duration::from_millis(20), outbox.room());
-    (0..10).for_each(|_| outbox.reply("x".repeat(20)));
-    assert!(room().await.is_err());
+#[test]
+fn a_client_that_takes_no_answers_is_asked_for_nothing_more_until_it_does() {
+    let outbox = Outbox::new(100, Form::Text);
+    (0..10).for_each(|_| outbox.reply(&"x".repeat(20)));
+    assert!(!outbox.has_room());
     outbox.take(Instant::now(), &mut Vec::new());
-    assert!(room().await.is_ok());
+    assert!(outbox.has_room());
+}
+
+#[test]
+fn a_history_is_bounded_in_age() {
+    let hub = keeping(Kept { seconds: 60, ..Kept::default() }, Limits::default());
+    let channel = open(&hub, "alerts");
+    (1..=3).for_each(|n| channel.event(&numbered(n)));
+    assert!(channel.has_history());
+    channel.sweep(Instant::now() + Duration::from_secs(59));
+    assert!(channel.has_history());
+    channel.sweep(Instant::now() + Duration::from_secs(61));
+    assert!(!channel.has_history());
+    assert_eq!(hub.histories.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn clients_that_stand_still_take_no_room_of_their_own() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "streams/market.trades");
+    let mut quick = Client::of(&hub, &channel, None);
+    quick.take();
+    let stalled: Vec<Client> = (0..50).map(|_| Client::of(&hub, &channel, None)).collect();
+    let event = custom("n", &format!("\"{}\"", "x".repeat(4 << 10)));
+    for _ in 0..2_000 {
+        channel.event(&event);
+        quick.take();
+    }
+    assert_eq!(quick.events.len(), 2_000);
+    assert!(stalled.iter().all(|client| matches!(client.outbox.over(), Some(Cut::TooSlow(_)))));
+    let held = hub.histories.load(Ordering::Relaxed);
+    assert!(held <= (1 << 20) + (64 << 10), "{held} bytes for all of them");
+}
+
+#[test]
+fn each_form_holds_the_same_messages_encoded_once_for_all() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "alerts");
+    let forms = [Form::Text, Form::Deflated, Form::Packed];
+    let of = |form| {
+        let mut client = Client::of(&hub, &channel, None);
+        client.leave();
+        client.outbox = Outbox::new(1 << 20, form);
+        client.subscribe(&hub, None, None);
+        client.take_frames(Instant::now());
+        client
+    };
+    let clients = forms.map(|form| [of(form), of(form)]);
+    let large = custom("large", &json!(vec!["as in many rows"; 500]).to_string());
+    for event in [&custom("small", "1"), &large] {
+        channel.event(event);
+    }
+    let taken = clients.each_ref().map(|pair| {
+        let [one, two] = pair.each_ref().map(|client| client.take_frames(Instant::now()));
+        assert!(one.len() == 1 && std::ptr::eq(&*one[0], &*two[0]), "shared");
+        one[0].clone()
+    });
+    let whole = texts(&taken[..1]);
+    let first = &taken[1][..frame::header_bytes(&taken[1]) + frame::payload_bytes(&taken[1])];
+    assert_eq!(first[0], 0x81, "a small one is left as it is");
+    let second = &taken[1][first.len()..];
+    assert_eq!(second[0], 0xc1, "a large one is compressed");
+    assert!(second.len() < whole[1].len() / 2);
+    let mut packed = taken[2].clone();
+    for text in &whole {
+        let header = frame::header_bytes(&packed);
+        let message = packed.split_to(header + frame::payload_bytes(&packed));
+        assert_eq!(message[0], 0x82);
+        let document: Value = rmp_serde::from_slice(&message[header..]).unwrap();
+        assert_eq!(document, serde_json::from_str::<Value>(text).unwrap());
+    }
 }

@@ -2,6 +2,7 @@
 
 mod alerts; // rules, firings, acknowledgement, silences
 mod health; // whether the process lives and can serve
+mod live; // channels as server-sent events
 mod metrics; // definitions and rows
 mod people; // members and API keys of a workspace
 mod portfolios; // positions and their live valuation
@@ -29,4 +30,5 @@ pub(crate) fn routes() -> Router<AppState> {
         .merge(alerts::routes())
         .merge(portfolios::routes())
         .merge(system::routes())
+        .merge(live::routes())
 }

@@ -1,0 +1,500 @@
+//! One connection: a single task that reads what the client asks, writes all that waits in one call, and holds the
+//! client to its time limits. An idle one has no buffers.
+
+use super::frame::{self, Message, Opcode, Reader, Violation};
+use super::io::Io;
+use super::session::{Pending, Session};
+use crate::hub::{Cut, Hub, Outbox, Taken};
+use crate::problem::Problem;
+use bytes::{Bytes, BytesMut};
+use futures::stream::{FuturesUnordered, StreamExt};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::time::{Sleep, sleep_until, timeout};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+/// A client has this long to say who it is.
+const AUTH_WAIT: Duration = Duration::from_secs(5);
+/// How often the server asks whether the client is there, and checks that it still may listen.
+const PING_EVERY: Duration = Duration::from_secs(25);
+/// A client that says nothing for this long is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// A client that takes nothing for this long is gone.
+const WRITE_WAIT: Duration = Duration::from_secs(60);
+/// A client that is sent away has this long to take what is on its way and the reason.
+const CLOSE_WAIT: Duration = Duration::from_secs(20);
+/// The same while the server shuts down, and for a client that closes by itself.
+const SHORT_CLOSE_WAIT: Duration = Duration::from_secs(3);
+/// What is being done for a client while the server shuts down has this long to be answered.
+const FINISH_WAIT: Duration = Duration::from_secs(1);
+/// A client that broke the protocol has this long to see why it is closed.
+const VIOLATION_WAIT: Duration = Duration::from_secs(2);
+/// Publications of one connection that wait to be durable; it is read on when one of them is.
+const PENDING_MAX: usize = 1_024;
+/// Pieces of shared memory that go into one call.
+const SLICES: usize = 64;
+/// Clients of a server that restarts come back over at least this long, and over so much longer for each of them.
+const RETURN_SPREAD: Duration = Duration::from_secs(2);
+const RETURN_SPREAD_EACH: Duration = Duration::from_micros(500);
+
+/// Why the server closes a connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Close {
+    Unauthenticated,
+    Expired,
+    /// Where the client was cut off.
+    TooSlow(String),
+    Violation(Violation),
+    /// Over which limit the connection would be.
+    TooMany(String),
+    Restart,
+    /// The client asked for it, with this code.
+    Asked(Option<u16>),
+    /// The client is not there any more.
+    Gone,
+}
+
+impl Close {
+    /// Code and reason.
+    pub(super) fn frame(&self) -> Option<(u16, String)> {
+        Some(match self {
+            Close::Unauthenticated => (4001, "not authenticated".into()),
+            Close::Expired => (4002, "the token has expired".into()),
+            Close::TooSlow(why) => (4008, why.clone()),
+            Close::Violation(violation) => (violation.code, violation.reason.to_string()),
+            Close::TooMany(why) => (1013, why.clone()),
+            Close::Restart => (1012, "the server restarts".into()),
+            Close::Asked(code) => (code.unwrap_or(1000), String::new()),
+            Close::Gone => return None,
+        })
+    }
+
+    /// How long the client has to take what is on its way and the reason.
+    fn wait(&self) -> Duration {
+        match self {
+            Close::Restart | Close::Asked(_) | Close::Gone => SHORT_CLOSE_WAIT,
+            Close::Unauthenticated | Close::Expired | Close::TooSlow(_) | Close::Violation(_) | Close::TooMany(_) => {
+                CLOSE_WAIT
+            }
+        }
+    }
+}
+
+/// What is being done for a client. It has the session until it is done.
+type Work = Pin<Box<dyn Future<Output = (Box<Session>, Result<Option<Pending>, Close>)> + Send>>;
+
+pub(super) struct Peer {
+    hub: Arc<Hub>,
+    io: Io,
+    reader: Reader,
+    outbox: Arc<Outbox>,
+    /// What is being written, of which the first `written` bytes of `writing[at]` and all before it are gone.
+    writing: Vec<Bytes>,
+    at: usize,
+    written: usize,
+    session: Option<Box<Session>>,
+    work: Option<Work>,
+    pending: Option<Box<FuturesUnordered<Pending>>>,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    timer: Pin<Box<Sleep>>,
+    /// When the client's credentials end, or it should have shown some.
+    end: (Option<Instant>, bool),
+    heard: Instant,
+    /// When it took something last, or there was nothing to take.
+    took: Instant,
+    ping_at: Instant,
+    check_at: Instant,
+    /// When there will be something in the outbox in any case.
+    due: Option<Instant>,
+    /// When the server, which shuts down, waits for nothing any more.
+    finish_at: Option<Instant>,
+}
+
+/// Bytes that were sent over all WebSockets.
+fn count_sent(bytes: usize) {
+    static SENT: OnceLock<metrics::Counter> = OnceLock::new();
+    SENT.get_or_init(|| metrics::counter!("tidewatch_ws_sent_bytes_total")).increment(bytes as u64);
+}
+
+impl Peer {
+    /// Serves a client until one side closes.
+    pub(super) async fn serve(io: Io, reader: Reader, session: Session, outbox: Arc<Outbox>, token: Option<String>) {
+        let now = Instant::now();
+        let mut peer = Peer {
+            hub: session.state.hub.clone(),
+            io,
+            reader,
+            outbox,
+            writing: Vec::new(),
+            at: 0,
+            written: 0,
+            closing: Box::pin(session.state.closing.clone().cancelled_owned()),
+            session: Some(Box::new(session)),
+            work: None,
+            pending: None,
+            timer: Box::pin(sleep_until((now + AUTH_WAIT).into())),
+            end: (Some(now + AUTH_WAIT), false),
+            heard: now,
+            took: now,
+            ping_at: now + PING_EVERY,
+            check_at: now + PING_EVERY,
+            due: None,
+            finish_at: None,
+        };
+        if let Some(token) = token {
+            peer.start(|mut session| async move {
+                let done = session.sign_in(token, None).await.map(|_| None);
+                (session, done)
+            });
+        }
+        let close = std::future::poll_fn(|context| peer.poll(context)).await;
+        // rare and large: not a part of every idle connection
+        Box::pin(peer.goodbye(close)).await;
+    }
+
+    /// Hands the session to a piece of work. Only when there is none.
+    fn start<F>(&mut self, work: impl FnOnce(Box<Session>) -> F)
+    where
+        F: Future<Output = (Box<Session>, Result<Option<Pending>, Close>)> + Send + 'static,
+    {
+        if let Some(session) = self.session.take() {
+            self.work = Some(Box::pin(work(session)));
+        }
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Close> {
+        self.outbox.register(context);
+        let now = Instant::now();
+        loop {
+            if let Poll::Ready(close) = self.poll_write(context, now) {
+                return Poll::Ready(close);
+            }
+            let has_worked = match self.poll_work(context) {
+                Ok(has_worked) => has_worked,
+                Err(close) => return Poll::Ready(close),
+            };
+            let has_read = match self.poll_read(context, now) {
+                Ok(has_read) => has_read,
+                Err(close) => return Poll::Ready(close),
+            };
+            if !has_worked && !has_read {
+                break;
+            }
+        }
+        self.poll_time(context, now)
+    }
+
+    /// Writes what waits until the socket takes no more or nothing waits.
+    fn poll_write(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
+        loop {
+            while self.at < self.writing.len() {
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                let rest = &self.writing[self.at..];
+                for (slice, bytes) in slices.iter_mut().zip(rest) {
+                    *slice = IoSlice::new(bytes);
+                }
+                slices[0] = IoSlice::new(&rest[0][self.written..]);
+                match self.io.poll_write(context, &slices[..rest.len().min(SLICES)]) {
+                    Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Close::Gone),
+                    Poll::Ready(Ok(bytes)) => {
+                        count_sent(bytes);
+                        self.took = now;
+                        self.advance(bytes);
+                    }
+                    Poll::Pending => {
+                        if let Some(cut) = self.outbox.over() {
+                            return Poll::Ready(cut.into());
+                        }
+                        return Poll::Pending;
+                    }
+                }
+            }
+            self.writing.clear();
+            self.at = 0;
+            match self.outbox.take(now, &mut self.writing) {
+                Taken::Cut(cut) => return Poll::Ready(cut.into()),
+                Taken::More => self.due = None,
+                Taken::Until(due) => {
+                    self.due = due;
+                    if self.writing.is_empty() {
+                        if self.writing.capacity() > 4 {
+                            self.writing = Vec::new();
+                        }
+                        self.took = now;
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.written += bytes;
+        while let Some(first) = self.writing.get(self.at).filter(|first| self.written >= first.len()) {
+            self.written -= first.len();
+            self.at += 1;
+        }
+    }
+
+    /// Goes on with what is being done for the client: whether some of it was done.
+    fn poll_work(&mut self, context: &mut Context<'_>) -> Result<bool, Close> {
+        let mut has_worked = false;
+        if let Some(work) = &mut self.work
+            && let Poll::Ready((session, done)) = work.as_mut().poll(context)
+        {
+            self.work = None;
+            has_worked = true;
+            self.end = session.end().map_or((self.end.0, self.end.1), |end| (end, true));
+            self.session = Some(session);
+            if let Some(pending) = done? {
+                self.pending.get_or_insert_default().push(pending);
+            }
+        }
+        if let Some(pending) = &mut self.pending {
+            // the first look also fixes the place of what was published: it must come before the next message is read
+            while let Poll::Ready(Some(answer)) = pending.poll_next_unpin(context) {
+                self.outbox.reply(&answer.to_string());
+                has_worked = true;
+            }
+            if pending.is_empty() {
+                self.pending = None;
+            }
+        }
+        Ok(has_worked)
+    }
+
+    /// Reads and begins what the next message asks for: whether there was one.
+    fn poll_read(&mut self, context: &mut Context<'_>, now: Instant) -> Result<bool, Close> {
+        if self.finish_at.is_some() {
+            return Ok(false);
+        }
+        let mut has_read = false;
+        while self.work.is_none()
+            && self.pending.as_ref().is_none_or(|pending| pending.len() < PENDING_MAX)
+            && self.outbox.has_room()
+        {
+            match self.reader.next().map_err(Close::Violation)? {
+                Some(message) => self.on_message(message)?,
+                None => match self.io.poll_read(context, &mut self.reader) {
+                    Poll::Ready(Ok(0) | Err(_)) => return Err(Close::Gone),
+                    Poll::Ready(Ok(_)) => self.heard = now,
+                    Poll::Pending => break,
+                },
+            }
+            has_read = true;
+        }
+        Ok(has_read)
+    }
+
+    fn on_message(&mut self, message: Message) -> Result<(), Close> {
+        match message {
+            Message::Text(text) => self.start(|mut session| async move {
+                let done = session.on_text(&text).await;
+                (session, done)
+            }),
+            Message::Binary(bytes) => match self.outbox.form().read(&bytes) {
+                Some(Ok(text)) => return self.on_message(Message::Text(text)),
+                refused => {
+                    let detail = match refused {
+                        Some(Err(error)) => format!("this is no MessagePack: {error}"),
+                        _ => "send text frames of JSON, or offer the subprotocol tidewatch.v1.msgpack".into(),
+                    };
+                    if let Some(session) = &self.session {
+                        session.refuse(None, &Problem::invalid("bad_frame", detail));
+                    }
+                }
+            },
+            Message::Ping(payload) => {
+                let mut pong = BytesMut::new();
+                frame::write(&mut pong, Opcode::Pong, &payload);
+                self.outbox.send(pong.freeze());
+            }
+            Message::Pong => {}
+            Message::Close(code) => return Err(Close::Asked(code)),
+        }
+        Ok(())
+    }
+
+    /// Looks at the time limits, and sees to it that the task is woken at the next.
+    fn poll_time(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
+        if self.finish_at.is_none() && self.closing.as_mut().poll(context).is_ready() {
+            self.finish_at = Some(now + FINISH_WAIT);
+        }
+        let is_busy = self.work.is_some() || self.pending.is_some();
+        loop {
+            let now = Instant::now();
+            if self.finish_at.is_some_and(|at| at <= now || !is_busy) {
+                return Poll::Ready(Close::Restart);
+            }
+            let (end, is_signed_in) = self.end;
+            if end.is_some_and(|end| end <= now) {
+                return Poll::Ready(if is_signed_in { Close::Expired } else { Close::Unauthenticated });
+            }
+            let (silent_at, stalled_at) = (self.heard + SILENCE_MAX, self.took + WRITE_WAIT);
+            let is_writing = self.at < self.writing.len();
+            if silent_at <= now || (is_writing && stalled_at <= now) {
+                return Poll::Ready(Close::Gone);
+            }
+            if self.ping_at <= now {
+                self.ping_at = now + PING_EVERY;
+                self.outbox.send(Bytes::from_static(&[0x89, 0])); // wakes this task
+            }
+            if self.check_at <= now && self.session.is_some() {
+                self.check_at = now + PING_EVERY;
+                self.start(|mut session| async move {
+                    let done = session.check().await.map(|()| None);
+                    (session, done)
+                });
+                context.waker().wake_by_ref(); // to go on with it
+            }
+            if self.due.is_some_and(|due| due <= now) {
+                self.due = None;
+                context.waker().wake_by_ref(); // to take it
+            }
+            let mut next = silent_at.min(self.ping_at);
+            if is_writing {
+                next = next.min(stalled_at);
+            }
+            for at in [end, self.due, self.finish_at].into_iter().flatten() {
+                next = next.min(at);
+            }
+            // most things only put the next instant off: then the timer rings too early, and is set again
+            if next < self.timer.deadline().into_std() || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(next.into());
+            }
+            if self.timer.as_mut().poll(context).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Tells the client why, and waits until it has closed too.
+    async fn goodbye(mut self, close: Close) {
+        if let Some(mut session) = self.session.take() {
+            session.leave();
+        }
+        let wait = close.wait();
+        _ = timeout(wait, self.part(&close)).await; // the client may be gone already
+        // what is still being done for it is cut off; its session ends with it
+        if let Some(mut work) = self.work.take()
+            && let Ok((mut session, _)) = timeout(FINISH_WAIT, &mut work).await
+        {
+            session.leave();
+        }
+    }
+
+    async fn part(&mut self, close: &Close) -> io::Result<()> {
+        let Some((code, reason)) = close.frame() else { return Ok(()) };
+        tracing::debug!(code, reason, "closing a WebSocket");
+        let mut last: Vec<Bytes> = self.writing.drain(..).skip(self.at).collect();
+        match close {
+            // what waits is dropped, but for the rest of the message that the client has the beginning of
+            Close::TooSlow(_) => {
+                last.truncate(1);
+                if let Some(first) = last.first_mut() {
+                    let end = end_of_frame(first, self.written);
+                    first.truncate(end);
+                }
+            }
+            // what was answered last says more than the code: it goes first
+            _ => _ = self.outbox.take(Instant::now(), &mut last),
+        }
+        if let Some(first) = last.first_mut() {
+            *first = first.slice(self.written.min(first.len())..);
+        }
+        let mut end = BytesMut::new();
+        if *close == Close::Restart {
+            let spread = RETURN_SPREAD + RETURN_SPREAD_EACH * self.hub.connections();
+            let after = spread.mul_f64(rand::random()).as_millis();
+            let hint = serde_json::json!({"type": "reconnect", "after_ms": after as u64}).to_string();
+            end.extend_from_slice(&self.outbox.form().frame(&hint));
+        }
+        frame::write(&mut end, Opcode::Close, &frame::close_payload(code, &reason));
+        last.push(end.freeze());
+        for bytes in last {
+            self.io.write_all(&bytes).await?;
+        }
+        match close {
+            Close::Asked(_) => return self.io.shutdown().await,
+            // the rest of a message is never read: ended at once, the connection would be reset and the reason lost
+            Close::Violation(_) => {
+                self.io.shutdown().await?;
+                _ = timeout(VIOLATION_WAIT, self.io.drain()).await;
+                return Ok(());
+            }
+            _ => {}
+        }
+        // until the client has closed too
+        loop {
+            match self.reader.next() {
+                Ok(Some(Message::Close(_))) | Err(_) => return self.io.shutdown().await,
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    if std::future::poll_fn(|context| self.io.poll_read(context, &mut self.reader)).await? == 0 {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl From<Cut> for Close {
+    fn from(cut: Cut) -> Close {
+        match cut {
+            Cut::TooSlow(why) => Close::TooSlow(why),
+        }
+    }
+}
+
+/// Where the frame ends that holds the byte before `written`.
+fn end_of_frame(frames: &[u8], written: usize) -> usize {
+    let mut end = 0;
+    while end < written && end < frames.len() {
+        let header = frame::header_bytes(&frames[end..]);
+        end += header + frame::payload_bytes(&frames[end..]);
+    }
+    end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_to_close_has_its_code() {
+        let slow = Close::TooSlow("too slow for alerts".into());
+        let violation = Close::Violation(Violation { code: 1009, reason: "too large".into() });
+        let all = [
+            Close::Unauthenticated,
+            Close::Expired,
+            slow,
+            violation,
+            Close::TooMany("too many".into()),
+            Close::Restart,
+            Close::Asked(Some(3000)),
+            Close::Asked(None),
+            Close::Gone,
+        ];
+        let codes = all.map(|close| close.frame().map(|(code, _)| code));
+        assert_eq!(
+            codes,
+            [Some(4001), Some(4002), Some(4008), Some(1009), Some(1013), Some(1012), Some(3000), Some(1000), None]
+        );
+    }
+
+    #[test]
+    fn a_message_that_was_begun_is_written_to_its_end() {
+        let mut frames = BytesMut::new();
+        for bytes in [3, 200, 70_000] {
+            frame::write(&mut frames, Opcode::Text, &vec![b'x'; bytes]);
+        }
+        let ends = [5, 5 + 204, 5 + 204 + 70_010];
+        for (written, end) in [(0, 0), (1, ends[0]), (5, ends[0]), (6, ends[1]), (209, ends[1]), (210, ends[2])] {
+            assert_eq!(end_of_frame(&frames, written), end, "{written}");
+        }
+    }
+}

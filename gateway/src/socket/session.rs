@@ -1,0 +1,416 @@
+//! What a client may ask for on its connection, and whether it still may have what it was given.
+
+use super::peer::Close;
+use crate::AppState;
+use crate::agui::{self, Asker};
+use crate::auth::{By, Caller};
+use crate::extract::Member;
+use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seat, Since, Subscription, Topic};
+use crate::ingest::decode_frame;
+use crate::permission::Permission;
+use crate::problem::Problem;
+use crate::span;
+use bytes::Bytes;
+use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
+use futures::future::BoxFuture;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Live queries of one connection.
+const QUERIES_MAX: usize = 8;
+/// Runs whose workspace a connection remembers, to cancel them by their id alone.
+const RUNS_MAX: usize = 1_000;
+
+/// A message of a client. Members that are not known here are let pass.
+#[derive(Deserialize)]
+pub(super) struct Incoming<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    #[serde(rename = "ref")]
+    reference: Option<Value>,
+    token: Option<String>,
+    workspace: Option<String>,
+    channel: Option<String>,
+    since: Option<Position>,
+    rate: Option<String>,
+    sql: Option<String>,
+    stream: Option<String>,
+    #[serde(borrow)]
+    events: Option<&'a RawValue>,
+    agent: Option<String>,
+    input: Option<Value>,
+    run_id: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Position {
+    epoch: Value,
+    offset: u64,
+}
+
+/// An answer that comes once something is durable.
+pub(super) type Pending = BoxFuture<'static, Value>;
+
+/// Who is at the other end.
+struct SignedIn {
+    token: String,
+    caller: Caller,
+}
+
+pub(super) struct Session {
+    pub(super) state: AppState,
+    id: u64,
+    outbox: Arc<Outbox>,
+    signed_in: Option<SignedIn>,
+    /// By workspace and channel, as the client named them.
+    subscriptions: HashMap<(Option<WorkspaceId>, String), Subscription>,
+    /// The workspaces of runs that were started here.
+    runs: HashMap<String, WorkspaceId>,
+    /// What this connection counts as.
+    seats: HashMap<Group, Seat>,
+}
+
+impl Session {
+    /// `seat`: what the connection counts as already.
+    pub(super) fn new(state: AppState, outbox: Arc<Outbox>, seat: Option<(Group, Seat)>) -> Session {
+        let (id, seats) = (state.hub.next_id(), seat.into_iter().collect());
+        Session { state, id, outbox, signed_in: None, subscriptions: HashMap::new(), runs: HashMap::new(), seats }
+    }
+
+    /// When the client's credentials end; `None` inside for those that do not. Nothing before it signed in.
+    pub(super) fn end(&self) -> Option<Option<Instant>> {
+        self.signed_in.as_ref().map(|signed_in| signed_in.caller.expires_at.map(|end| self.instant(end)))
+    }
+
+    /// Counts the connection among those of a group, once.
+    fn enter(&mut self, group: Group) -> Result<(), Problem> {
+        if let Entry::Vacant(vacant) = self.seats.entry(group) {
+            let seat = self.state.hub.crowd.enter(vacant.key().clone())?;
+            vacant.insert(seat);
+        }
+        Ok(())
+    }
+
+    /// Ends all subscriptions.
+    pub(super) fn leave(&mut self) {
+        for (_, subscription) in self.subscriptions.drain() {
+            self.state.hub.unsubscribe(&subscription, &self.outbox);
+        }
+    }
+
+    /// The moment at which the clock will show `at`.
+    fn instant(&self, at: Micros) -> Instant {
+        Instant::now() + Duration::from_micros(at.since(self.state.system.now()).0.unsigned_abs())
+    }
+
+    pub(super) fn refuse(&self, reference: Option<&Value>, problem: &Problem) {
+        self.outbox.reply(&refusal(reference, problem).to_string());
+    }
+
+    fn answer(&self, reference: Option<&Value>, answer: Value) {
+        self.outbox.reply(&ok(reference, answer).to_string());
+    }
+
+    /// Checks a token, the first one or one that takes its place before it expires: what to answer to a good one.
+    pub(super) async fn sign_in(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
+        let (store, now) = (self.state.system.store(), self.state.system.now());
+        let found = self.state.auth.authenticate(store, &token, now).await.and_then(|caller| match &self.signed_in {
+            Some(signed_in) if signed_in.caller.id != caller.id => {
+                Err(Problem::forbidden("this connection is somebody else's; open one of your own"))
+            }
+            _ => Ok(caller),
+        });
+        match found {
+            Ok(caller) => {
+                if let Err(problem) = self.enter(Group::User(caller.id.as_str().into())) {
+                    self.refuse(reference, &problem);
+                    return Err(Close::TooMany(problem.detail));
+                }
+                let answer = json!({"user": caller.id});
+                self.outbox.belongs_to(&caller.name);
+                self.signed_in = Some(SignedIn { token, caller });
+                Ok(Some(answer))
+            }
+            Err(problem) => {
+                self.refuse(reference, &problem);
+                // a bad new token leaves the good old one in force until it expires
+                if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) }
+            }
+        }
+    }
+
+    /// Looks again at what the client may see: a sign-in may have been ended, a membership too.
+    pub(super) async fn check(&mut self) -> Result<(), Close> {
+        let Some(signed_in) = &self.signed_in else { return Ok(()) };
+        let (store, now) = (self.state.system.store(), self.state.system.now());
+        let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
+            Ok(caller) => caller,
+            Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
+            Err(_) => return Ok(()), // the store is away: the next round knows more
+        };
+        let mut lost = Vec::new();
+        for (workspace, channel) in self.subscriptions.keys() {
+            let name = ChannelName::parse(channel, self.id);
+            let Ok(name) = name else { continue };
+            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic).await;
+            if let Err(problem) = allowed
+                && problem.is_final()
+            {
+                lost.push(((workspace.clone(), channel.clone()), problem));
+            }
+        }
+        for (key, problem) in lost {
+            if let Some(subscription) = self.subscriptions.remove(&key) {
+                self.state.hub.unsubscribe(&subscription, &self.outbox);
+                let (workspace, channel) = &key;
+                let error = json!({
+                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
+                    "detail": problem.detail,
+                });
+                self.outbox.reply(&error.to_string());
+            }
+        }
+        if let Some(signed_in) = &mut self.signed_in {
+            signed_in.caller = caller;
+        }
+        Ok(())
+    }
+
+    /// Does what a message asks for; what it gives is answered later.
+    pub(super) async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
+        let incoming: Incoming<'_> = match serde_json::from_str(text) {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
+                self.refuse(reference.as_ref(), &Problem::invalid("bad_frame", format!("this is no message: {error}")));
+                return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
+            }
+        };
+        let reference = incoming.reference.clone();
+        let reference = reference.as_ref();
+        if incoming.kind == "auth" {
+            if let Some(answer) = self.sign_in(incoming.token.unwrap_or_default(), reference).await? {
+                self.answer(reference, answer);
+            }
+            return Ok(None);
+        }
+        let Some(signed_in) = &self.signed_in else {
+            let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
+            self.refuse(reference, &problem);
+            return Err(Close::Unauthenticated);
+        };
+        let caller = signed_in.caller.clone();
+        let done = match incoming.kind {
+            "subscribe" => self.subscribe(&caller, incoming).await,
+            "unsubscribe" => self.unsubscribe(incoming),
+            "publish" => match self.publish(&caller, incoming).await {
+                Ok(pending) => return Ok(Some(pending)),
+                Err(problem) => Err(problem),
+            },
+            "run" => self.run(&caller, incoming).await,
+            "cancel" => self.cancel(&caller, incoming).await,
+            "ping" => {
+                self.answer(reference, json!({}));
+                Ok(())
+            }
+            other => {
+                let kind: String = other.chars().take(40).collect();
+                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
+                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
+            }
+        };
+        if let Err(problem) = done {
+            self.refuse(reference, &problem);
+        }
+        Ok(None)
+    }
+
+    async fn subscribe(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
+        let channel = required(incoming.channel, "channel")?;
+        let name = ChannelName::parse(&channel, self.id)?;
+        let rate = incoming.rate.map_or(Ok(None), |text| rate_of(&text))?;
+        let epoch = |epoch: Value| epoch.as_str().map_or_else(|| epoch.to_string(), str::to_owned);
+        let since = incoming.since.map(|since| Since { epoch: epoch(since.epoch), offset: since.offset });
+        self.listen(caller, incoming.workspace, channel, name, incoming.sql, since, rate, incoming.reference).await
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a subscription is asked for with all of these")]
+    async fn listen(
+        &mut self,
+        caller: &Caller,
+        workspace: Option<String>,
+        channel: String,
+        name: ChannelName,
+        sql: Option<String>,
+        since: Option<Since>,
+        rate: Option<Duration>,
+        reference: Option<Value>,
+    ) -> Result<(), Problem> {
+        let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
+        let workspace = match workspace.filter(|_| !is_system) {
+            Some(id) => Some(id.parse::<WorkspaceId>().map_err(|_| Problem::workspace_not_found(&id))?),
+            None => None,
+        };
+        may_listen(&self.state, caller, workspace.as_ref(), &name.topic).await?;
+        if let Some(workspace) = &workspace {
+            self.enter(Group::Workspace(workspace.clone()))?;
+        }
+        let key = (workspace.clone(), channel);
+        // a second subscription takes the place of the first
+        if let Some(old) = self.subscriptions.remove(&key) {
+            self.state.hub.unsubscribe(&old, &self.outbox);
+        }
+        let most = self.state.config.limits.subscriptions;
+        if self.subscriptions.len() >= most {
+            let detail =
+                format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
+            return Err(Problem::conflict("too_many_subscriptions", detail));
+        }
+        let is_query = matches!(name.topic, Topic::Query { .. });
+        let queries = self.subscriptions.keys().filter(|(_, channel)| channel.starts_with("query/")).count();
+        if is_query && queries >= QUERIES_MAX {
+            let detail = format!("this connection has {QUERIES_MAX} live queries, the most there can be; end some");
+            return Err(Problem::conflict("too_many_subscriptions", detail));
+        }
+        let wish = Wish { outbox: &self.outbox, since, rate, reference };
+        let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql, wish).await?;
+        self.subscriptions.insert(key, subscription);
+        Ok(())
+    }
+
+    fn unsubscribe(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
+        let channel = required(incoming.channel, "channel")?;
+        let is_system = channel.starts_with("system/");
+        let workspace = incoming.workspace.filter(|_| !is_system).and_then(|id| id.parse().ok());
+        let Some(subscription) = self.subscriptions.remove(&(workspace, channel)) else {
+            return Err(Problem::not_found("not_subscribed", "this connection has no such subscription"));
+        };
+        self.state.hub.unsubscribe(&subscription, &self.outbox);
+        self.answer(incoming.reference.as_ref(), json!({}));
+        Ok(())
+    }
+
+    /// Takes events in; the answer comes once they are durable. Until then the client may go on: what it publishes is
+    /// in the order in which it came.
+    async fn publish(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<Pending, Problem> {
+        let member = Member::of(&self.state, caller, &required(incoming.workspace, "workspace")?).await?;
+        member.may(Permission::Ingest)?;
+        let stream: StreamName = required(incoming.stream, "stream")?.parse()?;
+        let events = required(incoming.events, "events")?;
+        let events = Bytes::copy_from_slice(events.get().as_bytes());
+        let decoded = decode_frame(&self.state, &member, &stream, events).await?;
+        let (system, reference) = (self.state.system.clone(), incoming.reference);
+        Ok(Box::pin(async move {
+            let done = system.ingest(&member.workspace, &stream, decoded).await;
+            match done {
+                Ok(done) => ok(reference.as_ref(), crate::ingest::answer(&done)),
+                Err(fault) => refusal(reference.as_ref(), &fault.into()),
+            }
+        }))
+    }
+
+    /// Starts a run; its events come in the channel of its thread, which this connection listens to from then on.
+    async fn run(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
+        let workspace = required(incoming.workspace, "workspace")?;
+        let member = Member::of(&self.state, caller, &workspace).await?;
+        member.may(Permission::Chat)?;
+        let agent: ItemName = required(incoming.agent, "agent")?.parse()?;
+        let may_hold = member.role.may(Permission::Hold);
+        let asker = Asker { agent, user: member.user.clone(), may_hold };
+        let request = agui::read_input(asker, required(incoming.input, "input")?)?;
+        let channel = format!("thread/{}", request.thread);
+        if !self.subscriptions.contains_key(&(Some(member.workspace.clone()), channel.clone())) {
+            let name = ChannelName::parse(&channel, self.id)?;
+            self.listen(caller, Some(workspace), channel.clone(), name, None, None, None, None).await?;
+        }
+        let run = self.state.system.start_run(&member.workspace, request).await?;
+        if self.runs.len() >= RUNS_MAX {
+            self.runs.clear();
+        }
+        self.runs.insert(run.run.clone(), member.workspace.clone());
+        let answer = json!({
+            "channel": channel, "thread_id": run.thread, "run_id": run.run, "attached": run.attached,
+        });
+        self.answer(incoming.reference.as_ref(), answer);
+        Ok(())
+    }
+
+    async fn cancel(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
+        let run = required(incoming.run_id, "run_id")?;
+        let workspace = match (incoming.workspace, self.runs.entry(run.clone()), &caller.by) {
+            (Some(workspace), ..) => workspace,
+            (None, Entry::Occupied(known), _) => known.get().to_string(),
+            (None, Entry::Vacant(_), By::Key { workspace, .. }) => workspace.to_string(),
+            (None, Entry::Vacant(_), By::Session { .. }) => {
+                let detail = "this run was not started on this connection: name its `workspace` too";
+                return Err(Problem::invalid("bad_request", detail));
+            }
+        };
+        let member = Member::of(&self.state, caller, &workspace).await?;
+        member.may(Permission::Chat)?;
+        self.state.system.cancel_run(&member.workspace, &run).await?;
+        self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
+        Ok(())
+    }
+}
+
+/// Whether somebody may follow a channel.
+pub(crate) async fn may_listen(
+    state: &AppState,
+    caller: &Caller,
+    workspace: Option<&WorkspaceId>,
+    topic: &Topic,
+) -> Result<(), Problem> {
+    match (topic, workspace) {
+        (Topic::Throughput | Topic::Actors, _) => caller.clone().admin().map(drop),
+        (_, None) => Err(Problem::invalid("bad_request", "`workspace` is missing")),
+        (topic, Some(workspace)) => {
+            let member = Member::of(state, caller, workspace.as_str()).await?;
+            let is_query = matches!(topic, Topic::Query { .. });
+            member.may(if is_query { Permission::Query } else { Permission::Read })
+        }
+    }
+}
+
+/// The least time between two messages, as clients write it.
+pub(crate) fn rate_of(text: &str) -> Result<Option<Duration>, Problem> {
+    let rate = span::parse(text).map_err(|error| Problem::invalid("bad_request", error))?;
+    Ok(Some(Duration::from_micros(rate.0.unsigned_abs())).filter(|rate| !rate.is_zero()))
+}
+
+fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
+    member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
+}
+
+fn refusal(reference: Option<&Value>, problem: &Problem) -> Value {
+    with_reference(reference, json!({"type": "error", "code": problem.code, "detail": problem.detail}))
+}
+
+fn ok(reference: Option<&Value>, mut answer: Value) -> Value {
+    answer["type"] = "ok".into();
+    with_reference(reference, answer)
+}
+
+fn with_reference(reference: Option<&Value>, mut answer: Value) -> Value {
+    if let Some(reference) = reference {
+        answer["ref"] = reference.clone();
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_may_hold_what_is_not_known_here() {
+        let text = r#"{"type":"subscribe","channel":"alerts","workspace":"acme","later":{"x":1},"since":{"epoch":"e","offset":3}}"#;
+        let read: Incoming<'_> = serde_json::from_str(text).unwrap();
+        assert_eq!((read.kind, read.channel.as_deref(), read.since.unwrap().offset), ("subscribe", Some("alerts"), 3));
+    }
+}
