@@ -4,7 +4,7 @@ use crate::definition::{RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
 use crate::rows;
 use crate::system::System;
-use crate::workspace::timing;
+use crate::workspace::{MetricInfo, timing};
 use arrow::array::{AsArray, BooleanArray, PrimitiveArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::error::ArrowError;
@@ -56,23 +56,29 @@ impl System {
         definition: RuleDefinition,
         asked: Range<Micros>,
     ) -> Result<Backtest, Fault> {
-        let known = self.metrics(id).await?.into_iter().find(|metric| metric.name == definition.metric);
-        let Some(metric) = known else {
+        let known = self.metrics(id).await?;
+        let find = |name: &ItemName| known.iter().find(|metric| metric.name == *name);
+        let Some(metric) = find(&definition.metric) else {
             let detail = format!("there is no metric `{}` for the rule to read", definition.metric);
             return Err(Fault::new(FaultKind::NotFound, "unknown_metric", detail));
         };
-        let program = self.program(id, &metric.definition.sql).await?;
+        // the metric and those it reads, from the rule down to the stream
+        let read = |metric: &&MetricInfo| find(&metric.program.stream().metric()?);
+        let chain: Vec<&MetricInfo> = std::iter::successors(Some(metric), read).collect();
         let severity = definition.severity.clone().unwrap_or_else(|| SEVERITY.to_owned());
         let rule = Rule {
             name: RULE.parse::<ItemName>().map_err(Fault::internal)?,
             metric: definition.metric.clone(),
-            condition: sql::plan::condition(&definition.condition, &program)?,
+            condition: sql::plan::condition(&definition.condition, &metric.program)?,
             hold: definition.hold.unwrap_or_default(),
             severity: severity.clone(),
         };
-        let stream = program.stream().clone();
         let mut alone = Workspace::default();
-        alone.define(definition.metric.clone(), 0, program, timing(&metric.definition)).map_err(Fault::internal)?;
+        let mut stream = metric.program.stream().clone();
+        for MetricInfo { name, program, definition, .. } in chain.into_iter().rev() {
+            alone.define(name.clone(), 0, program.clone(), timing(definition)).map_err(Fault::internal)?;
+            stream = alone.root(name).unwrap_or(&stream).clone();
+        }
         alone.watch(rule).map_err(Fault::internal)?;
         let (log, from) = self.log_of(id)?;
         let filter = Filter {

@@ -100,6 +100,18 @@ pub fn from_store(row: &FinalRow) -> Result<Map<String, Value>, serde_json::Erro
     Ok(map)
 }
 
+/// Rows the store kept, in the columns of [`Program::output`].
+pub fn from_store_columns(program: &Program, rows: &[FinalRow]) -> Result<Rows, ArrowError> {
+    let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
+    let objects = rows.iter().map(from_store).collect::<Result<Vec<_>, _>>().map_err(broken)?;
+    let mut decoder =
+        arrow::json::ReaderBuilder::new(program.output().clone()).with_batch_size(rows.len().max(1)).build_decoder()?;
+    decoder.serialize(&objects)?;
+    let batch = decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(program.output().clone()));
+    let revisions = Some(rows.iter().map(|row| row.revision).collect());
+    Ok(Rows { batch, revisions, gone: None, complete: false })
+}
+
 /// Rows from memory, as the contract shows them.
 pub fn to_json(rows: &Rows) -> Result<Vec<Map<String, Value>>, ArrowError> {
     let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());

@@ -12,14 +12,14 @@ use crate::tenant::Tenant;
 use crate::workspace::{MetricInfo, Recent, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
+use engine::event::{ItemName, METRICS, Micros, StreamName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
 use parking_lot::{Mutex, RwLock};
 use ractor::{Actor, ActorRef};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sql::plan::Planner;
+use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
 use sql::store::{Alert, DeadLetter, FinalRow, Portfolio, Position, RowQuery, Store, StreamRow, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -77,9 +77,18 @@ pub(crate) struct Deps {
 }
 
 impl Deps {
-    pub(crate) async fn program(&self, tenant: &Tenant, sql: &str) -> Result<Arc<Program>, Fault> {
-        let schema = |stream: &StreamName| tenant.schemas.read().get(stream).map(|schema| schema.arrow().clone());
-        Ok(self.planner.program(sql, schema).await?)
+    /// The program of a metric's SQL; `metrics` gives those it may read.
+    pub(crate) async fn program(
+        &self,
+        tenant: &Tenant,
+        sql: &str,
+        metrics: impl Fn(&ItemName) -> Option<Arc<Program>>,
+    ) -> Result<Arc<Program>, Fault> {
+        let source = |stream: &StreamName| match stream.metric() {
+            Some(metric) => metrics(&metric).map(Source::Metric),
+            None => tenant.schemas.read().get(stream).map(|schema| Source::Stream(schema.arrow().clone())),
+        };
+        Ok(self.planner.program(sql, source).await?)
     }
 }
 
@@ -140,6 +149,9 @@ pub struct RowsPage {
     pub rows: Vec<Map<String, Value>>,
     pub next: Option<String>,
 }
+
+/// A metric's program, its provisional rows, and the event time of the stream they come from.
+pub type LiveRows = (Arc<Program>, Vec<Rows>, Option<Micros>);
 
 /// A question in SQL.
 #[derive(Clone, Debug)]
@@ -351,11 +363,6 @@ impl System {
         Ok((self.0.deps.log.clone(), Offset(self.tenant(id)?.first)))
     }
 
-    /// The program of a metric over this workspace's streams.
-    pub(crate) async fn program(&self, id: &WorkspaceId, sql: &str) -> Result<Arc<Program>, Fault> {
-        self.0.deps.program(self.tenant(id)?.as_ref(), sql).await
-    }
-
     /// Processing time.
     pub fn now(&self) -> Micros {
         self.0.deps.clock.now()
@@ -414,6 +421,11 @@ impl System {
     pub async fn define_stream(&self, id: &WorkspaceId, schema: StreamSchema) -> Result<(), Fault> {
         let tenant = self.tenant(id)?;
         let stream = schema.stream.clone();
+        if let (METRICS, name) = stream.parts() {
+            let detail =
+                format!("`{stream}` names the final rows of metric `{name}`; give the stream another first part");
+            return Err(Fault::new(FaultKind::Conflict, "reserved_stream", detail));
+        }
         if built_in().iter().any(|known| known.stream == stream) {
             let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
             return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
@@ -492,8 +504,9 @@ impl System {
         definition: MetricDefinition,
     ) -> Result<(), Fault> {
         let tenant = self.tenant(id)?;
-        let program = self.0.deps.program(&tenant, &definition.sql).await?;
         let known = self.metrics(id).await?;
+        let metric = |name: &ItemName| known.iter().find(|metric| metric.name == *name).map(|m| m.program.clone());
+        let program = self.0.deps.program(&tenant, &definition.sql, metric).await?;
         if known.len() >= self.0.limits.metrics && !known.iter().any(|metric| metric.name == name) {
             return Err(over_limit("limits.metrics", self.0.limits.metrics));
         }
@@ -557,10 +570,10 @@ impl System {
         }
     }
 
-    /// Provisional rows as they stand now.
-    pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<(Arc<Program>, Vec<Rows>), Fault> {
+    /// Provisional rows as they stand now, and the event time that their metric has reached.
+    pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
         let recent = self.ask(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await?;
-        Ok((recent.program, recent.live))
+        Ok((recent.program, recent.live, recent.frontier))
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics.
@@ -593,7 +606,11 @@ impl System {
             let batches = self.events(id, &schema).await?;
             return Ok(Table { name, schema: schema.arrow().clone(), batches });
         }
-        let metric: Option<ItemName> = name.last().filter(|_| name.len() == 1).and_then(|name| name.parse().ok());
+        let metric: Option<ItemName> = match name.as_slice() {
+            [metric] => metric.parse().ok(),
+            [schema, metric] if schema == METRICS => metric.parse().ok(),
+            _ => None,
+        };
         let Some(metric) = metric else { return Err(unknown("table", "unknown_table", &text)) };
         let recent = match self.ask(id, |reply| WorkspaceMsg::Rows { metric: metric.clone(), reply }).await {
             Ok(recent) => recent,

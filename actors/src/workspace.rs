@@ -4,7 +4,7 @@
 //! them and replays the log from that offset, and rows it repeats are no-ops in the store.
 
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
-use crate::fault::Fault;
+use crate::fault::{Fault, FaultKind};
 use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::rows;
@@ -19,7 +19,7 @@ use engine::program::Program;
 use engine::workspace::{IDLE_TIMEOUT, Outputs, Saved, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
-use sql::store::{Alert, Commit, DeadLetter, FinalRow, StoreError};
+use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -100,11 +100,14 @@ pub struct MetricInfo {
     pub state_bytes: usize,
     pub keys: usize,
     pub panes: usize,
+    /// Greatest event time of the stream that its rows come from.
+    pub frontier: Option<Micros>,
 }
 
 /// A metric's rows that the store may not have yet.
 pub(crate) struct Recent {
     pub(crate) program: Arc<Program>,
+    pub(crate) frontier: Option<Micros>,
     pub(crate) unsaved: Vec<FinalRow>,
     pub(crate) live: Vec<Rows>,
 }
@@ -178,6 +181,12 @@ const SAVE_EVERY: Duration = Duration::from_millis(500);
 
 /// Writing the state may take this share of the time, and is spread accordingly.
 const STATE_SHARE: u32 = 20;
+
+/// Final rows in the order of windows, and the time after which the first of their windows ends.
+type History = (Micros, Vec<Rows>);
+
+/// The most rows of another metric that one definition reads at once.
+const BACKFILL_ROWS: usize = 1_000_000;
 
 /// Rejected events held for the next commit; the ones over it are only counted.
 const DEAD_LETTERS_HELD: usize = 1_000;
@@ -303,21 +312,35 @@ impl State {
         // a commit without the state stands for this offset until the state is saved again
         self.tenant.counters.saved.store(self.applied, Relaxed);
         let mut later = Vec::new();
-        for row in store.metrics(&id).await? {
-            let definition: MetricDefinition = serde_json::from_value(row.definition)?;
-            let program = match self.deps.program(&self.tenant, &definition.sql).await {
-                Ok(program) => program,
-                Err(error) => {
-                    tracing::error!(workspace = %id, metric = %row.name, %error, "stored metric can no longer be planned; it stays stopped");
-                    continue;
+        let mut rows = store.metrics(&id).await?;
+        // one that reads another can be planned only after it, so what fails may have to wait for the next round
+        while !rows.is_empty() {
+            let (mut failed, count) = (Vec::new(), rows.len());
+            for row in rows {
+                let definition: MetricDefinition = serde_json::from_value(row.definition.clone())?;
+                let known = |name: &ItemName| {
+                    let later = later.iter().find(|(later, _): &&(ItemName, Defined)| later == name).map(|(_, d)| d);
+                    self.metrics.get(name).or(later).map(|defined| defined.program.clone())
+                };
+                match self.deps.program(&self.tenant, &definition.sql, known).await {
+                    Ok(program) => {
+                        let defined = self.defined(definition, program, row.version, row.since_offset);
+                        if row.since_offset <= self.applied {
+                            self.begin(row.name, defined)?
+                        } else {
+                            later.push((row.name, defined))
+                        }
+                    }
+                    Err(error) => failed.push((row, error)),
                 }
-            };
-            let defined = self.defined(definition, program, row.version, row.since_offset);
-            if row.since_offset <= self.applied {
-                self.begin(row.name, defined)?
-            } else {
-                later.push((row.name, defined))
             }
+            if failed.len() == count {
+                for (row, error) in &failed {
+                    tracing::error!(workspace = %id, metric = %row.name, %error, "stored metric can no longer be planned; it stays stopped");
+                }
+                break;
+            }
+            rows = failed.into_iter().map(|(row, _)| row).collect();
         }
         for row in store.alert_rules(&id).await? {
             self.rules.insert(row.name, serde_json::from_value(row.definition)?);
@@ -336,11 +359,8 @@ impl State {
             },
             None => known,
         };
-        for name in fresh {
-            let since = self.metrics[&name].since;
-            if since < self.applied {
-                self.compute(&name, since).await?;
-            }
+        for name in self.engine.in_order(fresh) {
+            self.catch_up(&name).await?;
         }
         self.replay(later).await?;
         let now = self.deps.clock.now();
@@ -360,6 +380,7 @@ impl State {
 
     /// Applies what the log holds behind the checkpoint. Nothing is pushed: clients that resume ask for a snapshot.
     async fn replay(&mut self, mut later: Vec<(ItemName, Defined)>) -> Result<(), ActorProcessingErr> {
+        later.reverse(); // of one offset the first one planned, which others may read, is taken first
         later.sort_by_key(|(_, defined)| std::cmp::Reverse(defined.since));
         let mut records = self.scan(self.applied);
         let mut count = 0u64;
@@ -367,8 +388,7 @@ impl State {
             let (offset, record) = record?;
             while later.last().is_some_and(|(_, defined)| defined.since <= offset.0) {
                 if let Some((name, defined)) = later.pop() {
-                    self.begin(name.clone(), defined)?;
-                    self.start_rules(&name);
+                    self.begin_late(name, defined).await?;
                 }
             }
             let outputs = match record.body {
@@ -387,8 +407,7 @@ impl State {
             }
         }
         for (name, defined) in later.into_iter().rev() {
-            self.begin(name.clone(), defined)?;
-            self.start_rules(&name);
+            self.begin_late(name, defined).await?;
         }
         if count > 0 {
             self.dirty = true;
@@ -427,6 +446,78 @@ impl State {
         self.engine.define(name.clone(), defined.version, defined.program.clone(), timing)?;
         self.metrics.insert(name, defined);
         Ok(())
+    }
+
+    /// Starts a metric that was defined after the checkpoint, in the place of the log where it was.
+    async fn begin_late(&mut self, name: ItemName, defined: Defined) -> Result<(), ActorProcessingErr> {
+        self.begin(name.clone(), defined)?;
+        if self.metrics[&name].program.stream().metric().is_some() {
+            self.catch_up(&name).await?;
+        }
+        self.start_rules(&name);
+        Ok(())
+    }
+
+    /// Computes what a metric without state has missed: from the log, or from the final rows of the metric it reads.
+    async fn catch_up(&mut self, name: &ItemName) -> Result<(), ActorProcessingErr> {
+        let defined = &self.metrics[name];
+        let has_missed = defined.since < self.applied;
+        match defined.program.stream().metric() {
+            None if has_missed => self.compute(name, defined.since).await,
+            Some(upstream) if has_missed || defined.definition.backfill.is_some() => {
+                let span = defined.definition.backfill;
+                let history = self.history(&upstream, span).await.map_err(|fault| fault.to_string())?;
+                self.take_history(name, &history);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn take_history(&mut self, name: &ItemName, (since, rows): &History) {
+        let outputs = self.engine.backfill(name, *since, rows);
+        self.keep(outputs, false);
+        self.dirty = true;
+    }
+
+    /// Final rows that a metric has had in the last `span`, or in all its time.
+    async fn history(&mut self, upstream: &ItemName, span: Option<Span>) -> Result<History, Fault> {
+        let Some(closed) = self.engine.closed(upstream) else { return Ok((Micros::MIN, Vec::new())) };
+        let from = span.map_or(Micros::MIN, |span| closed.minus(span));
+        let mut rows = BTreeMap::new();
+        let mut keep = |row: FinalRow| {
+            let place = (row.window_end, row.window_start, row.key.clone());
+            if row.window_end > from
+                && row.window_end <= closed
+                && rows.get(&place).is_none_or(|known: &FinalRow| known.revision < row.revision)
+            {
+                rows.insert(place, row);
+            }
+        };
+        let window = self.metrics[upstream].program.window().size();
+        let mut page = RowQuery { from: Some(from.minus(window)), limit: 10_000, ..RowQuery::default() };
+        loop {
+            let (found, next) = self.deps.store.rows(&self.tenant.id, upstream, &page).await?;
+            found.into_iter().for_each(&mut keep);
+            page.after = next;
+            if page.after.is_none() {
+                break;
+            }
+        }
+        let unsaved = self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *upstream);
+        unsaved.cloned().for_each(&mut keep);
+        let rows: Vec<FinalRow> = rows.into_values().take(BACKFILL_ROWS + 1).collect();
+        if rows.len() > BACKFILL_ROWS {
+            let detail =
+                format!("`{upstream}` has more than {BACKFILL_ROWS} rows in that time; ask for a shorter `backfill`");
+            return Err(Fault::invalid("backfill_too_long", detail));
+        }
+        let mut batches = Vec::new();
+        for rows in rows.chunks(10_000) {
+            let program = &self.metrics[upstream].program;
+            batches.push(rows::from_store_columns(program, rows).map_err(Fault::internal)?);
+        }
+        Ok((from, batches))
     }
 
     fn start_rules(&mut self, metric: &ItemName) {
@@ -482,7 +573,7 @@ impl State {
             self.mark_portfolios();
         }
         let mut next: Option<Instant> = None;
-        for metric in self.metrics.values_mut().filter(|metric| metric.program.stream() == stream) {
+        for (_, metric) in self.metrics.iter_mut().filter(|(name, _)| self.engine.root(name) == Some(stream)) {
             metric.changed = true;
             next = Some(next.map_or(metric.due, |next| next.min(metric.due)));
         }
@@ -736,7 +827,7 @@ impl State {
             .metrics
             .iter()
             .filter_map(|(name, metric)| {
-                let frontier = self.engine.frontier(metric.program.stream())?;
+                let frontier = self.engine.frontier(self.engine.root(name)?)?;
                 Some((name.clone(), frontier.minus(metric.definition.retain?)))
             })
             .collect();
@@ -780,8 +871,15 @@ impl State {
         {
             return Ok(()); // the same again changes nothing
         }
-        let since =
-            if definition.backfill.is_some() { self.deps.log.head().0.max(self.tenant.first) } else { self.applied };
+        self.check_chain(&name, &definition, &program)?;
+        let since = match (&definition.backfill, program.stream().metric()) {
+            (Some(_), None) => self.deps.log.head().0.max(self.tenant.first),
+            _ => self.applied, // rows of another metric are not read from the log
+        };
+        let history = match (definition.backfill, program.stream().metric()) {
+            (Some(span), Some(upstream)) => Some(self.history(&upstream, Some(span)).await?),
+            _ => None,
+        };
         if self.metrics.contains_key(&name) {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
@@ -789,8 +887,9 @@ impl State {
         let row = store.put_metric(&workspace, &name, &stored, since, now).await?;
         let defined = self.defined(definition, program, row.version, since);
         self.begin(name.clone(), defined).map_err(Fault::internal)?;
-        if since < self.applied {
-            self.compute(&name, since).await.map_err(Fault::internal)?;
+        match history {
+            Some(history) => self.take_history(&name, &history),
+            None => self.catch_up(&name).await.map_err(Fault::internal)?,
         }
         self.start_rules(&name);
         self.publish(What::MetricRemoved { metric: name.clone() });
@@ -801,6 +900,42 @@ impl State {
         self.plan_save(myself);
         self.plan_tick(myself, Instant::now());
         Ok(())
+    }
+
+    /// Whether a metric may be defined so among the others.
+    fn check_chain(&self, name: &ItemName, definition: &MetricDefinition, program: &Program) -> Result<(), Fault> {
+        let conflict = |code, detail| Err(Fault::new(FaultKind::Conflict, code, detail));
+        if let Some(cycle) = self.engine.cycle(name, program) {
+            return conflict("metric_cycle", engine::workspace::in_a_circle(&cycle));
+        }
+        self.check_unread(name, "define this one under another name, or delete them first")?;
+        let Some(upstream) = program.stream().metric() else { return Ok(()) };
+        match self.metrics.get(&upstream) {
+            Some(known) if program.fits(&known.program) => {}
+            _ => {
+                return conflict(
+                    "metric_changed",
+                    format!("metric `{upstream}` was defined anew meanwhile; try again"),
+                );
+            }
+        }
+        if definition.max_delay.is_some() || definition.allowed_lateness.is_some() {
+            let detail = format!(
+                "`max_delay` and `allowed_lateness` belong to the metric that reads the stream: rows of `{upstream}` come in order, and its corrections are passed on"
+            );
+            return Err(Fault::invalid("bad_definition", detail));
+        }
+        Ok(())
+    }
+
+    /// An error where other metrics read this one.
+    fn check_unread(&self, name: &ItemName, instead: &str) -> Result<(), Fault> {
+        let readers: Vec<String> = self.engine.readers(name).iter().map(|reader| format!("`{reader}`")).collect();
+        if readers.is_empty() {
+            return Ok(());
+        }
+        let detail = format!("metric `{name}` is read by {}; {instead}", readers.join(", "));
+        Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail))
     }
 
     /// Computes one metric over the log from `since` to where the others stand.
@@ -839,8 +974,9 @@ impl State {
     async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {
         if let Some(rule) = self.rules.iter().find(|(_, rule)| rule.metric == *name) {
             let detail = format!("alert rule `{}` reads metric `{name}`; delete the rule first", rule.0);
-            return Err(Fault::new(crate::fault::FaultKind::Conflict, "metric_in_use", detail));
+            return Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail));
         }
+        self.check_unread(name, "delete them first")?;
         self.engine.remove(name);
         self.metrics.remove(name);
         self.unsaved.rows.retain(|row| row.metric != *name);
@@ -881,6 +1017,7 @@ impl State {
                     state_bytes: metric.bytes(),
                     keys: metric.keys(),
                     panes: metric.panes(),
+                    frontier: self.engine.root(name).and_then(|stream| self.engine.frontier(stream)),
                 })
             })
             .collect()
@@ -894,7 +1031,8 @@ impl State {
         let live = self.engine.live(metric).map_err(|error| Fault::invalid("metric_failed", error.to_string()))?;
         let unsaved =
             self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
-        Ok(Recent { program, unsaved, live })
+        let frontier = self.engine.root(metric).and_then(|stream| self.engine.frontier(stream));
+        Ok(Recent { program, frontier, unsaved, live })
     }
 
     async fn hold(&mut self, myself: &ActorRef<WorkspaceMsg>, id: ItemName) -> Result<(), Fault> {

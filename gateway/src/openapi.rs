@@ -124,7 +124,7 @@ const OPERATIONS: &[Operation] = &[
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").gives(200, "Metrics"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. Permission `define`.")
+    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`). Permission `define`.")
         .takes("MetricDefinition")
         .gives(200, "Metric"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows. Permission `define`."),
@@ -137,7 +137,7 @@ const OPERATIONS: &[Operation] = &[
             ("final", "`true`: only final rows; `false`: only provisional ones."),
         ])
         .gives(200, "Rows"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics. Rows are arrays in the order of `columns`. Permission `query`.")
+    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`. Permission `query`.")
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").gives(200, "AlertRules"),

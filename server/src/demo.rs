@@ -76,6 +76,12 @@ const SAMPLES: [Sample; 3] = [
                  FROM market.trades GROUP BY hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes'), symbol",
             ),
             (
+                "trend_1m",
+                "SELECT symbol, vwap, avg(vwap) OVER (PARTITION BY symbol ORDER BY window_start ROWS BETWEEN 19 PRECEDING AND CURRENT ROW) AS sma20, \
+                 ema(vwap, 20) OVER w AS ema20, rsi(vwap, 14) OVER w AS rsi14, drawdown(vwap) OVER w AS drawdown \
+                 FROM metrics.price_1m WINDOW w AS (PARTITION BY symbol ORDER BY window_start)",
+            ),
+            (
                 "spread_10s",
                 "SELECT symbol, avg(ask - bid) AS spread, avg((ask - bid) / bid) * 10000 AS spread_bp \
                  FROM market.quotes GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol",

@@ -166,9 +166,7 @@ async fn query_metric(system: &System, ws: &WorkspaceId, wanted: MetricArguments
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let keys: Vec<(String, String)> = wanted.key.iter().map(|(column, value)| (column.clone(), text(value))).collect();
     let limit = wanted.limit.unwrap_or(100).clamp(1, ROWS_MAX);
-    let stream = metric.program.stream();
-    let frontier = system.streams(ws).await?.into_iter().find(|s| s.schema.stream == *stream).and_then(|s| s.frontier);
-    let mut rows = newest_rows(system, ws, metric, &keys, frontier).await?;
+    let mut rows = newest_rows(system, ws, metric, &keys, metric.frontier).await?;
     rows.reverse();
     rows.truncate(limit);
     let mut answer = describe(metric);

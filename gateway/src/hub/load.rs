@@ -150,14 +150,12 @@ async fn metric_rows(
     metric: &ItemName,
     name: &ChannelName,
 ) -> Result<Vec<MetricRow>, Problem> {
-    let (program, live) = system.live_rows(workspace, metric).await?;
+    let (program, live, frontier) = system.live_rows(workspace, metric).await?;
     let mut rows: Vec<MetricRow> = Vec::new();
     for part in &live {
         let part = encode::metric_rows(&program, part).map_err(Problem::internal)?;
         rows.extend(part.into_iter().filter(|row| name.keeps(&row.pairs)));
     }
-    let streams = system.streams(workspace).await?;
-    let frontier = streams.iter().find(|info| info.schema.stream == *program.stream()).and_then(|info| info.frontier);
     let newest = frontier.into_iter().chain(rows.iter().map(|row| row.window_end)).max();
     let back = program.window().size().0.saturating_mul(WINDOWS_BACK);
     let mut query = RowsQuery {
