@@ -1,7 +1,7 @@
 //! A metric's rows as JSON: what the store keeps and what HTTP answers.
 
 use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
-use arrow::datatypes::{DataType, Field, Schema, TimeUnit, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use arrow::json::LineDelimitedWriter;
 use arrow::json::writer::{LineDelimited, WriterBuilder};
@@ -9,7 +9,7 @@ use engine::event::{ItemName, Micros};
 use engine::metric::Rows;
 use engine::program::Program;
 use serde_json::{Map, Value};
-use sql::store::FinalRow;
+use sql::store::{FinalRow, WITHDRAWN};
 use std::io::Write;
 use std::sync::Arc;
 
@@ -74,20 +74,34 @@ fn time(batch: &RecordBatch, column: usize, row: usize) -> Micros {
     Micros(batch.column(column).as_primitive::<TimestampMicrosecondType>().value(row))
 }
 
-/// Final rows as the store keeps them.
+/// Final rows as the store keeps them, the ones taken back first.
 pub fn to_store(metric: &ItemName, program: &Program, rows: &Rows) -> Result<Vec<FinalRow>, ArrowError> {
+    let mut kept = Vec::new();
+    if let Some(batch) = &rows.withdrawn {
+        let (keys, revisions) = split(batch, program.key_count())?;
+        let revisions = revisions.column(0).as_primitive::<Int64Type>();
+        kept.extend(json_lines(&keys)?.into_iter().enumerate().map(|(row, key)| FinalRow {
+            metric: metric.clone(),
+            window_start: time(batch, 0, row),
+            window_end: time(batch, 1, row),
+            key,
+            revision: revisions.value(row),
+            row: WITHDRAWN.to_owned(),
+        }));
+    }
+    let Some(revisions) = &rows.revisions else { return Ok(kept) };
     let batch = &rows.batch;
     let (keys, values) = split(batch, program.key_count())?;
     let (keys, values) = (json_lines(&keys)?, json_lines(&values)?);
-    let rows = keys.into_iter().zip(values).enumerate().map(|(row, (key, values))| FinalRow {
+    kept.extend(keys.into_iter().zip(values).enumerate().map(|(row, (key, values))| FinalRow {
         metric: metric.clone(),
         window_start: time(batch, 0, row),
         window_end: time(batch, 1, row),
         key,
-        revision: rows.revisions.as_ref().map_or(0, |revisions| revisions[row]),
+        revision: revisions[row],
         row: values,
-    });
-    Ok(rows.collect())
+    }));
+    Ok(kept)
 }
 
 /// A row the store kept, as the contract shows it.
@@ -109,7 +123,7 @@ pub fn from_store_columns(program: &Program, rows: &[FinalRow]) -> Result<Rows, 
     decoder.serialize(&objects)?;
     let batch = decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(program.output().clone()));
     let revisions = Some(rows.iter().map(|row| row.revision).collect());
-    Ok(Rows { batch, revisions, gone: None, complete: false })
+    Ok(Rows { batch, revisions, gone: None, complete: false, withdrawn: None })
 }
 
 /// Rows from memory, as the contract shows them.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, DeadLetter, FinalRow, Portfolio, Position, RowQuery, Store, StreamRow, Workspace};
+use sql::store::{Alert, DeadLetter, FinalRow, Portfolio, Position, RowQuery, Store, StreamRow, WITHDRAWN, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -921,7 +921,7 @@ fn merge(stored: Vec<FinalRow>, recent: &Recent, query: &RowsQuery, more: bool) 
             rows.insert(at, row.clone());
         }
     }
-    rows.into_values().collect()
+    rows.into_values().filter(|row| row.row != WITHDRAWN).collect()
 }
 
 fn has_keys(key: &str, wanted: &[(String, String)]) -> bool {

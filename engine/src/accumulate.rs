@@ -1,6 +1,7 @@
 //! One column of aggregate state for all keys of a pane: our own lean form for the common
 //! aggregates, DataFusion's accumulators for every other.
 
+use crate::program::Arguments;
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, UInt32Array};
 use arrow::compute;
 use arrow::datatypes::{DataType, FieldRef, Float64Type, Int64Type};
@@ -140,23 +141,33 @@ pub(crate) enum Column {
     Any { call: Arc<AggregateFunctionExpr>, groups: Vec<Box<dyn Accumulator>> },
 }
 
-/// Calls `each(slot, value)` for the rows whose value is there and that the filter keeps.
+/// Calls `each(slot, value)` for `rows`, or all, whose value is there and that the filter keeps.
 #[inline]
 fn for_each<T: arrow::datatypes::ArrowPrimitiveType>(
-    values: &ArrayRef,
+    arguments: &Arguments,
+    rows: Option<&[u32]>,
     slots: &[Slot],
-    keep: Option<&BooleanArray>,
     mut each: impl FnMut(usize, T::Native),
 ) {
-    let values = values.as_primitive::<T>();
-    if values.null_count() == 0 && keep.is_none() {
-        for (&slot, &value) in slots.iter().zip(values.values()) {
-            each(slot as usize, value);
+    let values = arguments.values[0].as_primitive::<T>();
+    let keep = arguments.keep.as_ref();
+    let dense = values.null_count() == 0 && keep.is_none();
+    let is_there = |row: usize| values.is_valid(row) && kept(keep, row);
+    match rows {
+        None if dense => {
+            for (&slot, &value) in slots.iter().zip(values.values()) {
+                each(slot as usize, value);
+            }
         }
-    } else {
-        for (row, &slot) in slots.iter().enumerate() {
-            if values.is_valid(row) && kept(keep, row) {
+        None => {
+            for (row, &slot) in slots.iter().enumerate().filter(|(row, _)| is_there(*row)) {
                 each(slot as usize, values.value(row));
+            }
+        }
+        Some(rows) => {
+            let values = values.values();
+            for (&row, &slot) in rows.iter().zip(slots).filter(|(row, _)| dense || is_there(**row as usize)) {
+                each(slot as usize, values[row as usize]);
             }
         }
     }
@@ -196,43 +207,43 @@ impl Column {
         Ok(())
     }
 
-    /// Takes in one row for each of `slots`; rows that `keep` (the FILTER clause) refuses do not count.
-    pub(crate) fn update(&mut self, args: &[ArrayRef], slots: &[Slot], keep: Option<&BooleanArray>) -> Result<()> {
+    /// Takes in one of `rows` for each of `slots`, or the first rows in their order; those that the FILTER clause
+    /// refuses do not count.
+    pub(crate) fn update(&mut self, arguments: &Arguments, rows: Option<&[u32]>, slots: &[Slot]) -> Result<()> {
         match self {
-            Column::Count(counts) => match args.first() {
-                Some(values) if values.logical_null_count() > 0 => {
-                    let nulls = values.logical_nulls().expect("counted above");
-                    for (row, &slot) in slots.iter().enumerate() {
-                        counts[slot as usize] += i64::from(nulls.is_valid(row) && kept(keep, row));
+            Column::Count(counts) => {
+                let keep = arguments.keep.as_ref();
+                let nulls = arguments.values.first().and_then(|v| v.logical_nulls()).filter(|n| n.null_count() > 0);
+                if keep.is_none() && nulls.is_none() {
+                    slots.iter().for_each(|&slot| counts[slot as usize] += 1);
+                } else {
+                    for (at, &slot) in slots.iter().enumerate() {
+                        let row = rows.map_or(at, |rows| rows[at] as usize);
+                        let counts_in = nulls.as_ref().is_none_or(|nulls| nulls.is_valid(row)) && kept(keep, row);
+                        counts[slot as usize] += i64::from(counts_in);
                     }
                 }
-                _ if keep.is_some() => {
-                    for (row, &slot) in slots.iter().enumerate() {
-                        counts[slot as usize] += i64::from(kept(keep, row));
-                    }
-                }
-                _ => slots.iter().for_each(|&slot| counts[slot as usize] += 1),
-            },
-            Column::SumFloat(v) | Column::AvgFloat(v) => {
-                for_each::<Float64Type>(&args[0], slots, keep, |slot, value| v[slot].add(value));
             }
-            Column::SumInt(v) => for_each::<Int64Type>(&args[0], slots, keep, |slot, value| {
+            Column::SumFloat(v) | Column::AvgFloat(v) => {
+                for_each::<Float64Type>(arguments, rows, slots, |slot, value| v[slot].add(value));
+            }
+            Column::SumInt(v) => for_each::<Int64Type>(arguments, rows, slots, |slot, value| {
                 v[slot].sum += i128::from(value);
                 v[slot].count += 1;
             }),
             Column::MinFloat(v) => {
-                for_each::<Float64Type>(&args[0], slots, keep, |slot, x| pick(&mut v[slot], x, less))
+                for_each::<Float64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, less))
             }
             Column::MaxFloat(v) => {
-                for_each::<Float64Type>(&args[0], slots, keep, |slot, x| pick(&mut v[slot], x, |a, b| less(b, a)))
+                for_each::<Float64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| less(b, a)))
             }
             Column::MinInt(v) => {
-                for_each::<Int64Type>(&args[0], slots, keep, |slot, x| pick(&mut v[slot], x, |a, b| a < b))
+                for_each::<Int64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| a < b))
             }
             Column::MaxInt(v) => {
-                for_each::<Int64Type>(&args[0], slots, keep, |slot, x| pick(&mut v[slot], x, |a, b| a > b))
+                for_each::<Int64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| a > b))
             }
-            Column::Any { groups, .. } => update_any(groups, args, slots, keep)?,
+            Column::Any { groups, .. } => update_any(groups, arguments, rows, slots)?,
         }
         Ok(())
     }
@@ -270,6 +281,70 @@ impl Column {
                 }
             }
             _ => unreachable!("columns of one program have one kind at one place"),
+        }
+        Ok(())
+    }
+
+    /// Adds what the slots `theirs` hold to the slots `mine`, all of this column.
+    pub(crate) fn join(&mut self, mine: &[Slot], theirs: &[Slot]) -> Result<()> {
+        fn each<T: Copy>(v: &mut [T], mine: &[Slot], theirs: &[Slot], add: impl Fn(&mut T, T)) {
+            for (&m, &t) in mine.iter().zip(theirs) {
+                let other = v[t as usize];
+                add(&mut v[m as usize], other);
+            }
+        }
+        match self {
+            Column::Count(v) => each(v, mine, theirs, |mine, other| *mine += other),
+            Column::SumFloat(v) | Column::AvgFloat(v) => each(v, mine, theirs, |mine, other| mine.merge(&other)),
+            Column::SumInt(v) => each(v, mine, theirs, |mine, other| {
+                mine.sum += other.sum;
+                mine.count += other.count;
+            }),
+            Column::MinFloat(v) => each(v, mine, theirs, |mine, other| {
+                other.into_iter().for_each(|x| pick(mine, x, less));
+            }),
+            Column::MaxFloat(v) => each(v, mine, theirs, |mine, other| {
+                other.into_iter().for_each(|x| pick(mine, x, |a, b| less(b, a)));
+            }),
+            Column::MinInt(v) => each(v, mine, theirs, |mine, other| {
+                other.into_iter().for_each(|x| pick(mine, x, |a, b| a < b));
+            }),
+            Column::MaxInt(v) => each(v, mine, theirs, |mine, other| {
+                other.into_iter().for_each(|x| pick(mine, x, |a, b| a > b));
+            }),
+            Column::Any { call, groups } => {
+                for (&m, &t) in mine.iter().zip(theirs) {
+                    let state = take_state(call, &mut groups[t as usize])?;
+                    groups[m as usize].merge_batch(&arrays_of(&state)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Exchanges what two slots of this column hold.
+    pub(crate) fn swap(&mut self, a: Slot, b: Slot) {
+        let (a, b) = (a as usize, b as usize);
+        match self {
+            Column::Count(v) => v.swap(a, b),
+            Column::SumFloat(v) | Column::AvgFloat(v) => v.swap(a, b),
+            Column::SumInt(v) => v.swap(a, b),
+            Column::MinFloat(v) | Column::MaxFloat(v) => v.swap(a, b),
+            Column::MinInt(v) | Column::MaxInt(v) => v.swap(a, b),
+            Column::Any { groups, .. } => groups.swap(a, b),
+        }
+    }
+
+    /// Empties a slot, so that it can be used again.
+    pub(crate) fn clear(&mut self, slot: Slot) -> Result<()> {
+        let at = slot as usize;
+        match self {
+            Column::Count(v) => v[at] = 0,
+            Column::SumFloat(v) | Column::AvgFloat(v) => v[at] = Sum::default(),
+            Column::SumInt(v) => v[at] = IntSum::default(),
+            Column::MinFloat(v) | Column::MaxFloat(v) => v[at] = None,
+            Column::MinInt(v) | Column::MaxInt(v) => v[at] = None,
+            Column::Any { call, groups } => groups[at] = call.create_accumulator()?,
         }
         Ok(())
     }
@@ -313,7 +388,7 @@ impl Column {
         })
     }
 
-    /// The state of all slots as Arrow columns, of the types [`Kind::state_fields`] names.
+    /// The state of all slots as Arrow columns, of the types `kind` names.
     pub(crate) fn save(&mut self) -> Result<Vec<ArrayRef>> {
         Ok(match self {
             Column::Count(v) => vec![Arc::new(Int64Array::from_iter_values(v.iter().copied()))],
@@ -329,6 +404,10 @@ impl Column {
             ],
             Column::MinFloat(v) | Column::MaxFloat(v) => vec![Arc::new(Float64Array::from_iter(v.iter().copied()))],
             Column::MinInt(v) | Column::MaxInt(v) => vec![Arc::new(Int64Array::from_iter(v.iter().copied()))],
+            Column::Any { call, groups } if groups.is_empty() => {
+                let fields = call.state_fields()?;
+                fields.iter().map(|field| arrow::array::new_empty_array(field.data_type())).collect()
+            }
             Column::Any { call, groups } => {
                 let mut columns: Vec<Vec<ScalarValue>> = Vec::new();
                 for group in groups.iter_mut() {
@@ -394,16 +473,18 @@ impl Column {
 /// Feeds each accumulator its rows in their order, one call for each slot in the batch.
 fn update_any(
     groups: &mut [Box<dyn Accumulator>],
-    args: &[ArrayRef],
+    arguments: &Arguments,
+    rows: Option<&[u32]>,
     slots: &[Slot],
-    keep: Option<&BooleanArray>,
 ) -> Result<()> {
-    let mut order: Vec<u32> = (0..slots.len() as u32).filter(|&row| kept(keep, row as usize)).collect();
-    order.sort_by_key(|&row| slots[row as usize]); // stable: rows of a slot stay in arrival order
-    for rows in order.chunk_by(|&a, &b| slots[a as usize] == slots[b as usize]) {
-        let slot = slots[rows[0] as usize] as usize;
-        let rows = UInt32Array::from(rows.to_vec());
-        let values = args.iter().map(|arg| compute::take(arg, &rows, None)).collect::<Result<Vec<_>, _>>()?;
+    let row = |at: u32| rows.map_or(at, |rows| rows[at as usize]);
+    let keep = arguments.keep.as_ref();
+    let mut order: Vec<u32> = (0..slots.len() as u32).filter(|&at| kept(keep, row(at) as usize)).collect();
+    order.sort_by_key(|&at| slots[at as usize]); // stable: rows of a slot stay in arrival order
+    for run in order.chunk_by(|&a, &b| slots[a as usize] == slots[b as usize]) {
+        let slot = slots[run[0] as usize] as usize;
+        let rows = UInt32Array::from_iter_values(run.iter().map(|&at| row(at)));
+        let values = arguments.values.iter().map(|v| compute::take(v, &rows, None)).collect::<Result<Vec<_>, _>>()?;
         groups[slot].update_batch(&values)?;
     }
     Ok(())
@@ -448,16 +529,34 @@ mod tests {
         assert_eq!(left.count, 1000);
     }
 
+    fn arguments(values: ArrayRef) -> Arguments {
+        Arguments { values: vec![values], keep: None }
+    }
+
+    #[test]
+    fn nan_is_the_greatest_number_in_any_order() {
+        for values in [[f64::NAN, 1.0, -2.0], [1.0, f64::NAN, -2.0], [-2.0, 1.0, f64::NAN]] {
+            let of = |kind: Kind| {
+                let mut column = kind.column();
+                column.grow(1).unwrap();
+                column.update(&arguments(Arc::new(Float64Array::from(values.to_vec()))), None, &[0, 0, 0]).unwrap();
+                column.evaluate(&[0], &DataType::Float64).unwrap().as_primitive::<Float64Type>().value(0)
+            };
+            assert_eq!(of(Kind::MinFloat), -2.0);
+            assert!(of(Kind::MaxFloat).is_nan());
+        }
+    }
+
     #[test]
     fn an_integer_sum_that_does_not_fit_is_an_error_and_never_wraps() {
         let mut column = Kind::SumInt.column();
         column.grow(1).unwrap();
         let values: ArrayRef = Arc::new(Int64Array::from(vec![i64::MAX, 1]));
-        column.update(&[values], &[0, 0], None).unwrap();
+        column.update(&arguments(values), None, &[0, 0]).unwrap();
         let error = column.evaluate(&[0], &DataType::Int64).unwrap_err().to_string();
         assert!(error.contains("integer overflow") && error.contains("9223372036854775808"), "{error}");
         let less: ArrayRef = Arc::new(Int64Array::from(vec![-1]));
-        column.update(&[less], &[0], None).unwrap();
+        column.update(&arguments(less), None, &[0]).unwrap();
         assert_eq!(column.evaluate(&[0], &DataType::Int64).unwrap().as_primitive::<Int64Type>().value(0), i64::MAX);
     }
 }

@@ -1,88 +1,271 @@
 //! Interned keys: the values of the GROUP BY columns become a small number, once.
 
-use arrow::array::{Array, ArrayRef, RecordBatch, RecordBatchOptions};
-use arrow::datatypes::SchemaRef;
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, RecordBatchOptions, StringArray,
+    TimestampMicrosecondArray,
+};
+use arrow::buffer::{Buffer, NullBuffer, OffsetBuffer};
+use arrow::datatypes::{DataType, Int64Type, SchemaRef, TimeUnit, TimestampMicrosecondType};
 use arrow::row::{RowConverter, SortField};
 use datafusion_common::Result;
-use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
+use hashbrown::{DefaultHashBuilder, HashTable};
 use std::hash::BuildHasher;
+use std::sync::Arc;
 
 /// Number of a key within one metric. Reused after the last pane that held it is gone.
 pub(crate) type KeyId = u32;
 
+/// One value of a key in a fixed size. A text of up to 16 bytes is here as a whole, so that looking up a key follows no
+/// pointer; of a longer one, its length and two hashes, and the bytes are compared where they are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Part {
+    low: u64,
+    high: u64,
+    /// Length of a text, or one of the constants.
+    tag: u32,
+}
+
+const NULL: u32 = u32::MAX;
+const NUMBER: u32 = u32::MAX - 1;
+/// Texts up to this length are kept in a [`Part`].
+const SHORT: usize = 16;
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn half(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")))
+}
+
+impl Part {
+    const NULL: Part = Part { low: 0, high: 0, tag: NULL };
+
+    fn number(value: i64) -> Part {
+        Part { low: value as u64, high: 0, tag: NUMBER }
+    }
+
+    #[inline]
+    fn text(bytes: &[u8], seeds: &Seeds) -> Part {
+        let length = bytes.len();
+        // first and last word may overlap: with the length they still say every byte
+        let (low, high) = match length {
+            8..=SHORT => (word(bytes, 0), word(bytes, length - 8)),
+            4..8 => (half(bytes, 0), half(bytes, length - 4)),
+            1..4 => (u64::from(bytes[0]), u64::from(bytes[length / 2]) | u64::from(bytes[length - 1]) << 8),
+            0 => (0, 0),
+            _ => (seeds.builder.hash_one(bytes), seeds.builder.hash_one((bytes, 1))),
+        };
+        Part { low, high, tag: length as u32 }
+    }
+
+    fn is_long(&self) -> bool {
+        self.tag < NUMBER && self.tag as usize > SHORT
+    }
+
+    /// Appends the bytes of a short text.
+    fn write(&self, out: &mut Vec<u8>) {
+        let (length, start) = (self.tag as usize, out.len());
+        out.resize(start + length, 0);
+        let bytes = &mut out[start..];
+        match length {
+            8.. => {
+                bytes[..8].copy_from_slice(&self.low.to_le_bytes());
+                bytes[length - 8..].copy_from_slice(&self.high.to_le_bytes());
+            }
+            4..8 => {
+                bytes[..4].copy_from_slice(&self.low.to_le_bytes()[..4]);
+                bytes[length - 4..].copy_from_slice(&self.high.to_le_bytes()[..4]);
+            }
+            1..4 => {
+                bytes[0] = self.low as u8;
+                bytes[length / 2] = self.high as u8;
+                bytes[length - 1] = (self.high >> 8) as u8;
+            }
+            0 => {}
+        }
+    }
+}
+
+/// Secrets of this process, so that nobody can choose keys that collide.
+struct Seeds {
+    builder: DefaultHashBuilder,
+    first: u64,
+    second: u64,
+}
+
+impl Seeds {
+    /// Folded multiply, as in wyhash and foldhash.
+    #[inline]
+    fn mix(&self, hash: u64, part: &Part) -> u64 {
+        let a = hash ^ part.low ^ self.first;
+        let b = part.high.rotate_left(32) ^ u64::from(part.tag) ^ self.second;
+        let product = u128::from(a) * u128::from(b);
+        let folded = (product as u64) ^ ((product >> 64) as u64);
+        folded ^ part.low.rotate_left(23) // a product with zero keeps nothing
+    }
+}
+
+/// How the key columns are told apart.
+enum Layout {
+    /// A metric without keys.
+    None,
+    /// A part for each column.
+    Parts(Vec<DataType>),
+    /// Columns of other types, encoded into one text.
+    Rows(RowConverter),
+}
+
 /// The keys a metric holds state for. Memory follows the keys in open panes, not the keys ever seen.
 pub(crate) struct KeyTable {
-    converter: Option<RowConverter>, // none for a metric without keys
+    layout: Layout,
+    width: usize, // parts of a key
     index: HashTable<KeyId>,
-    rows: Vec<Box<[u8]>>,
-    panes: Vec<u32>, // how many panes hold the key
+    parts: Vec<Part>,             // by key, `width` each
+    long: Vec<Option<Box<[u8]>>>, // by key and part, where any key has a long text
+    hashes: Vec<u64>,             // by key
+    panes: Vec<u32>,              // by key: how many panes hold it
     free: Vec<KeyId>,
-    hasher: hashbrown::DefaultHashBuilder,
-    bytes: usize,
+    seeds: Seeds,
+    long_bytes: usize,
+    batch: Vec<Part>, // parts of the batch at hand
 }
 
 impl KeyTable {
     pub(crate) fn new(schema: &SchemaRef) -> Result<Self> {
-        let fields = schema.fields().iter().map(|f| SortField::new(f.data_type().clone())).collect::<Vec<_>>();
-        let converter = if fields.is_empty() { None } else { Some(RowConverter::new(fields)?) };
+        let types: Vec<DataType> = schema.fields().iter().map(|f| f.data_type().clone()).collect();
+        let has_part = |kind: &DataType| {
+            matches!(
+                kind,
+                DataType::Utf8 | DataType::Int64 | DataType::Boolean | DataType::Timestamp(TimeUnit::Microsecond, _)
+            )
+        };
+        let (layout, width) = if types.is_empty() {
+            (Layout::None, 0)
+        } else if types.iter().all(has_part) {
+            let width = types.len();
+            (Layout::Parts(types), width)
+        } else {
+            (Layout::Rows(RowConverter::new(types.into_iter().map(SortField::new).collect())?), 1)
+        };
+        let builder = DefaultHashBuilder::default();
+        let (first, second) = (builder.hash_one(1), builder.hash_one(2));
         Ok(Self {
-            converter,
+            layout,
+            width,
             index: HashTable::new(),
-            rows: Vec::new(),
+            parts: Vec::new(),
+            long: Vec::new(),
+            hashes: Vec::new(),
             panes: Vec::new(),
             free: Vec::new(),
-            hasher: Default::default(),
-            bytes: 0,
+            seeds: Seeds { builder, first, second },
+            long_bytes: 0,
+            batch: Vec::new(),
         })
     }
 
     /// The key of each of `count` rows of `columns`.
     pub(crate) fn intern(&mut self, columns: &[ArrayRef], count: usize) -> Result<Vec<KeyId>> {
-        let Self { converter, index, rows, panes, free, hasher, bytes } = self;
-        let Some(converter) = converter else {
-            if rows.is_empty() {
-                rows.push(Box::default());
-                panes.push(0);
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let encoded;
+        let mut texts: Vec<Option<&dyn Bytes>> = Vec::new();
+        let width = self.width;
+        let mut batch = std::mem::take(&mut self.batch);
+        batch.clear();
+        batch.resize(count * width, Part::NULL);
+        match &mut self.layout {
+            Layout::None => {
+                if self.panes.is_empty() {
+                    self.panes.push(0);
+                    self.hashes.push(0);
+                }
+                return Ok(vec![0; count]);
             }
-            return Ok(vec![0; count]);
-        };
-        let encoded = converter.convert_columns(columns)?;
+            Layout::Parts(_) => {
+                for (at, column) in columns.iter().enumerate() {
+                    let out = batch[at..].iter_mut().step_by(width);
+                    let nulls = column.nulls().filter(|nulls| nulls.null_count() > 0);
+                    let text = write_parts(column, out, &self.seeds);
+                    for row in nulls.iter().flat_map(|nulls| (0..count).filter(|&row| nulls.is_null(row))) {
+                        batch[row * width + at] = Part::NULL;
+                    }
+                    texts.push(text);
+                }
+            }
+            Layout::Rows(converter) => {
+                encoded = converter.convert_columns(columns)?;
+                for (row, part) in batch.iter_mut().enumerate() {
+                    *part = Part::text(encoded.row(row).as_ref(), &self.seeds);
+                }
+                texts.push(Some(&encoded));
+            }
+        }
         let mut ids = Vec::with_capacity(count);
-        let mut last: Option<(usize, KeyId)> = None; // runs of one key are common
-        for (at, row) in encoded.iter().enumerate() {
-            let row: &[u8] = row.as_ref();
-            if let Some((before, id)) = last
-                && encoded.row(before).as_ref() == row
+        let mut last: Option<(&[Part], KeyId)> = None; // runs of one key are common
+        for (row, parts) in batch.chunks_exact(width).enumerate() {
+            let is_long = parts.iter().any(Part::is_long);
+            if let Some((before, id)) = last.filter(|_| !is_long)
+                && before == parts
             {
                 ids.push(id);
                 continue;
             }
-            let hash = hasher.hash_one(row);
-            let id =
-                match index.entry(hash, |&id| *rows[id as usize] == *row, |&id| hasher.hash_one(&*rows[id as usize])) {
-                    Entry::Occupied(found) => *found.get(),
-                    Entry::Vacant(empty) => {
-                        *bytes += row.len() + 40;
-                        let id = match free.pop() {
-                            Some(id) => {
-                                rows[id as usize] = row.into();
-                                id
-                            }
-                            None => {
-                                rows.push(row.into());
-                                panes.push(0);
-                                (rows.len() - 1) as KeyId
-                            }
-                        };
-                        empty.insert(id);
-                        id
-                    }
-                };
-            last = Some((at, id));
+            let id = if is_long {
+                let long: Vec<Option<&[u8]>> =
+                    (0..width).map(|at| texts[at].filter(|_| parts[at].is_long()).map(|text| text.at(row))).collect();
+                self.find(parts, Some(&long))
+            } else {
+                self.find(parts, None)
+            };
+            last = Some((parts, id));
             ids.push(id);
         }
+        self.batch = batch;
         Ok(ids)
+    }
+
+    #[inline]
+    fn find(&mut self, parts: &[Part], long: Option<&[Option<&[u8]>]>) -> KeyId {
+        let width = self.width;
+        let hash = parts.iter().fold(0, |hash, part| self.seeds.mix(hash, part));
+        let (stored, hashes, kept) = (&self.parts, &self.hashes, &self.long);
+        let is_same = |&id: &KeyId| {
+            let at = id as usize * width;
+            stored[at..at + width] == *parts
+                && long.is_none_or(|long| long.iter().zip(&kept[at..at + width]).all(|(a, b)| *a == b.as_deref()))
+        };
+        match self.index.entry(hash, is_same, |&id| hashes[id as usize]) {
+            Entry::Occupied(found) => *found.get(),
+            Entry::Vacant(empty) => {
+                let id = match self.free.pop() {
+                    Some(id) => {
+                        let at = id as usize * width;
+                        self.parts[at..at + width].copy_from_slice(parts);
+                        self.hashes[id as usize] = hash;
+                        id
+                    }
+                    None => {
+                        self.parts.extend_from_slice(parts);
+                        self.hashes.push(hash);
+                        self.panes.push(0);
+                        (self.panes.len() - 1) as KeyId
+                    }
+                };
+                empty.insert(id);
+                if !self.long.is_empty() || long.is_some() {
+                    self.long.resize(self.parts.len(), None);
+                }
+                for (at, text) in long.into_iter().flatten().enumerate() {
+                    self.long_bytes += text.map_or(0, |text| text.len());
+                    self.long[id as usize * width + at] = text.map(Into::into);
+                }
+                id
+            }
+        }
     }
 
     /// A pane took the key in.
@@ -94,32 +277,154 @@ impl KeyTable {
     pub(crate) fn release(&mut self, id: KeyId) {
         let at = id as usize;
         self.panes[at] -= 1;
-        if self.panes[at] == 0 && self.converter.is_some() {
-            let hash = self.hasher.hash_one(&*self.rows[at]);
-            if let Ok(found) = self.index.find_entry(hash, |&other| other == id) {
-                found.remove();
+        if self.panes[at] == 0 {
+            self.forget(id);
+        }
+    }
+
+    fn forget(&mut self, id: KeyId) {
+        if let Layout::None = self.layout {
+            return;
+        }
+        if let Ok(found) = self.index.find_entry(self.hashes[id as usize], |&other| other == id) {
+            found.remove();
+        }
+        if !self.long.is_empty() {
+            for text in &mut self.long[id as usize * self.width..][..self.width] {
+                self.long_bytes -= text.take().map_or(0, |text| text.len());
             }
-            self.bytes -= self.rows[at].len() + 40;
-            self.rows[at] = Box::default();
-            self.free.push(id);
+        }
+        self.free.push(id);
+        if self.free.len() == self.panes.len() {
+            // quiet metrics keep no room for the keys of busy times
+            self.index = HashTable::new();
+            (self.parts, self.long, self.hashes) = (Vec::new(), Vec::new(), Vec::new());
+            (self.panes, self.free, self.batch) = (Vec::new(), Vec::new(), Vec::new());
         }
     }
 
     /// How many keys hold state.
     pub(crate) fn len(&self) -> usize {
-        self.rows.len() - self.free.len()
+        match self.layout {
+            Layout::None => self.panes.iter().filter(|&&panes| panes > 0).count(),
+            _ => self.panes.len() - self.free.len(),
+        }
+    }
+
+    /// One more than the greatest number of a key.
+    pub(crate) fn bound(&self) -> usize {
+        self.panes.len()
     }
 
     /// The key columns of `ids`, in that order.
     pub(crate) fn columns(&self, ids: &[KeyId]) -> Result<Vec<ArrayRef>> {
-        let Some(converter) = &self.converter else { return Ok(Vec::new()) };
-        let parser = converter.parser();
-        Ok(converter.convert_rows(ids.iter().map(|&id| parser.parse(&self.rows[id as usize])))?)
+        match &self.layout {
+            Layout::None => Ok(Vec::new()),
+            Layout::Parts(types) => types.iter().enumerate().map(|(at, kind)| self.column(ids, at, kind)).collect(),
+            Layout::Rows(converter) => {
+                let parser = converter.parser();
+                let mut bytes = Vec::new();
+                let mut ends = Vec::with_capacity(ids.len());
+                for &id in ids {
+                    self.write(id, 0, &mut bytes);
+                    ends.push(bytes.len());
+                }
+                let starts = std::iter::once(0).chain(ends.iter().copied());
+                let rows = starts.zip(&ends).map(|(start, &end)| parser.parse(&bytes[start..end]));
+                Ok(converter.convert_rows(rows)?)
+            }
+        }
+    }
+
+    fn write(&self, id: KeyId, at: usize, out: &mut Vec<u8>) {
+        let place = id as usize * self.width + at;
+        let part = &self.parts[place];
+        if part.is_long() {
+            out.extend_from_slice(self.long[place].as_deref().unwrap_or_default());
+        } else if part.tag < NUMBER {
+            part.write(out);
+        }
+    }
+
+    fn column(&self, ids: &[KeyId], at: usize, kind: &DataType) -> Result<ArrayRef> {
+        let parts = || ids.iter().map(|&id| &self.parts[id as usize * self.width + at]);
+        let nulls = NullBuffer::from_iter(parts().map(|part| part.tag != NULL));
+        let nulls = Some(nulls).filter(|nulls| nulls.null_count() > 0);
+        let numbers = || parts().map(|part| part.low as i64);
+        Ok(match kind {
+            DataType::Int64 => Arc::new(Int64Array::new(numbers().collect(), nulls)),
+            DataType::Boolean => Arc::new(BooleanArray::new(numbers().map(|n| n != 0).collect(), nulls)),
+            DataType::Timestamp(_, zone) => {
+                Arc::new(TimestampMicrosecondArray::new(numbers().collect(), nulls).with_timezone_opt(zone.clone()))
+            }
+            _ => {
+                let mut bytes = Vec::with_capacity(ids.len() * 8);
+                let mut offsets = Vec::with_capacity(ids.len() + 1);
+                offsets.push(0i32);
+                for &id in ids {
+                    self.write(id, at, &mut bytes);
+                    offsets.push(bytes.len() as i32);
+                }
+                Arc::new(StringArray::try_new(OffsetBuffer::new(offsets.into()), Buffer::from_vec(bytes), nulls)?)
+            }
+        })
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes + self.rows.capacity() * 20 + self.index.capacity() * 5
+        self.parts.capacity() * size_of::<Part>()
+            + self.long.capacity() * size_of::<Option<Box<[u8]>>>()
+            + self.long_bytes
+            + self.panes.capacity() * 12
+            + (self.index.capacity() + self.free.capacity()) * 5
     }
+}
+
+/// Rows as bytes.
+trait Bytes {
+    fn at(&self, row: usize) -> &[u8];
+}
+
+impl Bytes for StringArray {
+    fn at(&self, row: usize) -> &[u8] {
+        self.value(row).as_bytes()
+    }
+}
+
+impl Bytes for arrow::row::Rows {
+    fn at(&self, row: usize) -> &[u8] {
+        self.row(row).data()
+    }
+}
+
+/// Writes the parts of a column, whatever stands at its nulls; the column where it holds texts.
+fn write_parts<'a, 'b>(
+    column: &'a ArrayRef,
+    out: impl Iterator<Item = &'b mut Part>,
+    seeds: &Seeds,
+) -> Option<&'a dyn Bytes> {
+    match column.data_type() {
+        DataType::Utf8 => {
+            let texts = column.as_string::<i32>();
+            let bytes = texts.value_data();
+            for (part, ends) in out.zip(texts.value_offsets().windows(2)) {
+                *part = Part::text(&bytes[ends[0] as usize..ends[1] as usize], seeds);
+            }
+            return Some(texts);
+        }
+        DataType::Boolean => {
+            let values = column.as_boolean().values();
+            out.zip(values.iter()).for_each(|(part, value)| *part = Part::number(i64::from(value)));
+        }
+        DataType::Int64 => {
+            let values = column.as_primitive::<Int64Type>().values();
+            out.zip(values).for_each(|(part, &value)| *part = Part::number(value));
+        }
+        _ => {
+            let values = column.as_primitive::<TimestampMicrosecondType>().values();
+            out.zip(values).for_each(|(part, &value)| *part = Part::number(value));
+        }
+    }
+    None
 }
 
 /// A batch of `columns` that keeps its row count also without a column.
@@ -159,5 +464,40 @@ mod tests {
         assert_eq!(keys.intern(&other, 2).unwrap(), [1, 0]);
         let back = keys.columns(&[1, 2]).unwrap();
         assert_eq!(back[0].as_ref(), &StringArray::from(vec!["B", ""]) as &dyn Array);
+    }
+
+    #[test]
+    fn texts_of_every_length_come_back_as_they_were_and_none_is_taken_for_another() {
+        let schema = Arc::new(Schema::new(vec![Field::new("text", DataType::Utf8, true)]));
+        let mut keys = KeyTable::new(&schema).unwrap();
+        let all: Vec<String> = (0..40)
+            .flat_map(|length: usize| {
+                (0..=length).map(move |at| (0..length).map(|i| if i == at { 'x' } else { 'a' }).collect())
+            })
+            .collect();
+        let texts = StringArray::from(all.clone());
+        let column: Vec<ArrayRef> = vec![Arc::new(texts.clone())];
+        let ids = keys.intern(&column, all.len()).unwrap();
+        assert_eq!(ids, (0..all.len() as KeyId).collect::<Vec<_>>());
+        assert_eq!(keys.intern(&column, all.len()).unwrap(), ids);
+        assert_eq!(keys.columns(&ids).unwrap()[0].as_ref(), &texts as &dyn Array);
+        ids.iter().for_each(|&id| keys.hold(id));
+        ids.iter().for_each(|&id| keys.release(id));
+        assert_eq!((keys.len(), keys.long_bytes), (0, 0));
+    }
+
+    #[test]
+    fn keys_of_other_types_work_too() {
+        let schema = Arc::new(Schema::new(vec![Field::new("x", DataType::Float64, true)]));
+        let mut keys = KeyTable::new(&schema).unwrap();
+        let column: Vec<ArrayRef> = vec![Arc::new(arrow::array::Float64Array::from(vec![
+            Some(1.5),
+            None,
+            Some(f64::NAN),
+            Some(1.5),
+            Some(f64::NAN),
+        ]))];
+        assert_eq!(keys.intern(&column, 5).unwrap(), [0, 1, 2, 0, 2]);
+        assert!(keys.columns(&[1]).unwrap()[0].is_null(0));
     }
 }

@@ -6,10 +6,13 @@ pub mod alert; // rules over metrics, and which of them are firing
 pub mod event; // when something happened, in which workspace, on which stream
 pub mod indicator; // market and product indicators: formulas and their state
 mod key; // interned keys
-pub mod metric; // one metric of one workspace: panes in, rows out
+mod merged; // panes merged into windows that overlap
+pub mod metric; // one metric of one workspace: events in, rows out
 pub mod over; // a metric over the rows of another one: OVER clauses
+mod panes; // tumbling, hopping and cumulating windows
 pub mod portfolio; // positions at last prices
 pub mod program; // a metric's SQL as the engine runs it
 mod rollup; // a metric with a window over the rows of another one
-pub mod window; // tumbling and hopping windows, their panes, and when they close
+mod session; // session windows
+pub mod window; // how event time is cut, and when windows close
 pub mod workspace; // all of it together, and how it is saved

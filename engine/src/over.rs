@@ -10,7 +10,7 @@ use crate::event::{Micros, Span};
 use crate::indicator::{self, Indicator};
 use crate::key::{KeyTable, batch_of};
 use crate::metric::{RestoreError, Rows};
-use crate::program::{Aggregate, Program};
+use crate::program::{Aggregate, Arguments, Program};
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float64Array, Float64Builder, Int64Array, ListArray,
     ListBuilder, RecordBatch, UInt32Array, new_empty_array,
@@ -335,16 +335,18 @@ impl Cursor {
                     let arguments = rings.iter().map(|&ring| values(ring)).collect::<Result<Vec<_>>>()?;
                     let keep = keep.map(values).transpose()?;
                     let count = arguments.first().or(keep.as_ref()).map_or(0, |column| column.len());
+                    let arguments = Arguments { values: arguments, keep: keep.map(|mask| mask.as_boolean().clone()) };
                     let mut column = how.column();
                     column.grow(1)?;
-                    column.update(&arguments, &vec![0; count], keep.as_ref().map(|mask| mask.as_boolean()))?;
+                    column.update(&arguments, None, &vec![0; count])?;
                     ScalarValue::try_from_array(&column.evaluate(&[0], kind)?, 0)?
                 }
                 (Plan::Running { arguments: places, keep, .. }, Standing::Aggregate(column)) => {
                     let one = |at: usize| arguments[at].slice(row, 1);
                     let keep = keep.map(one);
                     let values: Vec<ArrayRef> = places.iter().map(|&at| one(at)).collect();
-                    column.update(&values, &[0], keep.as_ref().map(|mask| mask.as_boolean()))?;
+                    let arguments = Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) };
+                    column.update(&arguments, None, &[0])?;
                     ScalarValue::try_from_array(&column.evaluate(&[0], kind)?, 0)?
                 }
                 (Plan::Lag { ring, offset, default }, _) => {
@@ -818,7 +820,7 @@ fn finished(program: &Program, input: &RecordBatch, results: &[Vec<ScalarValue>]
         });
     }
     let batch = program.finish_rows(input, columns)?;
-    Ok(Rows { batch, revisions: Some(revisions), gone: None, complete: false })
+    Ok(Rows { batch, revisions: Some(revisions), gone: None, complete: false, withdrawn: None })
 }
 
 fn list_type(kind: &DataType) -> DataType {

@@ -152,6 +152,11 @@ impl Program {
         self.parts.top.is_some()
     }
 
+    /// Whether the state of every aggregate takes the same few bytes however many events it holds.
+    pub(crate) fn is_lean(&self) -> bool {
+        !self.kinds.iter().any(|kind| matches!(kind, Kind::Any(_)))
+    }
+
     /// Whether HAVING may take back a row that was there before.
     pub(crate) fn may_retract(&self) -> bool {
         self.parts.having.is_some()
@@ -265,14 +270,6 @@ fn null_is_false(mask: &BooleanArray) -> BooleanArray {
 pub(crate) struct Arguments {
     pub(crate) values: Vec<ArrayRef>,
     pub(crate) keep: Option<BooleanArray>,
-}
-
-impl Arguments {
-    pub(crate) fn take(&self, rows: &arrow::array::UInt32Array) -> Result<Arguments> {
-        let values = self.values.iter().map(|v| compute::take(v, rows, None)).collect::<Result<Vec<_>, _>>()?;
-        let keep = self.keep.as_ref().map(|mask| compute::take(mask, rows, None)).transpose()?;
-        Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
-    }
 }
 
 /// Which of the groups given to [`Program::finish`] became rows.

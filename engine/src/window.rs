@@ -1,14 +1,19 @@
-//! Tumbling and hopping windows, the panes they share, and when they close.
+//! Tumbling, hopping, cumulating and session windows, the panes they share, and when they close.
 
 use crate::event::{Micros, Span};
 
-/// How event time is cut. Windows are half open, `[start, end)`, and aligned to the Unix epoch in UTC.
+/// How event time is cut. Windows are aligned to the Unix epoch in UTC and half open, `[start, end)`, but for sessions,
+/// which follow the events of a key: an event exactly at a session's end still belongs to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Window {
     /// Fixed, back to back: every instant is in one window.
     Tumble { size: Span },
     /// Starts every `slide` and lasts `size`: an instant is in `size / slide` windows.
     Hop { slide: Span, size: Span },
+    /// Grows by `step` up to `size`, then starts over: windows that start together and end a step apart.
+    Cumulate { step: Span, size: Span },
+    /// The events of one key with no more than `gap` between them; ends `gap` after the last.
+    Session { gap: Span },
 }
 
 /// Why a window cannot be built.
@@ -20,6 +25,8 @@ pub enum WindowError {
         "slide {slide} µs is longer than size {size} µs: events between two windows would be in none; make slide at most size"
     )]
     Gaps { slide: i64, size: i64 },
+    #[error("size {size} µs is no multiple of step {step} µs; make it one")]
+    Uneven { step: i64, size: i64 },
     #[error(
         "size {size} µs and slide {slide} µs need {panes} panes a window, more than {max}; use a slide that divides size evenly or a longer one"
     )]
@@ -56,37 +63,85 @@ impl Window {
         Ok(Window::Hop { slide, size })
     }
 
-    /// How long a window lasts.
+    /// A cumulating window; `size` must be a multiple of `step`.
+    pub fn cumulate(step: Span, size: Span) -> Result<Window, WindowError> {
+        if step <= Span::ZERO {
+            return Err(WindowError::NotPositive("step"));
+        }
+        if size <= Span::ZERO {
+            return Err(WindowError::NotPositive("size"));
+        }
+        if size.0 % step.0 != 0 {
+            return Err(WindowError::Uneven { step: step.0, size: size.0 });
+        }
+        let panes = size.0 / step.0;
+        if panes > MAX_PANES {
+            return Err(WindowError::TooManyPanes { size: size.0, slide: step.0, panes, max: MAX_PANES });
+        }
+        Ok(Window::Cumulate { step, size })
+    }
+
+    /// A session window.
+    pub fn session(gap: Span) -> Result<Window, WindowError> {
+        if gap <= Span::ZERO {
+            return Err(WindowError::NotPositive("gap"));
+        }
+        Ok(Window::Session { gap })
+    }
+
+    /// How long a window lasts at most; a session, at least.
     pub fn size(self) -> Span {
         match self {
-            Window::Tumble { size } | Window::Hop { size, .. } => size,
+            Window::Tumble { size } | Window::Hop { size, .. } | Window::Cumulate { size, .. } => size,
+            Window::Session { gap } => gap,
         }
     }
 
-    /// Time from one window's start to the next one's.
+    /// Time from one window's end to the next one's; of sessions, the least there can be.
     pub fn slide(self) -> Span {
         match self {
             Window::Tumble { size } => size,
             Window::Hop { slide, .. } => slide,
+            Window::Cumulate { step, .. } => step,
+            Window::Session { gap } => gap,
         }
     }
 
     /// Width of the panes that windows are put together from: the greatest common divisor of slide and size.
+    /// Sessions have no panes.
     pub fn pane(self) -> Span {
         Span(gcd(self.slide().0, self.size().0))
     }
 
-    /// End of the first window that holds `at`.
+    /// Start of the window that ends at `end`; the latest that a session with this end can have.
+    pub fn start(self, end: Micros) -> Micros {
+        match self {
+            Window::Cumulate { size, .. } => end.minus(Span(1)).pane_start(size),
+            _ => end.minus(self.size()),
+        }
+    }
+
+    /// End of the first window that holds `at`; of a session, the end it would have with this event alone.
     pub fn first_end(self, at: Micros) -> Micros {
-        let size = self.size();
-        // the first start s, a multiple of slide, with s + size > at
-        let start = at.minus(size).pane_start(self.slide()).plus(self.slide());
-        start.plus(size)
+        match self {
+            Window::Tumble { .. } | Window::Hop { .. } => {
+                let size = self.size();
+                // the first start s, a multiple of slide, with s + size > at
+                let start = at.minus(size).pane_start(self.slide()).plus(self.slide());
+                start.plus(size)
+            }
+            Window::Cumulate { step, .. } => at.pane_start(step).plus(step),
+            Window::Session { gap } => at.plus(gap),
+        }
     }
 
     /// End of the last window that holds `at`.
     pub fn last_end(self, at: Micros) -> Micros {
-        at.pane_start(self.slide()).plus(self.size())
+        match self {
+            Window::Tumble { .. } | Window::Hop { .. } => at.pane_start(self.slide()).plus(self.size()),
+            Window::Cumulate { size, .. } => at.pane_start(size).plus(size),
+            Window::Session { gap } => at.plus(gap),
+        }
     }
 }
 
@@ -120,5 +175,19 @@ mod tests {
         assert_eq!(Window::tumble(Span(0)), Err(WindowError::NotPositive("size")));
         assert!(matches!(Window::hop(Span(2), Span(1)), Err(WindowError::Gaps { .. })));
         assert!(matches!(Window::hop(Span(1), Span(1_000_003)), Err(WindowError::TooManyPanes { .. })));
+        assert_eq!(Window::cumulate(Span(2), Span(5)), Err(WindowError::Uneven { step: 2, size: 5 }));
+        assert!(matches!(Window::cumulate(Span(1), Span(1_000_000)), Err(WindowError::TooManyPanes { .. })));
+        assert_eq!(Window::session(Span(0)), Err(WindowError::NotPositive("gap")));
+    }
+
+    #[test]
+    fn a_cumulating_window_grows_from_a_common_start_and_starts_over() {
+        let window = Window::cumulate(Span(10), Span(30)).unwrap();
+        assert_eq!((window.first_end(Micros(-1)), window.last_end(Micros(-1))), (Micros(0), Micros(0)));
+        assert_eq!((window.first_end(Micros(0)), window.last_end(Micros(0))), (Micros(10), Micros(30)));
+        assert_eq!(
+            (window.start(Micros(10)), window.start(Micros(30)), window.start(Micros(40))),
+            (Micros(0), Micros(0), Micros(30))
+        );
     }
 }

@@ -36,7 +36,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Weak};
 
 /// The functions that cut time, as they are written.
-const WINDOWS: &str = "tumble(ts, INTERVAL '1 minute') or hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes')";
+const WINDOWS: &str = "tumble(ts, INTERVAL '1 minute'), hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes'), \
+     session(ts, INTERVAL '30 seconds') or cumulate(ts, INTERVAL '1 minute', INTERVAL '1 day')";
 
 /// Names a metric's own columns cannot have.
 const RESERVED: [&str; 4] = ["window_start", "window_end", "final", "revision"];
@@ -87,6 +88,11 @@ impl Planner {
         }
         let program = Arc::new(match (metric, &source) {
             (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, input.clone()).await?,
+            (Parsed::Windows(metric), Source::Metric(_)) if matches!(metric.window, Window::Session { .. }) => {
+                return Err(SqlError::new("a session is cut from events, not from the rows of another metric")
+                    .at(metric.stream_at)
+                    .help("read the stream itself, or use tumble, hop or cumulate"));
+            }
             (Parsed::Windows(metric), Source::Metric(_)) => metric.program(sql, without_bounds(&input)).await?,
             (Parsed::Rows(rows), Source::Metric(upstream)) => rows.program(sql, upstream).await?,
             (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
@@ -210,6 +216,10 @@ impl MetricSql {
                 .at(place)
                 .help(format!("add a window to GROUP BY: {WINDOWS}")));
         };
+        if matches!(window, Window::Session { .. }) && (query.order_by.is_some() || query.limit_clause.is_some()) {
+            let ranked = "ORDER BY … LIMIT ranks the rows of one window, and every session is one of its own";
+            return Err(SqlError::new(ranked).at(place).help("leave it out, or rank over tumble, hop or cumulate"));
+        }
         let column = |name: &str| SqlExpr::Identifier(Ident::new(name));
         *group_by = [column("window_start"), column("window_end")].into_iter().chain(rest).collect();
         // the call itself may be selected too: it means the start
@@ -311,11 +321,8 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
     let name = call.name.to_string().to_ascii_lowercase();
     let place = expr.span().start;
     let wanted = match name.as_str() {
-        "tumble" => 1,
-        "hop" => 2,
-        "session" | "cumulate" => {
-            return Err(unsupported(&format!("the window `{name}`"), format!("use {WINDOWS}")).at(place));
-        }
+        "tumble" | "session" => 1,
+        "hop" | "cumulate" => 2,
         _ => return Ok(None),
     };
     let usage = || {
@@ -345,7 +352,12 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
             .at(args[0].span().start));
     }
     let spans = args[1..].iter().map(|arg| interval(arg)).collect::<Result<Vec<_>, _>>()?;
-    let window = if wanted == 1 { Window::tumble(spans[0]) } else { Window::hop(spans[0], spans[1]) };
+    let window = match name.as_str() {
+        "tumble" => Window::tumble(spans[0]),
+        "session" => Window::session(spans[0]),
+        "hop" => Window::hop(spans[0], spans[1]),
+        _ => Window::cumulate(spans[0], spans[1]),
+    };
     window.map(Some).map_err(|error| SqlError::new(error.to_string()).at(place))
 }
 

@@ -137,6 +137,8 @@ fn window(window: Window) -> String {
     match window {
         Window::Tumble { size } => span(size),
         Window::Hop { slide, size } => format!("{} every {}", span(size), span(slide)),
+        Window::Cumulate { step, size } => format!("{} growing by {}", span(size), span(step)),
+        Window::Session { gap } => format!("sessions with gaps up to {}", span(gap)),
     }
 }
 
@@ -183,10 +185,8 @@ async fn newest_rows(
     frontier: Option<Micros>,
 ) -> Result<Vec<Map<String, Value>>, Fault> {
     let Some(frontier) = frontier else { return Ok(Vec::new()) };
-    let (slide, size) = match metric.program.window() {
-        Window::Tumble { size } => (size, size),
-        Window::Hop { slide, size } => (slide, size),
-    };
+    let window = metric.program.window();
+    let (slide, size) = (window.slide(), window.size());
     let back = |windows: i64| Some(frontier.minus(size).minus(Span(slide.0.saturating_mul(windows))));
     for from in [back(40), back(2_000), None] {
         let mut rows = Vec::new();

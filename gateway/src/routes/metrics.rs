@@ -40,6 +40,8 @@ fn window(window: Window) -> Value {
     match window {
         Window::Tumble { size } => json!({"kind": "tumble", "size": format(size)}),
         Window::Hop { slide, size } => json!({"kind": "hop", "slide": format(slide), "size": format(size)}),
+        Window::Cumulate { step, size } => json!({"kind": "cumulate", "step": format(step), "size": format(size)}),
+        Window::Session { gap } => json!({"kind": "session", "gap": format(gap)}),
     }
 }
 

@@ -29,7 +29,7 @@ pub use definitions::{AlertRule, MetricRow, Silence, StreamRow};
 pub use keys::ApiKey;
 pub use open::migrate;
 pub use portfolios::{Portfolio, Position};
-pub use rows::{FinalRow, RowQuery};
+pub use rows::{FinalRow, RowQuery, WITHDRAWN};
 pub use threads::{Message, Run, Thread};
 pub use users::{RefreshToken, Spent, User};
 pub use workspaces::{Member, Workspace};

@@ -17,9 +17,13 @@ pub struct FinalRow {
     pub key: String,
     /// 0, and one more with each correction by late events.
     pub revision: i64,
-    /// Value columns as JSON object text.
+    /// Value columns as JSON object text; [`WITHDRAWN`] for a row that a correction took back.
     pub row: String,
 }
+
+/// Stands for the values of a row that late events took back, such as that of a session they joined to another one.
+/// It is kept, so that a replay does not bring the row again, and never read.
+pub const WITHDRAWN: &str = "null";
 
 /// Which final rows to read.
 #[derive(Clone, Debug, Default)]
@@ -67,7 +71,7 @@ impl Store {
             Some(after) => start.max(after),
             None => start,
         };
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM final_rows WHERE workspace = ");
+        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM final_rows WHERE row_json <> 'null' AND workspace = ");
         sql.push_bind(workspace.as_str()).push(" AND metric = ").push_bind(metric.as_str());
         sql.push(" AND (window_start, window_end, key_json) > (").push_bind(window_start);
         sql.push(", ").push_bind(window_end).push(", ").push_bind(key).push(")");
