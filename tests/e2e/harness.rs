@@ -44,11 +44,17 @@ pub struct Server {
 impl Server {
     /// Starts on `directory`, which may hold the data of an earlier server.
     pub async fn start(directory: &Path) -> Server {
+        Server::start_with(directory, |_| {}).await
+    }
+
+    /// Starts on `directory` with settings of the test's own.
+    pub async fn start_with(directory: &Path, settings: impl FnOnce(&mut Config)) -> Server {
         let mut config =
             Config { listen: ([127, 0, 0, 1], 0).into(), data_dir: directory.to_owned(), ..Config::default() };
         config.auth.secret = Some("a secret of the tests, long enough for them".to_owned());
         config.auth.bootstrap_email = Some(EMAIL.to_owned());
         config.auth.bootstrap_password = Some(PASSWORD.to_owned());
+        settings(&mut config);
         let app = App::build(config).await.unwrap();
         let url = format!("http://{}", app.address());
         let (stop, stopped) = oneshot::channel::<()>();
@@ -61,7 +67,12 @@ impl Server {
 
     /// A server with workspace `acme`.
     pub async fn with_workspace(directory: &Path) -> Server {
-        let server = Server::start(directory).await;
+        Server::with_workspace_and(directory, |_| {}).await
+    }
+
+    /// A server with workspace `acme` and settings of the test's own.
+    pub async fn with_workspace_and(directory: &Path, settings: impl FnOnce(&mut Config)) -> Server {
+        let server = Server::start_with(directory, settings).await;
         server.ok(Method::POST, "/api/v1/workspaces", json!({"id": "acme", "name": "Acme"})).await;
         server
     }
@@ -149,6 +160,12 @@ impl Server {
         panic!("{metric} never had {count} final rows: {}", self.get(&path).await);
     }
 
+    /// A stream of server-sent events.
+    pub async fn events(&self, path: &str, last_event_id: &str) -> reqwest::Response {
+        let request = self.client.get(format!("{}{path}", self.url)).bearer_auth(&self.token);
+        request.header("last-event-id", last_event_id).timeout(Duration::from_secs(300)).send().await.unwrap()
+    }
+
     pub async fn socket(&self) -> Socket {
         let (mut socket, _) = connect_async(format!("{}/api/v1/ws", self.url.replace("http", "ws"))).await.unwrap();
         let auth = json!({"type": "auth", "token": self.token, "ref": "auth"});
@@ -163,6 +180,10 @@ impl Server {
 pub struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
 
 impl Socket {
+    pub fn of(socket: WebSocketStream<MaybeTlsStream<TcpStream>>) -> Socket {
+        Socket(socket)
+    }
+
     pub async fn send(&mut self, frame: Value) {
         self.0.send(Message::text(frame.to_string())).await.unwrap();
     }

@@ -92,7 +92,7 @@ describe.skipIf(!TIDEWATCH_URL)('against a running server', { timeout: 60_000 },
       onState: (state) => state.phase === 'failed' && (code = state.code),
     });
     await until('a refusal', () => code !== '');
-    expect(code).toBe('metric_not_found');
+    expect(code).toBe('unknown_metric');
     await expect(tidewatch.login(TIDEWATCH_EMAIL!, 'wrong password')).rejects.toMatchObject({ status: 401 });
   });
 });
