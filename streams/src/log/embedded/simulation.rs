@@ -112,7 +112,7 @@ impl Disk for SimDisk {
     fn publish(&mut self, from: &Path, to: &Path) -> io::Result<()> {
         let mut plan = self.0.lock();
         let dies = Self::operate(&mut plan)?;
-        if dies && plan.unsynced.len() % 2 == 0 {
+        if dies && plan.unsynced.len().is_multiple_of(2) {
             return Err(io::Error::other("dies")); // before the new name is durable, else right after
         }
         fs::rename(from, to)?;
