@@ -305,12 +305,7 @@ impl Panes {
     }
 
     /// Corrects the windows that were final before an event came within the allowed lateness.
-    fn emit_corrections(
-        &mut self,
-        frame: &Frame,
-        late: Late,
-        out: &mut Vec<Rows>,
-    ) -> Result<()> {
+    fn emit_corrections(&mut self, frame: &Frame, late: Late, out: &mut Vec<Rows>) -> Result<()> {
         let window = frame.program.window();
         let mut touched: BTreeMap<Micros, HashMap<KeyId, bool>> = BTreeMap::new();
         for (pane, keys) in late {
