@@ -17,6 +17,12 @@ need_chromium() {
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null
 }
 
+# a real PostgreSQL, which the tests of the store start themselves
+if [ -z "$(ls /usr/lib/postgresql 2>/dev/null)" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  say "installing postgresql"
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql >/dev/null
+fi
+
 say "Rust"
 log=$(mktemp)
 cargo test --workspace --locked --no-fail-fast -- --show-output 2>&1 | tee "$log" | grep -vE '^test .* ok$|^$|^successes:|^---- |^    [a-z_:]+$'

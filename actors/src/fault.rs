@@ -71,7 +71,7 @@ impl From<StoreError> for Fault {
                 return Self::not_found("not_found", error.to_string());
             }
             StoreError::Cursor { .. } => return Self::invalid("bad_cursor", error.to_string()),
-            StoreError::Busy { .. } => FaultKind::Busy { retry_after: SOON },
+            StoreError::Busy { .. } | StoreError::Unreachable { .. } => FaultKind::Busy { retry_after: SOON },
             _ => FaultKind::Internal,
         };
         Self::new(kind, "store_unavailable", error.to_string())

@@ -6,6 +6,7 @@ mod backtest; // which alerts a rule would have raised
 pub mod clock; // where the time comes from
 mod definition; // what users define in a workspace
 mod fault; // why a request could not be served
+mod history; // rows of store and memory as one table
 pub mod outlet; // what actors push
 mod portfolio; // a portfolio's actor
 mod query; // the pool of query workers
@@ -19,6 +20,7 @@ pub use backtest::{Backtest, Episode};
 pub use definition::{MetricDefinition, RuleDefinition};
 pub use fault::{Fault, FaultKind};
 pub use outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
+pub use sql::store::Step;
 pub use system::{
     ActorInfo, Ingested, Limits, Part, Parts, QueryAnswer, QueryRequest, RowsPage, RowsQuery, StreamInfo, System,
     Throughput,

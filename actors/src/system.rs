@@ -4,12 +4,13 @@ use crate::agent::{AgentInfo, RunHandle, RunRequest, Sessions};
 use crate::clock::Clock;
 use crate::definition::{MetricDefinition, RuleDefinition};
 use crate::fault::{Fault, FaultKind};
+use crate::history;
 use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
 use crate::tenant::Tenant;
-use crate::workspace::{MetricInfo, Recent, Reply, WorkspaceMsg};
+use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use engine::event::{ItemName, METRICS, Micros, StreamName, WorkspaceId};
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, DeadLetter, FinalRow, Portfolio, Position, RowQuery, Store, StreamRow, WITHDRAWN, Workspace};
+use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -36,6 +37,9 @@ use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 pub struct Limits {
     /// Bytes of events of one workspace that may wait to be computed.
     pub mailbox_bytes: usize,
+    /// Bytes of results of one workspace that may wait for a store that cannot be reached. Over it, events stay in the
+    /// mailbox, and once that is full too, ingest is refused.
+    pub unsaved_bytes: usize,
     /// Event ids remembered for each workspace, to find repeats.
     pub remembered_ids: usize,
     /// Rows of a query's answer.
@@ -56,6 +60,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             mailbox_bytes: 64 << 20,
+            unsaved_bytes: 256 << 20,
             remembered_ids: 1_000_000,
             query_rows: 100_000,
             query_memory: 256 << 20,
@@ -73,6 +78,8 @@ pub(crate) struct Deps {
     pub(crate) log: Arc<dyn Log>,
     pub(crate) outlet: Arc<dyn Outlet>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// See [`Limits::unsaved_bytes`].
+    pub(crate) unsaved_bytes: usize,
     planner: Planner,
 }
 
@@ -141,6 +148,8 @@ pub struct RowsQuery {
     pub only_final: Option<bool>,
     /// Key columns and the value each must have.
     pub keys: Vec<(String, String)>,
+    /// Of the final rows only the last of each hour or day and key; the range is then widened to whole ones.
+    pub step: Option<Step>,
 }
 
 /// A page of a metric's rows, as the contract shows them, in order of window and key.
@@ -239,7 +248,8 @@ impl System {
     /// Starts every workspace of the store and returns once all have replayed the log.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
         let Parts { store, log, outlet, clock, limits, agents } = parts;
-        let deps = Arc::new(Deps { store, log, outlet, clock, planner: Planner::default() });
+        let unsaved_bytes = limits.unsaved_bytes;
+        let deps = Arc::new(Deps { store, log, outlet, clock, unsaved_bytes, planner: Planner::default() });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
         let inner = Inner {
             sessions: Arc::new(Sessions::new(agents)),
@@ -524,7 +534,16 @@ impl System {
     }
 
     /// A page of rows, the store's and memory's as one table.
-    pub async fn metric_rows(&self, id: &WorkspaceId, name: &ItemName, query: RowsQuery) -> Result<RowsPage, Fault> {
+    pub async fn metric_rows(
+        &self,
+        id: &WorkspaceId,
+        name: &ItemName,
+        mut query: RowsQuery,
+    ) -> Result<RowsPage, Fault> {
+        if let Some(step) = query.step {
+            query.from = query.from.map(|from| step.bucket(from));
+            query.to = query.to.map(|to| step.bucket_after(to));
+        }
         // memory first: what moves to the store meanwhile is then seen twice and counted once, never missed
         let recent = self.ask(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await?;
         self.check_keys(&recent.program, &query.keys)?;
@@ -537,11 +556,14 @@ impl System {
         let mut rows = Vec::new();
         let limit = query.limit.max(1);
         if query.only_final != Some(false) && live_done.is_none() {
-            let stored = RowQuery { from: query.from, to: query.to, limit, after, keys: query.keys.clone() };
-            let (stored, next) = self.store().rows(id, name, &stored).await?;
-            let page = merge(stored, &recent, &query, next.is_some());
-            for row in &page {
-                rows.push(rows::from_store(row).map_err(Fault::internal)?);
+            let cursor = RowQuery { from: query.from, to: query.to, limit, after, keys: query.keys.clone() };
+            let (stored, next) = match query.step {
+                None => self.store().rows(id, name, &cursor).await?,
+                Some(step) => self.store().samples(id, name, &cursor, step).await?,
+            };
+            let after = cursor.position(query.step)?;
+            for row in history::merge(stored, &recent.unsaved, &query, after, next.is_some()) {
+                rows.push(rows::from_store(&row).map_err(Fault::internal)?);
             }
             if let Some(next) = next {
                 return Ok(RowsPage { rows, next: Some(format!("s~{next}")) });
@@ -550,7 +572,7 @@ impl System {
         let mut next = None;
         if query.only_final != Some(true) {
             let skip = live_done.unwrap_or(0);
-            let live = live_rows(&recent, &query).map_err(Fault::internal)?;
+            let live = history::live(&recent, &query, &rows).map_err(Fault::internal)?;
             let room = limit.saturating_sub(rows.len());
             next = (live.len() > skip + room).then(|| format!("m~{}", skip + room));
             rows.extend(live.into_iter().skip(skip).take(room));
@@ -625,9 +647,10 @@ impl System {
                 format!("metric `{metric}` has too many rows for one query; read …/metrics/{metric}/rows in pages");
             return Err(Fault::invalid("query_memory", detail));
         }
-        let finals = merge(stored, &recent, &query, false);
+        let finals = history::merge(stored, &recent.unsaved, &query, None, false);
         let mut all = finals.iter().map(rows::from_store).collect::<Result<Vec<_>, _>>().map_err(Fault::internal)?;
-        all.extend(live_rows(&recent, &query).map_err(Fault::internal)?);
+        let live = history::live(&recent, &query, &all).map_err(Fault::internal)?;
+        all.extend(live);
         let schema = with_state(recent.program.output());
         let mut decoder = arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
         let mut batches = Vec::new();
@@ -838,7 +861,7 @@ impl System {
         let Deps { store, log, .. } = self.0.deps.as_ref();
         let store = async {
             match tokio::time::timeout(PATIENCE, store.ping()).await {
-                Ok(Ok(())) => Ok("sqlite".to_owned()),
+                Ok(Ok(())) => Ok(store.mode().to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err(format!("no answer within {PATIENCE:?}")),
             }
@@ -902,61 +925,6 @@ fn with_state(output: &SchemaRef) -> SchemaRef {
     fields.push(Field::new("final", DataType::Boolean, false));
     fields.push(Field::new("revision", DataType::Int64, false));
     Arc::new(Schema::new(fields))
-}
-
-/// A page of the store with the final rows of memory that belong on it; of a row in both, the newer revision.
-fn merge(stored: Vec<FinalRow>, recent: &Recent, query: &RowsQuery, more: bool) -> Vec<FinalRow> {
-    let place = |row: &FinalRow| (row.window_start, row.window_end, row.key.clone());
-    let last = stored.last().filter(|_| more).map(place);
-    let first = stored.first().filter(|_| query.after.is_some()).map(place);
-    let mut rows: BTreeMap<_, FinalRow> = stored.into_iter().map(|row| (place(&row), row)).collect();
-    for row in &recent.unsaved {
-        let at = place(row);
-        let on_page = last.as_ref().is_none_or(|last| at <= *last)
-            && first.as_ref().is_none_or(|first| at >= *first)
-            && query.from.is_none_or(|from| row.window_start >= from)
-            && query.to.is_none_or(|to| row.window_start < to)
-            && has_keys(&row.key, &query.keys);
-        if on_page && rows.get(&at).is_none_or(|known| known.revision < row.revision) {
-            rows.insert(at, row.clone());
-        }
-    }
-    rows.into_values().filter(|row| row.row != WITHDRAWN).collect()
-}
-
-fn has_keys(key: &str, wanted: &[(String, String)]) -> bool {
-    if wanted.is_empty() {
-        return true;
-    }
-    serde_json::from_str::<Map<String, Value>>(key).is_ok_and(|key| matches(&key, wanted))
-}
-
-fn matches(row: &Map<String, Value>, wanted: &[(String, String)]) -> bool {
-    wanted.iter().all(|(name, value)| match row.get(name) {
-        Some(Value::String(text)) => text == value,
-        Some(Value::Null) | None => false,
-        Some(other) => {
-            let text = other.to_string();
-            text == *value
-        }
-    })
-}
-
-/// Provisional rows that a query asks for, in order of window.
-fn live_rows(recent: &Recent, query: &RowsQuery) -> Result<Vec<Map<String, Value>>, arrow::error::ArrowError> {
-    let mut all = Vec::new();
-    let bound = |at: Option<Micros>| at.map(rows::rfc3339);
-    let (from, to) = (bound(query.from), bound(query.to));
-    for part in &recent.live {
-        all.extend(rows::to_json(part)?.into_iter().filter(|row| {
-            let start = row.get("window_start").and_then(Value::as_str).unwrap_or_default();
-            // RFC 3339 of one shape sorts as text
-            from.as_deref().is_none_or(|from| start >= from)
-                && to.as_deref().is_none_or(|to| start < to)
-                && matches(row, &query.keys)
-        }));
-    }
-    Ok(all)
 }
 
 /// Tells the log from time to time what no restart needs any more.

@@ -125,6 +125,13 @@ impl Unsaved {
         self.rows.is_empty() && self.alerts.is_empty() && self.dead_letters.is_empty()
     }
 
+    /// About what it takes in memory.
+    fn bytes(&self) -> usize {
+        let rows = self.rows.iter().map(|row| size_of::<FinalRow>() + row.key.len() + row.row.len());
+        let letters = self.dead_letters.iter().map(|l| size_of::<DeadLetter>() + l.detail.len() + l.payload.len());
+        rows.sum::<usize>() + letters.sum::<usize>() + self.alerts.len() * 1024
+    }
+
     fn put_back(&mut self, mut earlier: Unsaved) {
         earlier.rows.append(&mut self.rows);
         earlier.alerts.append(&mut self.alerts);
@@ -173,11 +180,17 @@ pub(crate) struct State {
     tick_planned: bool,
     idle_planned: bool,
     next_state: Instant, // the whole state is not written more often than pays
+    failed_saves: u32,   // in a row
+    overfull: bool,      // more waits for the store than `limits.unsaved_bytes`
+    withheld: Vec<OwnedSemaphorePermit>,
     draining: Option<RpcReplyPort<()>>,
 }
 
 /// How often results are committed.
 const SAVE_EVERY: Duration = Duration::from_millis(500);
+
+/// How long a commit that failed waits at most before it is tried again.
+const SAVE_AGAIN_MOST: Duration = Duration::from_secs(5);
 
 /// Writing the state may take this share of the time, and is spread accordingly.
 const STATE_SHARE: u32 = 20;
@@ -224,6 +237,9 @@ impl Actor for WorkspaceActor {
             tick_planned: false,
             idle_planned: false,
             next_state: Instant::now(),
+            failed_saves: 0,
+            overfull: false,
+            withheld: Vec::new(),
             draining: None,
         })
     }
@@ -247,7 +263,10 @@ impl Actor for WorkspaceActor {
                 if offset >= state.applied {
                     state.on_events(&myself, offset, &stream, &batch);
                 }
-                drop(permit); // the mailbox has room again only now
+                match state.overfull {
+                    true => state.withheld.push(permit), // until the store takes what waits for it
+                    false => drop(permit),               // the mailbox has room again only now
+                }
             }
             WorkspaceMsg::Advance { offset, stream, frontier } if offset >= state.applied => {
                 let outputs = state.engine.idle(&stream, frontier);
@@ -746,7 +765,8 @@ impl State {
 
     fn plan_save(&mut self, myself: &ActorRef<WorkspaceMsg>) {
         if !self.saving && !std::mem::replace(&mut self.save_planned, true) {
-            drop(myself.send_after(SAVE_EVERY, || WorkspaceMsg::Save));
+            let wait = (SAVE_EVERY * 2_u32.pow(self.failed_saves.min(4))).min(SAVE_AGAIN_MOST);
+            drop(myself.send_after(wait, || WorkspaceMsg::Save));
         }
     }
 
@@ -807,6 +827,8 @@ impl State {
         match result {
             Ok(offset) => {
                 self.tenant.counters.saved.fetch_max(offset, Relaxed);
+                (self.failed_saves, self.overfull) = (0, false);
+                self.withheld.clear();
                 if let Some(retained) = self.expired() {
                     tokio::spawn(retained);
                 }
@@ -814,6 +836,11 @@ impl State {
             Err(unsaved) => {
                 self.unsaved.put_back(unsaved);
                 self.dirty = true;
+                self.failed_saves += 1;
+                let (waiting, most) = (self.unsaved.bytes(), self.deps.unsaved_bytes);
+                if waiting > most && !std::mem::replace(&mut self.overfull, true) {
+                    tracing::warn!(workspace = %self.tenant.id, waiting, "results that wait for the store exceed limits.unsaved_bytes = {most}; once the mailbox is full, ingest is refused");
+                }
             }
         }
         if self.dirty || !self.unsaved.is_empty() {

@@ -49,6 +49,9 @@ const FORGET_TRIES: Span = Span::seconds(15 * 60);
 /// takes effect; a change made by this one does at once.
 const REMEMBER: Span = Span::seconds(1);
 const REMEMBER_MAX: usize = 10_000;
+/// While the store cannot be reached the last answer stands for this long, so that those at work can go on: ingest and
+/// live results do without the store.
+const REMEMBER_IN_OUTAGE: Span = Span::seconds(15 * 60);
 
 /// Why sign-in cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -326,12 +329,17 @@ impl Auth {
             Some(caller) => caller,
             None => {
                 let since = self.callers.changes();
-                let caller = match token.starts_with(KEY_PREFIX) {
-                    true => self.by_key(store, token).await?,
-                    false => self.by_token(store, token, now).await?,
+                let asked = match token.starts_with(KEY_PREFIX) {
+                    true => self.by_key(store, token).await,
+                    false => self.by_token(store, token, now).await,
                 };
-                self.callers.put(key, caller.clone(), since, now);
-                caller
+                match asked {
+                    Ok(caller) => {
+                        self.callers.put(key, caller.clone(), since, now);
+                        caller
+                    }
+                    Err(problem) => self.callers.last(&key, now, problem)?,
+                }
             }
         };
         match found.expires_at {
@@ -383,9 +391,13 @@ impl Auth {
                     Some(role) => role,
                     None => {
                         let since = self.roles.changes();
-                        let role = self.stored_role(store, caller, workspace).await?;
-                        self.roles.put(key, role, since, now);
-                        role
+                        match self.stored_role(store, caller, workspace).await {
+                            Ok(role) => {
+                                self.roles.put(key, role, since, now);
+                                role
+                            }
+                            Err(problem) => self.roles.last(&key, now, problem)?,
+                        }
                     }
                 }
             }
@@ -535,6 +547,16 @@ impl<K: Hash + Eq, V: Clone> Remembered<K, V> {
     fn get(&self, key: &K, now: Micros) -> Option<V> {
         let entries = self.entries.read();
         entries.get(key).filter(|(_, until)| *until > now).map(|(value, _)| value.clone())
+    }
+
+    /// The last answer where `problem` is that the store cannot be asked, and else that problem.
+    fn last(&self, key: &K, now: Micros, problem: Problem) -> Result<V, Problem> {
+        if problem.status != StatusCode::SERVICE_UNAVAILABLE {
+            return Err(problem);
+        }
+        let entries = self.entries.read();
+        let known = entries.get(key).filter(|(_, until)| until.plus(REMEMBER_IN_OUTAGE) > now);
+        known.map(|(value, _)| value.clone()).ok_or(problem)
     }
 
     /// To be read before the store is asked, and handed to [`Remembered::put`].

@@ -135,6 +135,7 @@ const OPERATIONS: &[Operation] = &[
             LIMIT,
             ("after", "The `next` of the page before."),
             ("final", "`true`: only final rows; `false`: only provisional ones."),
+            ("resolution", "`raw`, the default: every window; `1h`, `1d`: of the final rows the last of each hour or day and key, the range widened to whole ones; `auto`: `raw` for a range up to 2 days, `1h` up to 90, else `1d`."),
         ])
         .gives(200, "Rows"),
     Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`. Permission `query`.")

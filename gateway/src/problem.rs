@@ -20,7 +20,7 @@ use streams::schema::SchemaError;
 /// A refused request.
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
-    status: StatusCode,
+    pub(crate) status: StatusCode,
     /// Stable, snake_case.
     pub(crate) code: &'static str,
     pub(crate) detail: String,

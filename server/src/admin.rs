@@ -47,8 +47,8 @@ pub enum UserCommand {
 }
 
 async fn store(config: Option<PathBuf>) -> Result<Store> {
-    let url = Config::load(config.as_deref())?.store_url();
-    Ok(Store::open(&url).await?)
+    let config = Config::load(config.as_deref())?;
+    Ok(Store::open_with(&config.store_url()?, &config.store.options()).await?)
 }
 
 pub async fn workspace(command: WorkspaceCommand) -> Result<()> {

@@ -44,7 +44,7 @@ impl App {
         };
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
-        let store = Store::open(&config.store_url()).await?;
+        let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let wire = config.gateway();

@@ -102,11 +102,52 @@ impl LogConfig {
 }
 
 /// The section `store`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// `sqlite:PATH`; a file under `data_dir` unless said.
+    /// `sqlite:PATH` or `postgres://USER:PASSWORD@HOST/DATABASE`; a file of SQLite under `data_dir` unless said.
     pub url: Option<String>,
+    /// A file that holds the URL, for one with a password.
+    pub url_file: Option<PathBuf>,
+    pub max_connections: u32,
+    pub acquire_ms: u64,
+    pub statement_ms: u64,
+    pub start_ms: u64,
+    pub chunk_hours: u32,
+    pub compress_after_days: u32,
+    pub retain_days: Option<u32>,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        let store = sql::store::Options::default();
+        Self {
+            url: None,
+            url_file: None,
+            max_connections: store.max_connections,
+            acquire_ms: store.acquire_ms,
+            statement_ms: store.statement_ms,
+            start_ms: store.start_ms,
+            chunk_hours: store.chunk_hours,
+            compress_after_days: store.compress_after_days,
+            retain_days: store.retain_days,
+        }
+    }
+}
+
+impl StoreConfig {
+    /// How to connect and what to keep.
+    pub fn options(&self) -> sql::store::Options {
+        sql::store::Options {
+            max_connections: self.max_connections,
+            acquire_ms: self.acquire_ms,
+            statement_ms: self.statement_ms,
+            start_ms: self.start_ms,
+            chunk_hours: self.chunk_hours,
+            compress_after_days: self.compress_after_days,
+            retain_days: self.retain_days,
+        }
+    }
 }
 
 /// The section `limits`: every bound under its name.
@@ -114,6 +155,7 @@ pub struct StoreConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     pub mailbox_bytes: usize,
+    pub unsaved_bytes: usize,
     pub remembered_ids: usize,
     pub query_rows: usize,
     pub query_memory: usize,
@@ -140,6 +182,7 @@ impl Default for Limits {
         let (system, wire) = (actors::Limits::default(), gateway::Limits::default());
         Self {
             mailbox_bytes: system.mailbox_bytes,
+            unsaved_bytes: system.unsaved_bytes,
             remembered_ids: system.remembered_ids,
             query_rows: system.query_rows,
             query_memory: system.query_memory,
@@ -167,6 +210,7 @@ impl Limits {
     pub(crate) fn system(&self) -> actors::Limits {
         actors::Limits {
             mailbox_bytes: self.mailbox_bytes,
+            unsaved_bytes: self.unsaved_bytes,
             remembered_ids: self.remembered_ids,
             query_rows: self.query_rows,
             query_memory: self.query_memory,
@@ -200,6 +244,8 @@ impl Limits {
 pub enum ConfigError {
     #[error("configuration file `{0}` does not exist; name another with --config or leave it out")]
     NoFile(PathBuf),
+    #[error("cannot read store.url_file `{path}`: {source}")]
+    StoreUrl { path: PathBuf, source: std::io::Error },
     #[error("configuration: {0}")]
     Invalid(#[from] Box<figment::Error>),
 }
@@ -218,8 +264,15 @@ impl Config {
     }
 
     /// Address of the store.
-    pub fn store_url(&self) -> String {
-        self.store.url.clone().unwrap_or_else(|| format!("sqlite:{}", self.data_dir.join("tidewatch.db").display()))
+    pub fn store_url(&self) -> Result<String, ConfigError> {
+        match (&self.store.url, &self.store.url_file) {
+            (Some(url), _) => Ok(url.clone()),
+            (None, Some(path)) => {
+                let read = std::fs::read_to_string(path);
+                Ok(read.map_err(|source| ConfigError::StoreUrl { path: path.clone(), source })?.trim().to_owned())
+            }
+            (None, None) => Ok(format!("sqlite:{}", self.data_dir.join("tidewatch.db").display())),
+        }
     }
 
     pub(crate) fn gateway(&self) -> gateway::Config {
@@ -255,7 +308,7 @@ mod tests {
     fn what_is_not_said_keeps_its_default() {
         let config = read("data_dir = \"/tmp/x\"\n[limits]\nmetrics = 7").unwrap();
         assert_eq!((config.limits.metrics, config.limits.streams), (7, Limits::default().streams));
-        assert_eq!(config.store_url(), "sqlite:/tmp/x/tidewatch.db");
+        assert_eq!(config.store_url().unwrap(), "sqlite:/tmp/x/tidewatch.db");
         assert_eq!(config.listen.to_string(), "127.0.0.1:8080");
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod admin; // users and workspaces of a data directory
 mod app; // the parts put together, served and drained
+pub mod backup; // consistent copies of log and store
 pub mod check; // is this file fit for use
 pub mod client; // the commands that talk to a running server
 mod config; // where settings come from, and what they may be

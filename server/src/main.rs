@@ -1,10 +1,10 @@
 //! `tidewatch`: one binary for the engine, the demonstration and the tools around them.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use server::client::{self, Backtest, Query, Replay};
 use server::demo::Speed;
-use server::{App, Config, admin, check, measure};
+use server::{App, Config, admin, backup, check, measure};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use streams::feed::Feed;
@@ -80,6 +80,20 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
+    /// Copies log and store into a new directory, while the server runs or not.
+    #[command(after_help = "Example: tidewatch backup /backup/2026-01-31 --config tidewatch.toml")]
+    Backup {
+        dir: PathBuf,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Checks a backup and puts it into an empty data directory and store.
+    #[command(after_help = "Example: tidewatch restore /backup/2026-01-31 --config tidewatch.toml")]
+    Restore {
+        dir: PathBuf,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
     /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON.
     #[command(after_help = "Example: tidewatch bench ingest --seconds 10")]
     Bench(measure::Bench),
@@ -127,11 +141,13 @@ async fn run(command: Command) -> Result<()> {
         Command::Workspace(command) => admin::workspace(command).await,
         Command::User(command) => admin::user(command).await,
         Command::Migrate { config } => {
-            let url = Config::load(config.as_deref())?.store_url();
-            let version = sql::store::migrate(&url).await.with_context(|| url.clone())?;
-            println!("{url} is at migration {version}");
+            let config = Config::load(config.as_deref())?;
+            let version = sql::store::migrate(&config.store_url()?, &config.store.options()).await?;
+            println!("the store is at migration {version}");
             Ok(())
         }
+        Command::Backup { dir, config } => backup::backup(&Config::load(config.as_deref())?, &dir).await,
+        Command::Restore { dir, config } => backup::restore(&Config::load(config.as_deref())?, &dir).await,
         Command::Bench(args) => measure::run(args).await,
     }
 }

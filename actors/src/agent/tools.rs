@@ -192,7 +192,7 @@ async fn newest_rows(
         let mut rows = Vec::new();
         let mut after = None;
         loop {
-            let page = RowsQuery { from, to: None, limit: 1_000, after, only_final: None, keys: keys.to_vec() };
+            let page = RowsQuery { from, limit: 1_000, after, keys: keys.to_vec(), ..RowsQuery::default() };
             let page = system.metric_rows(ws, &metric.name, page).await?;
             rows.extend(page.rows);
             after = page.next;

@@ -5,7 +5,7 @@ use crate::extract::{Json, Listing, Member, Path};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span::{Text, format};
-use actors::{MetricDefinition, MetricInfo, RowsQuery};
+use actors::{MetricDefinition, MetricInfo, RowsQuery, Step};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
 use axum::extract::State;
@@ -138,20 +138,31 @@ pub(super) fn instant(name: &str, text: &str) -> Result<Micros, Problem> {
 }
 
 /// A page of rows as a query string asks for it; what is no parameter is a key column.
-fn rows_query(mut page: Listing) -> Result<RowsQuery, Problem> {
+fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
     let only_final = match page.take("final").as_deref() {
         None => None,
         Some("true") => Some(true),
         Some("false") => Some(false),
         Some(_) => return Err(Problem::invalid("bad_parameter", "final must be true or false")),
     };
+    let from = page.take("from").map(|text| instant("from", &text)).transpose()?;
+    let to = page.take("to").map(|text| instant("to", &text)).transpose()?;
+    let step = match page.take("resolution").as_deref() {
+        None | Some("raw") => None,
+        Some("1h") => Some(Step::Hour),
+        Some("1d") => Some(Step::Day),
+        // without a start the range is all there is
+        Some("auto") => Step::of_range(from.unwrap_or(Micros::MIN), to.unwrap_or(now)),
+        Some(_) => return Err(Problem::invalid("bad_parameter", "resolution must be raw, 1h, 1d or auto")),
+    };
     Ok(RowsQuery {
-        from: page.take("from").map(|text| instant("from", &text)).transpose()?,
-        to: page.take("to").map(|text| instant("to", &text)).transpose()?,
+        from,
+        to,
         limit: page.limit,
         after: page.take("after"),
         only_final,
         keys: page.rest.into_iter().collect(),
+        step,
     })
 }
 
@@ -162,7 +173,8 @@ async fn rows(
     page: Listing,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::Read)?;
-    let page = state.system.metric_rows(&member.workspace, &name.parse()?, rows_query(page)?).await?;
+    let page =
+        state.system.metric_rows(&member.workspace, &name.parse()?, rows_query(page, state.system.now())?).await?;
     let mut answer = json!({"rows": page.rows});
     if let Some(next) = page.next {
         answer["next"] = next.into();
@@ -178,7 +190,7 @@ mod tests {
     fn query(parameters: &[(&str, &str)]) -> Result<RowsQuery, Problem> {
         let rest: HashMap<String, String> =
             parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        rows_query(Listing { limit: 7, rest })
+        rows_query(Listing { limit: 7, rest }, Micros(1_767_225_600_000_000))
     }
 
     #[test]
@@ -187,6 +199,17 @@ mod tests {
         assert_eq!(wanted.keys, [("symbol".to_owned(), "AAPL".to_owned())]);
         assert_eq!((wanted.only_final, wanted.limit), (Some(true), 7));
         assert_eq!(wanted.from, Some(Micros(1_767_225_600_000_000)));
+    }
+
+    #[test]
+    fn the_resolution_is_as_asked_or_follows_from_the_range() {
+        let step = |parameters: &[(&str, &str)]| query(parameters).unwrap().step;
+        assert_eq!((step(&[]), step(&[("resolution", "1h")])), (None, Some(Step::Hour)));
+        let auto = ("resolution", "auto");
+        assert_eq!(step(&[auto, ("from", "2025-12-31T00:00:00Z")]), None); // up to now, which is a day later
+        assert_eq!(step(&[auto, ("from", "2025-11-01T00:00:00Z")]), Some(Step::Hour));
+        assert_eq!(step(&[auto]), Some(Step::Day));
+        assert_eq!(query(&[("resolution", "1m")]).unwrap_err().code, "bad_parameter");
     }
 
     #[test]

@@ -1,12 +1,11 @@
 //! Firings of alert rules, and who has seen them. They are written by [`Store::commit`].
 
+use super::db::{Builder, Dialect, FromRow, Row, Tx, query_as};
 use super::page;
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed};
 use engine::event::{ItemName, Micros, WorkspaceId};
 use serde_json::Value;
-use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
-use sqlx::{FromRow, QueryBuilder, Row, query_as};
 
 /// One firing of a rule for one set of labels.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,8 +32,8 @@ pub struct Alert {
 /// Where a page of alerts ended: time of firing, id.
 type Position = (i64, String);
 
-impl FromRow<'_, SqliteRow> for Alert {
-    fn from_row(row: &SqliteRow) -> Result<Alert, sqlx::Error> {
+impl FromRow for Alert {
+    fn from_row(row: &Row) -> Result<Alert, sqlx::Error> {
         Ok(Alert {
             id: row.try_get("id")?,
             workspace: row.name("workspace")?,
@@ -63,16 +62,16 @@ impl Store {
         limit: usize,
         before: Option<&str>,
     ) -> Result<(Vec<Alert>, Option<String>), StoreError> {
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM alerts WHERE workspace = ");
+        let mut sql = Builder::new("SELECT * FROM alerts WHERE workspace = ");
         sql.push_bind(workspace.as_str());
         if let Some(state) = state {
             sql.push(" AND state = ").push_bind(state);
         }
         if let Some((fired_at, id)) = page::position::<Position>(before)? {
-            sql.push(" AND (fired_at, id) < (").push_bind(fired_at).push(", ").push_bind(id).push(")");
+            sql.push(" AND (fired_at, id) < (").push_bind(Micros(fired_at)).push(", ").push_bind(id).push(")");
         }
         sql.push(" ORDER BY fired_at DESC, id DESC LIMIT ").push_bind(page::rows_to_read(limit));
-        let rows: Vec<Alert> = sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("list alerts"))?;
+        let rows: Vec<Alert> = sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("list alerts"))?;
         Ok(page::cut(rows, limit, |alert| (alert.fired_at.0, alert.id.clone())))
     }
 
@@ -80,7 +79,7 @@ impl Store {
         query_as("SELECT * FROM alerts WHERE workspace = $1 AND id = $2")
             .bind(workspace.as_str())
             .bind(id)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read alert"))
     }
@@ -98,7 +97,11 @@ impl Store {
             "UPDATE alerts SET acked_at = COALESCE(acked_at, $4), acked_by = COALESCE(acked_by, $3) \
              WHERE workspace = $1 AND id = $2 RETURNING *",
         );
-        self.change(ack.bind(workspace.as_str()).bind(id).bind(by).bind(at.0))
+        ack.bind(workspace.as_str())
+            .bind(id)
+            .bind(by)
+            .bind(at)
+            .fetch_optional(self.write(workspace))
             .await
             .map_err(failed("acknowledge alert"))
     }
@@ -106,21 +109,26 @@ impl Store {
 
 /// Writes alerts by id. One that is there already changes while it fires, to a newer row or to resolved; resolved it
 /// stays as it is. When it fired and who acknowledged it is never overwritten.
-pub(super) async fn write(
-    connection: &mut SqliteConnection,
-    alerts: &[(&WorkspaceId, &Alert)],
-) -> Result<(), sqlx::Error> {
+pub(super) async fn write(tx: &mut Tx, alerts: &[(&WorkspaceId, &Alert)]) -> Result<(), sqlx::Error> {
+    // The key of PostgreSQL's table holds the time too, for TimescaleDB; the id is derived from it.
+    let key = match tx.dialect() {
+        Dialect::Sqlite => "workspace, id",
+        Dialect::Postgres => "workspace, id, started_at",
+    };
+    let on_conflict = format!(
+        " ON CONFLICT ({key}) DO UPDATE SET severity = excluded.severity, state = excluded.state, \
+         row_json = excluded.row_json, resolved_at = excluded.resolved_at WHERE alerts.state = 'firing'"
+    );
     bulk::insert(
-        connection,
+        tx,
         [
             "INSERT INTO alerts (workspace, id, rule, metric, severity, labels_json, state, row_json, started_at, \
              fired_at, resolved_at, acked_at, acked_by) ",
-            " ON CONFLICT (workspace, id) DO UPDATE SET severity = excluded.severity, state = excluded.state, \
-             row_json = excluded.row_json, resolved_at = excluded.resolved_at WHERE alerts.state = 'firing'",
+            &on_conflict,
         ],
         alerts,
         |(workspace, alert)| (*workspace, &alert.id),
-        |mut values, (workspace, alert)| {
+        |values, (workspace, alert)| {
             values.push_bind(workspace.as_str());
             values.push_bind(alert.id.as_str());
             values.push_bind(alert.rule.as_str());
@@ -129,10 +137,10 @@ pub(super) async fn write(
             values.push_bind(alert.labels.to_string());
             values.push_bind(alert.state.as_str());
             values.push_bind(alert.row.to_string());
-            values.push_bind(alert.started_at.0);
-            values.push_bind(alert.fired_at.0);
-            values.push_bind(alert.resolved_at.map(|at| at.0));
-            values.push_bind(alert.acked_at.map(|at| at.0));
+            values.push_bind(alert.started_at);
+            values.push_bind(alert.fired_at);
+            values.push_bind(alert.resolved_at);
+            values.push_bind(alert.acked_at);
             values.push_bind(alert.acked_by.as_deref());
         },
     )

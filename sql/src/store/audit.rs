@@ -1,11 +1,10 @@
 //! The audit log: who did what, from where, and what came of it. Entries are added and read, never changed.
 
+use super::db::{Builder, FromRow, Row, Scope, query};
 use super::page;
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, WorkspaceId};
-use sqlx::sqlite::{Sqlite, SqliteRow};
-use sqlx::{FromRow, QueryBuilder, Row, query};
 
 /// One act, done or refused.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,9 +21,9 @@ pub struct AuditEntry {
     pub request_id: String,
 }
 
-impl FromRow<'_, SqliteRow> for AuditEntry {
-    fn from_row(row: &SqliteRow) -> Result<AuditEntry, sqlx::Error> {
-        let in_workspace = row.try_get::<Option<&str>, _>("workspace")?.is_some();
+impl FromRow for AuditEntry {
+    fn from_row(row: &Row) -> Result<AuditEntry, sqlx::Error> {
+        let in_workspace = row.try_get::<Option<String>>("workspace")?.is_some();
         Ok(AuditEntry {
             at: row.time("at")?,
             workspace: if in_workspace { Some(row.name("workspace")?) } else { None },
@@ -44,8 +43,8 @@ struct Placed {
     entry: AuditEntry,
 }
 
-impl FromRow<'_, SqliteRow> for Placed {
-    fn from_row(row: &SqliteRow) -> Result<Placed, sqlx::Error> {
+impl FromRow for Placed {
+    fn from_row(row: &Row) -> Result<Placed, sqlx::Error> {
         Ok(Placed { seq: row.try_get("seq")?, entry: AuditEntry::from_row(row)? })
     }
 }
@@ -57,7 +56,7 @@ impl Store {
             "INSERT INTO audit (at, workspace, actor, action, target, outcome, came_from, request_id) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
-        .bind(entry.at.0)
+        .bind(entry.at)
         .bind(entry.workspace.as_ref().map(WorkspaceId::as_str))
         .bind(&entry.actor)
         .bind(&entry.action)
@@ -65,7 +64,7 @@ impl Store {
         .bind(&entry.outcome)
         .bind(&entry.from)
         .bind(&entry.request_id)
-        .execute(&self.writer)
+        .execute(self.write(Scope::Installation))
         .await
         .map_err(failed("write audit entry"))?;
         Ok(())
@@ -79,14 +78,14 @@ impl Store {
         limit: usize,
         before: Option<&str>,
     ) -> Result<(Vec<AuditEntry>, Option<String>), StoreError> {
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM audit WHERE workspace = ");
+        let mut sql = Builder::new("SELECT * FROM audit WHERE workspace = ");
         sql.push_bind(workspace.as_str());
         if let Some(seq) = page::position::<i64>(before)? {
             sql.push(" AND seq < ").push_bind(seq);
         }
         sql.push(" ORDER BY seq DESC LIMIT ").push_bind(page::rows_to_read(limit));
         let rows: Vec<Placed> =
-            sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("read audit log"))?;
+            sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("read audit log"))?;
         let (rows, next) = page::cut(rows, limit, |placed| placed.seq);
         Ok((rows.into_iter().map(|placed| placed.entry).collect(), next))
     }

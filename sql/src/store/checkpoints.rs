@@ -1,11 +1,10 @@
 //! The heart: engine state, its results and the log offset they include, in one transaction. What a restart loads is
 //! then always one moment of the engine, and a replay from its offset repeats nothing.
 
+use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Alert, DeadLetter, FinalRow, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored};
 use engine::event::WorkspaceId;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{FromRow, Row, query, query_as, query_scalar};
 
 /// What one workspace has computed since its last commit.
 #[derive(Clone, Debug)]
@@ -34,8 +33,8 @@ pub struct Checkpoint {
 /// Dead letters kept for each workspace by a commit.
 const DEAD_LETTERS_KEPT: usize = 10_000;
 
-impl FromRow<'_, SqliteRow> for Checkpoint {
-    fn from_row(row: &SqliteRow) -> Result<Checkpoint, sqlx::Error> {
+impl FromRow for Checkpoint {
+    fn from_row(row: &Row) -> Result<Checkpoint, sqlx::Error> {
         Ok(Checkpoint {
             offset: row.count("log_offset")?,
             version: row.try_get("version")?,
@@ -76,7 +75,12 @@ impl Store {
     }
 
     async fn try_commit(&self, commits: &[Commit]) -> Result<(), Refused> {
-        let mut tx = self.begin().await?;
+        // One workspace sees to its own; several at once are the business of the installation.
+        let scope = match commits {
+            [commit] => Scope::Workspace(&commit.workspace),
+            _ => Scope::Installation,
+        };
+        let mut tx = self.db.begin(scope).await?;
         // Offsets first: a stale commit is then found before the work of writing its rows.
         let moved = bulk::insert(
             &mut tx,
@@ -88,7 +92,7 @@ impl Store {
             ],
             commits,
             |commit| &commit.workspace,
-            |mut values, commit| {
+            |values, commit| {
                 values.push_bind(commit.workspace.as_str());
                 values.push_bind(stored(commit.offset));
                 values.push_bind(1_i64);
@@ -115,11 +119,11 @@ impl Store {
         // Within one call a commit may also be behind an earlier one of the same workspace.
         let mut reached = std::collections::HashMap::new();
         for commit in commits {
-            let found = query_scalar::<_, Option<i64>>(
+            let found = query_scalar::<Option<i64>>(
                 "SELECT c.log_offset FROM workspaces w LEFT JOIN checkpoints c ON c.workspace = w.id WHERE w.id = $1",
             )
             .bind(commit.workspace.as_str())
-            .fetch_optional(&self.writer)
+            .fetch_optional(self.write(Scope::Installation))
             .await;
             let stored = match found {
                 Err(e) => return failed("find what refused the commit")(e),
@@ -144,7 +148,7 @@ impl Store {
     pub async fn checkpoint(&self, workspace: &WorkspaceId) -> Result<Option<Checkpoint>, StoreError> {
         query_as("SELECT log_offset, version, state FROM checkpoints WHERE workspace = $1")
             .bind(workspace.as_str())
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read checkpoint"))
     }
@@ -153,7 +157,7 @@ impl Store {
     pub async fn checkpoints_offsets(&self) -> Result<Vec<(WorkspaceId, u64)>, StoreError> {
         async {
             let rows = query("SELECT workspace, log_offset FROM checkpoints ORDER BY workspace")
-                .fetch_all(&self.readers)
+                .fetch_all(self.read(Scope::Installation))
                 .await?;
             rows.iter()
                 .map(|row| Ok((row.name("workspace")?, row.count("log_offset")?)))
@@ -205,7 +209,7 @@ mod tests {
         let full = full(&acme, 7);
         store.commit(std::slice::from_ref(&full)).await.unwrap();
         drop(store); // as after a crash: nobody closed it
-        let store = Store::open(&url(&dir)).await.unwrap();
+        let store = Store::open_with(&url(&dir), &super::super::suite::options()).await.unwrap();
         let expected = Checkpoint { offset: 7, version: 1, state: Some(vec![1, 2, 3]) };
         assert_eq!(store.checkpoint(&acme).await.unwrap(), Some(expected));
         assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme.clone(), 7)]);
@@ -339,7 +343,8 @@ mod tests {
             let seconds = started.elapsed().as_secs_f64();
             println!("commit {offset} of {} rows: {seconds:.2} s, {:.0} rows/s", rows.len(), 1e5 / seconds);
         }
-        let count: i64 = query_scalar("SELECT COUNT(*) FROM final_rows").fetch_one(&store.readers).await.unwrap();
+        let count: i64 =
+            query_scalar("SELECT COUNT(*) FROM final_rows").fetch_one(store.read(Scope::Installation)).await.unwrap();
         assert_eq!(count, 100_000);
     }
 }

@@ -1,11 +1,10 @@
 //! Events that could not be used, kept for their sender to look at.
 
+use super::db::{Builder, FromRow, Row, Tx, query};
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed, stored};
 use engine::event::{Micros, StreamName, WorkspaceId};
 use sha2::{Digest, Sha256};
-use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
-use sqlx::{FromRow, QueryBuilder, Row, query};
 
 /// An event that could not be used, and why.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,8 +18,8 @@ pub struct DeadLetter {
     pub payload: String,
 }
 
-impl FromRow<'_, SqliteRow> for DeadLetter {
-    fn from_row(row: &SqliteRow) -> Result<DeadLetter, sqlx::Error> {
+impl FromRow for DeadLetter {
+    fn from_row(row: &Row) -> Result<DeadLetter, sqlx::Error> {
         Ok(DeadLetter {
             stream: row.name("stream")?,
             at: row.time("at")?,
@@ -54,7 +53,7 @@ impl Store {
         keep: usize,
     ) -> Result<(), StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             write(&mut tx, workspace, letters, keep).await?;
             tx.commit().await
         }
@@ -69,18 +68,18 @@ impl Store {
         stream: Option<&StreamName>,
         limit: usize,
     ) -> Result<Vec<DeadLetter>, StoreError> {
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM dead_letters WHERE workspace = ");
+        let mut sql = Builder::new("SELECT * FROM dead_letters WHERE workspace = ");
         sql.push_bind(workspace.as_str());
         if let Some(stream) = stream {
             sql.push(" AND stream = ").push_bind(stream.as_str());
         }
         sql.push(" ORDER BY seq DESC LIMIT ").push_bind(stored(limit as u64));
-        sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("list dead letters"))
+        sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("list dead letters"))
     }
 }
 
 pub(super) async fn write(
-    connection: &mut SqliteConnection,
+    tx: &mut Tx,
     workspace: &WorkspaceId,
     letters: &[DeadLetter],
     keep: usize,
@@ -90,18 +89,18 @@ pub(super) async fn write(
     }
     let digested: Vec<_> = letters.iter().map(|letter| (letter.digest(), letter)).collect();
     bulk::insert(
-        connection,
+        tx,
         [
             "INSERT INTO dead_letters (workspace, digest, stream, at, code, detail, payload) ",
             " ON CONFLICT (workspace, digest) DO NOTHING",
         ],
         &digested,
         |(digest, _)| digest,
-        |mut values, (digest, letter)| {
+        |values, (digest, letter)| {
             values.push_bind(workspace.as_str());
-            values.push_bind(&digest[..]);
+            values.push_bind(digest.as_slice());
             values.push_bind(letter.stream.as_str());
-            values.push_bind(letter.at.0);
+            values.push_bind(letter.at);
             values.push_bind(letter.code.as_str());
             values.push_bind(letter.detail.as_str());
             values.push_bind(letter.payload.as_str());
@@ -114,7 +113,7 @@ pub(super) async fn write(
     )
     .bind(workspace.as_str())
     .bind(stored(keep as u64))
-    .execute(connection)
+    .execute(tx)
     .await?;
     Ok(())
 }
@@ -137,6 +136,7 @@ pub(super) mod testing {
 
 #[cfg(test)]
 mod tests {
+    use super::super::db::Dialect;
     use super::super::testing::*;
     use super::testing::letter;
     use super::*;
@@ -165,5 +165,19 @@ mod tests {
         store.add_dead_letters(&acme, &letters, 10).await.unwrap();
         store.add_dead_letters(&acme, &letters, 10).await.unwrap();
         assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), [moved, first]);
+    }
+
+    #[tokio::test]
+    async fn a_payload_with_a_nul_is_kept_readable_and_stops_no_commit() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let broken = DeadLetter { payload: "{\"symbol\":\"A\0B\"}".into(), ..letter("a.b", 1) };
+        store.add_dead_letters(&acme, std::slice::from_ref(&broken), 10).await.unwrap();
+        let read = store.dead_letters(&acme, None, 10).await.unwrap();
+        let expected = match store.db.dialect() {
+            Dialect::Sqlite => broken.payload.clone(),
+            Dialect::Postgres => broken.payload.replace('\0', "\u{2400}"),
+        };
+        assert_eq!(read, [DeadLetter { payload: expected, ..broken }]);
     }
 }

@@ -1,11 +1,10 @@
 //! What a workspace has defined: streams, metrics, alert rules and silences.
 
+use super::db::{FromRow, Row, Scope, query, query_as};
 use super::record::Columns;
 use super::{Store, StoreError, failed, stored};
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use serde_json::Value;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{FromRow, Row, query, query_as};
 
 /// A stream's schema.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,8 +53,8 @@ pub struct Silence {
     pub created_by: String,
 }
 
-impl FromRow<'_, SqliteRow> for StreamRow {
-    fn from_row(row: &SqliteRow) -> Result<StreamRow, sqlx::Error> {
+impl FromRow for StreamRow {
+    fn from_row(row: &Row) -> Result<StreamRow, sqlx::Error> {
         Ok(StreamRow {
             workspace: row.name("workspace")?,
             stream: row.name("stream")?,
@@ -66,8 +65,8 @@ impl FromRow<'_, SqliteRow> for StreamRow {
     }
 }
 
-impl FromRow<'_, SqliteRow> for MetricRow {
-    fn from_row(row: &SqliteRow) -> Result<MetricRow, sqlx::Error> {
+impl FromRow for MetricRow {
+    fn from_row(row: &Row) -> Result<MetricRow, sqlx::Error> {
         Ok(MetricRow {
             workspace: row.name("workspace")?,
             name: row.name("name")?,
@@ -80,8 +79,8 @@ impl FromRow<'_, SqliteRow> for MetricRow {
     }
 }
 
-impl FromRow<'_, SqliteRow> for AlertRule {
-    fn from_row(row: &SqliteRow) -> Result<AlertRule, sqlx::Error> {
+impl FromRow for AlertRule {
+    fn from_row(row: &Row) -> Result<AlertRule, sqlx::Error> {
         Ok(AlertRule {
             workspace: row.name("workspace")?,
             name: row.name("name")?,
@@ -92,8 +91,8 @@ impl FromRow<'_, SqliteRow> for AlertRule {
     }
 }
 
-impl FromRow<'_, SqliteRow> for Silence {
-    fn from_row(row: &SqliteRow) -> Result<Silence, sqlx::Error> {
+impl FromRow for Silence {
+    fn from_row(row: &Row) -> Result<Silence, sqlx::Error> {
         Ok(Silence {
             id: row.try_get("id")?,
             workspace: row.name("workspace")?,
@@ -117,9 +116,9 @@ impl Store {
         .bind(stream.workspace.as_str())
         .bind(stream.stream.as_str())
         .bind(&stream.schema_json)
-        .bind(stream.created_at.0)
-        .bind(stream.updated_at.0)
-        .execute(&self.writer)
+        .bind(stream.created_at)
+        .bind(stream.updated_at)
+        .execute(self.write(&stream.workspace))
         .await
         .map_err(failed("put stream"))?;
         Ok(())
@@ -129,7 +128,7 @@ impl Store {
     pub async fn streams(&self, workspace: &WorkspaceId) -> Result<Vec<StreamRow>, StoreError> {
         query_as("SELECT * FROM streams WHERE workspace = $1 ORDER BY stream")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list streams"))
     }
@@ -137,7 +136,7 @@ impl Store {
     /// The streams of all workspaces.
     pub async fn all_streams(&self) -> Result<Vec<StreamRow>, StoreError> {
         query_as("SELECT * FROM streams ORDER BY workspace, stream")
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list streams"))
     }
@@ -162,8 +161,8 @@ impl Store {
         .bind(name.as_str())
         .bind(definition.to_string())
         .bind(stored(since_offset))
-        .bind(at.0);
-        let row = self.change(put).await.map_err(failed("put metric"))?;
+        .bind(at);
+        let row = put.fetch_optional(self.write(workspace)).await.map_err(failed("put metric"))?;
         Ok(row.expect("an upsert without a condition returns its row"))
     }
 
@@ -171,19 +170,26 @@ impl Store {
     /// that comes later brings rows back.
     pub async fn delete_metric(&self, workspace: &WorkspaceId, name: &ItemName) -> Result<bool, StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             query("DELETE FROM final_rows WHERE workspace = $1 AND metric = $2")
                 .bind(workspace.as_str())
                 .bind(name.as_str())
-                .execute(&mut *tx)
+                .execute(&mut tx)
                 .await?;
+            if self.rollups {
+                query("SELECT forget_samples($1, $2, 'infinity')")
+                    .bind(workspace.as_str())
+                    .bind(name.as_str())
+                    .execute(&mut tx)
+                    .await?;
+            }
             let deleted = query("DELETE FROM metrics WHERE workspace = $1 AND name = $2")
                 .bind(workspace.as_str())
                 .bind(name.as_str())
-                .execute(&mut *tx)
+                .execute(&mut tx)
                 .await?;
             tx.commit().await?;
-            Ok(deleted.rows_affected() > 0)
+            Ok(deleted > 0)
         }
         .await
         .map_err(failed("delete metric"))
@@ -193,7 +199,7 @@ impl Store {
     pub async fn metrics(&self, workspace: &WorkspaceId) -> Result<Vec<MetricRow>, StoreError> {
         query_as("SELECT * FROM metrics WHERE workspace = $1 ORDER BY name")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list metrics"))
     }
@@ -201,7 +207,7 @@ impl Store {
     /// The metrics of all workspaces.
     pub async fn all_metrics(&self) -> Result<Vec<MetricRow>, StoreError> {
         query_as("SELECT * FROM metrics ORDER BY workspace, name")
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list metrics"))
     }
@@ -222,8 +228,8 @@ impl Store {
         .bind(workspace.as_str())
         .bind(name.as_str())
         .bind(definition.to_string())
-        .bind(at.0)
-        .execute(&self.writer)
+        .bind(at)
+        .execute(self.write(workspace))
         .await
         .map_err(failed("put alert rule"))?;
         Ok(())
@@ -234,17 +240,17 @@ impl Store {
         let deleted = query("DELETE FROM alert_rules WHERE workspace = $1 AND name = $2")
             .bind(workspace.as_str())
             .bind(name.as_str())
-            .execute(&self.writer)
+            .execute(self.write(workspace))
             .await
             .map_err(failed("delete alert rule"))?;
-        Ok(deleted.rows_affected() > 0)
+        Ok(deleted > 0)
     }
 
     /// The alert rules of a workspace by name.
     pub async fn alert_rules(&self, workspace: &WorkspaceId) -> Result<Vec<AlertRule>, StoreError> {
         query_as("SELECT * FROM alert_rules WHERE workspace = $1 ORDER BY name")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list alert rules"))
     }
@@ -252,7 +258,7 @@ impl Store {
     /// The alert rules of all workspaces.
     pub async fn all_alert_rules(&self) -> Result<Vec<AlertRule>, StoreError> {
         query_as("SELECT * FROM alert_rules ORDER BY workspace, name")
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list alert rules"))
     }
@@ -268,11 +274,11 @@ impl Store {
         .bind(silence.workspace.as_str())
         .bind(&silence.id)
         .bind(silence.matchers.to_string())
-        .bind(silence.starts_at.0)
-        .bind(silence.ends_at.0)
+        .bind(silence.starts_at)
+        .bind(silence.ends_at)
         .bind(&silence.comment)
         .bind(&silence.created_by)
-        .execute(&self.writer)
+        .execute(self.write(&silence.workspace))
         .await
         .map_err(failed("put silence"))?;
         Ok(())
@@ -282,7 +288,7 @@ impl Store {
     pub async fn silences(&self, workspace: &WorkspaceId) -> Result<Vec<Silence>, StoreError> {
         query_as("SELECT * FROM silences WHERE workspace = $1 ORDER BY starts_at, id")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list silences"))
     }
@@ -292,10 +298,10 @@ impl Store {
         let deleted = query("DELETE FROM silences WHERE workspace = $1 AND id = $2")
             .bind(workspace.as_str())
             .bind(id)
-            .execute(&self.writer)
+            .execute(self.write(workspace))
             .await
             .map_err(failed("delete silence"))?;
-        Ok(deleted.rows_affected() > 0)
+        Ok(deleted > 0)
     }
 }
 

@@ -1,10 +1,9 @@
 //! API keys: kept hashed, each good for one workspace and role.
 
+use super::db::{FromRow, Row, Scope, query, query_as};
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, WorkspaceId};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{FromRow, Row, query, query_as};
 
 /// An API key as it is kept; the key itself is not.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,8 +22,8 @@ pub struct ApiKey {
     pub revoked_at: Option<Micros>,
 }
 
-impl FromRow<'_, SqliteRow> for ApiKey {
-    fn from_row(row: &SqliteRow) -> Result<ApiKey, sqlx::Error> {
+impl FromRow for ApiKey {
+    fn from_row(row: &Row) -> Result<ApiKey, sqlx::Error> {
         Ok(ApiKey {
             id: row.try_get("id")?,
             workspace: row.name("workspace")?,
@@ -54,10 +53,10 @@ impl Store {
         .bind(&key.key_hash)
         .bind(&key.prefix)
         .bind(&key.created_by)
-        .bind(key.created_at.0)
-        .bind(key.expires_at.map(|at| at.0))
-        .bind(key.revoked_at.map(|at| at.0))
-        .execute(&self.writer)
+        .bind(key.created_at)
+        .bind(key.expires_at)
+        .bind(key.revoked_at)
+        .execute(self.write(&key.workspace))
         .await
         .map_err(failed("create API key"))?;
         Ok(())
@@ -67,7 +66,7 @@ impl Store {
     pub async fn list_api_keys(&self, workspace: &WorkspaceId) -> Result<Vec<ApiKey>, StoreError> {
         query_as("SELECT * FROM api_keys WHERE workspace = $1 ORDER BY created_at, id")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list API keys"))
     }
@@ -76,7 +75,7 @@ impl Store {
     pub async fn api_key_by_hash(&self, key_hash: &str) -> Result<Option<ApiKey>, StoreError> {
         query_as("SELECT * FROM api_keys WHERE key_hash = $1")
             .bind(key_hash)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("read API key"))
     }
@@ -87,11 +86,11 @@ impl Store {
             query("UPDATE api_keys SET revoked_at = $3 WHERE workspace = $1 AND id = $2 AND revoked_at IS NULL")
                 .bind(workspace.as_str())
                 .bind(id)
-                .bind(at.0)
-                .execute(&self.writer)
+                .bind(at)
+                .execute(self.write(workspace))
                 .await
                 .map_err(failed("revoke API key"))?;
-        Ok(revoked.rows_affected() > 0)
+        Ok(revoked > 0)
     }
 }
 

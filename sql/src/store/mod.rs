@@ -1,25 +1,33 @@
 //! What outlives the process: who may do what, what was defined, what was computed and up to which log offset.
 //! Knows SQL and nothing of HTTP, tokens or actors; the caller brings ids and the time.
 //!
-//! The statements are written for SQLite and PostgreSQL alike (`$1` placeholders, ON CONFLICT, RETURNING). What only
-//! SQLite does stands in `open.rs`, in `rows.rs` (a look into a JSON key) and in `migrations/sqlite`.
+//! The statements are written once for SQLite and PostgreSQL (`$1` placeholders, ON CONFLICT, RETURNING); `db.rs` runs
+//! them on either. What only one of them does stands in `open.rs`, `postgres.rs`, in `rows.rs` (a look into a JSON key)
+//! and in `migrations/`.
 
-mod bulk;
+mod db; // SQLite and PostgreSQL behind one face; whose rows a statement may touch
+
+mod bulk; // many rows in one statement
 mod open; // URLs, connections, migrations
 mod page; // cursors, so that a list is read in pages
-mod record; // from a database row to a record // many rows in one statement
+mod postgres; // connections, migrations and TimescaleDB of a PostgreSQL server
+mod record; // from a database row to a record
 
 mod alerts; // firings and acknowledgement
-mod audit;
+mod audit; // who did what
 mod checkpoints; // state, results and log offset in one transaction
 mod dead_letters; // events that could not be used
 mod definitions; // streams, metrics, alert rules and silences
 mod keys; // API keys
 mod portfolios; // portfolios and positions
 mod rows; // final rows of metrics
+mod samples; // history at a coarser step
 mod threads; // conversations with agents, and their runs
 mod users; // users and the refresh tokens of their sign-ins
-mod workspaces; // workspaces and their members // who did what
+mod workspaces; // workspaces and their members
+
+#[cfg(test)]
+mod suite; // this folder's tests again, on PostgreSQL and TimescaleDB
 
 pub use alerts::Alert;
 pub use audit::AuditEntry;
@@ -27,16 +35,16 @@ pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
 pub use definitions::{AlertRule, MetricRow, Silence, StreamRow};
 pub use keys::ApiKey;
-pub use open::migrate;
+pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};
-pub use rows::{FinalRow, RowQuery, WITHDRAWN};
+pub use rows::{FinalRow, Place, RowQuery, WITHDRAWN};
+pub use samples::Step;
 pub use threads::{Message, Run, Thread};
 pub use users::{RefreshToken, Spent, User};
 pub use workspaces::{Member, Workspace};
 
+use db::{Db, On, Scope, query, query_scalar};
 use engine::event::WorkspaceId;
-use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool, SqliteRow};
-use sqlx::{FromRow, Transaction, query, query_scalar};
 
 /// The store. A clone is another handle to the same connections.
 ///
@@ -45,24 +53,31 @@ use sqlx::{FromRow, Transaction, query, query_scalar};
 /// has no greater integer.
 #[derive(Clone)]
 pub struct Store {
-    // SQLite has one writer at a time: with one connection writers queue here, in order, instead of meeting in
-    // SQLITE_BUSY. Readers see the last committed state and never wait for it.
-    writer: SqlitePool,
-    readers: SqlitePool,
+    db: Db,
+    mode: std::sync::Arc<str>,
+    /// TimescaleDB keeps hours and days of final rows.
+    rollups: bool,
 }
 
 /// Why the store could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("store url scheme `{scheme}` is not supported in this build; use `sqlite:PATH`")]
+    #[error("store url scheme `{scheme}` is not supported; use `sqlite:PATH` or `postgres://USER@HOST/DATABASE`")]
     Scheme { scheme: String },
-    #[error("store url `{url}` {problem}; use `sqlite:PATH`, for example `sqlite:data/tidewatch.db`")]
-    Url { url: String, problem: &'static str },
+    /// The URL is not repeated: it may hold a password.
+    #[error("store url {problem}; use `sqlite:data/tidewatch.db` or `postgres://USER:PASSWORD@HOST:5432/DATABASE`")]
+    Url { problem: String },
     #[error("cannot open store `{path}`: {source}; check that the path is writable and holds a Tidewatch database")]
     Open { path: String, source: sqlx::Error },
+    #[error("cannot reach store `{server}`: {source}; check that PostgreSQL runs there and lets this user in")]
+    Connect { server: String, source: sqlx::Error },
+    #[error("store `{server}` is PostgreSQL {found}; use 15 or newer")]
+    TooOld { server: String, found: String },
     #[error("cannot apply migrations to store `{path}`: {source}")]
     Migrate { path: String, source: sqlx::migrate::MigrateError },
-    /// The file was last opened by a newer build, whose tables this one does not know.
+    #[error("cannot make hypertables in store `{server}`: {source}; check that this user owns its tables")]
+    Hypertables { server: String, source: sqlx::Error },
+    /// The database was last opened by a newer build, whose tables this one does not know.
     #[error("store `{path}` has migration {found} but this build knows only up to {known}; use a newer tidewatch")]
     Newer { path: String, found: i64, known: i64 },
     /// Something with the same id, name, e-mail or hash is there already.
@@ -81,20 +96,56 @@ pub enum StoreError {
     Cursor { cursor: String },
     #[error("cannot {operation}: the store is busy; try again")]
     Busy { operation: &'static str },
+    /// The database cannot be reached, is starting or is shutting down. What was asked may have been done.
+    #[error("cannot {operation}: the store cannot be reached ({source}); try again")]
+    Unreachable { operation: &'static str, source: sqlx::Error },
     #[error("cannot {operation}: {source}")]
     Database { operation: &'static str, source: sqlx::Error },
 }
 
+/// What an error of the database asks of the caller.
+enum Cause {
+    Busy,
+    Unreachable,
+    Other,
+}
+
+fn cause(error: &sqlx::Error) -> Cause {
+    let error = match error {
+        sqlx::Error::PoolTimedOut => return Cause::Busy,
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed => {
+            return Cause::Unreachable;
+        }
+        sqlx::Error::Database(error) => error,
+        _ => return Cause::Other,
+    };
+    let Some(code) = error.code() else { return Cause::Other };
+    if error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>().is_some() {
+        // https://www.postgresql.org/docs/current/errcodes-appendix.html
+        return match code.as_ref() {
+            // serialization failure, deadlock, lock not available, statement cancelled by its time limit, disk full,
+            // out of memory, too many connections
+            "40001" | "40P01" | "55P03" | "57014" | "53100" | "53200" | "53300" => Cause::Busy,
+            // connection exceptions, administrator's shutdown, crash, starting up, session time limits
+            "57P01" | "57P02" | "57P03" | "25P03" | "57P05" => Cause::Unreachable,
+            code if code.starts_with("08") => Cause::Unreachable,
+            _ => Cause::Other,
+        };
+    }
+    // SQLITE_BUSY and SQLITE_LOCKED; the low byte of an extended code is its primary code.
+    if code.parse::<i32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6)) { Cause::Busy } else { Cause::Other }
+}
+
 /// Turns what the database says about `operation` into what the caller can act on.
 fn failed(operation: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
-    // SQLITE_BUSY and SQLITE_LOCKED; the low byte of an extended code is its primary code.
-    let is_busy = |code: &str| code.parse::<i32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6));
     move |source| match &source {
-        sqlx::Error::PoolTimedOut => StoreError::Busy { operation },
         sqlx::Error::Database(e) if e.is_unique_violation() => StoreError::Exists { operation },
         sqlx::Error::Database(e) if e.is_foreign_key_violation() => StoreError::Missing { operation },
-        sqlx::Error::Database(e) if e.code().is_some_and(|code| is_busy(&code)) => StoreError::Busy { operation },
-        _ => StoreError::Database { operation, source },
+        _ => match cause(&source) {
+            Cause::Busy => StoreError::Busy { operation },
+            Cause::Unreachable => StoreError::Unreachable { operation, source },
+            Cause::Other => StoreError::Database { operation, source },
+        },
     }
 }
 
@@ -104,21 +155,32 @@ fn stored(n: u64) -> i64 {
 }
 
 impl Store {
-    /// Ready to answer: one read of the database file.
+    /// Ready to answer: one read.
     pub async fn ping(&self) -> Result<(), StoreError> {
         query("SELECT value FROM meta LIMIT 1")
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("reach the store"))?;
         Ok(())
     }
 
-    /// Waits for running statements and closes all connections, which also folds the write-ahead log into the file.
-    /// Later calls fail.
+    /// Which database it is, for people: `sqlite`, `postgresql 17.2`, `timescaledb 2.23.0 on postgresql 17.2`.
+    pub fn mode(&self) -> &str {
+        &self.mode
+    }
+
+    /// Waits for running statements and closes all connections; with SQLite this also folds the write-ahead log into
+    /// the file. Later calls fail.
     pub async fn close(&self) {
-        // The writer last: the last connection to close folds, and a reader may not write.
-        self.readers.close().await;
-        self.writer.close().await;
+        self.db.close().await;
+    }
+
+    fn read<'t>(&'t self, scope: impl Into<Scope<'t>>) -> On<'t> {
+        On::Read(&self.db, scope.into())
+    }
+
+    fn write<'t>(&'t self, scope: impl Into<Scope<'t>>) -> On<'t> {
+        On::Write(&self.db, scope.into())
     }
 
     /// Keeps a small value of the whole process under `key`, in place of the one before.
@@ -126,7 +188,7 @@ impl Store {
         query("INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value")
             .bind(key)
             .bind(value)
-            .execute(&self.writer)
+            .execute(self.write(Scope::Installation))
             .await
             .map_err(failed("put meta value"))?;
         Ok(())
@@ -136,28 +198,9 @@ impl Store {
     pub async fn meta(&self, key: &str) -> Result<Option<String>, StoreError> {
         query_scalar("SELECT value FROM meta WHERE key = $1")
             .bind(key)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("read meta value"))
-    }
-
-    /// A transaction that may write. Takes the write lock at once: one that reads first and locks later would fail
-    /// when another process wrote in between.
-    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, sqlx::Error> {
-        self.writer.begin_with("BEGIN IMMEDIATE").await
-    }
-
-    /// Runs a write with RETURNING that changes at most one row: that row, `None` when nothing matched.
-    async fn change<R>(
-        &self,
-        write: sqlx::query::QueryAs<'_, Sqlite, R, SqliteArguments>,
-    ) -> Result<Option<R>, sqlx::Error>
-    where
-        R: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
-    {
-        // Not `fetch_optional`: it leaves the statement at its first row and never hears whether the commit that
-        // follows succeeded.
-        Ok(write.fetch_all(&self.writer).await?.pop())
     }
 }
 
@@ -171,14 +214,29 @@ mod testing {
         text.parse().unwrap()
     }
 
-    /// A new store in a directory of its own, which goes when the second value is dropped.
+    /// A new store of its own, which goes when the second value is dropped: SQLite, or what [`suite`] names.
     pub(super) async fn store() -> (Store, TempDir) {
         let dir = TempDir::new().unwrap();
-        (Store::open(&url(&dir)).await.unwrap(), dir)
+        suite::prepare(&dir).await;
+        (Store::open_with(&url(&dir), &suite::options()).await.unwrap(), dir)
     }
 
     pub(super) fn url(dir: &TempDir) -> String {
-        format!("sqlite:{}/new/folder/store.db", dir.path().display())
+        suite::url(dir).unwrap_or_else(|| format!("sqlite:{}/new/folder/store.db", dir.path().display()))
+    }
+
+    impl Store {
+        /// What TimescaleDB's background workers would do.
+        pub(super) async fn roll_up(&self) {
+            if !self.rollups {
+                return;
+            }
+            let Db::Postgres(server) = &self.db else { return };
+            for rollup in ["final_rows_1h", "final_rows_1d"] {
+                let sql = format!("CALL refresh_continuous_aggregate('{rollup}', NULL, NULL)");
+                sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(server.pool()).await.unwrap();
+            }
+        }
     }
 
     pub(super) async fn add_user(store: &Store, id: &str) {

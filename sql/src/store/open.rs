@@ -1,24 +1,63 @@
-//! URLs, connections, migrations: from `store.url` to a store of the newest schema.
+//! From `store.url` to a store of the newest schema: which database, where, and the migrations it lacks.
 
-use super::{Store, StoreError};
+use super::db::{Db, Dialect};
+use super::{Store, StoreError, postgres};
+use serde::{Deserialize, Serialize};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Acquire, SqlSafeStr};
+use sqlx::{ConnectOptions, Connection, SqlSafeStr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Each reader is a thread and a page cache of its own; reads are short, and the work around them is what takes time.
+/// How the store connects and what it keeps: `store.*` of the configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Connections to PostgreSQL, at least 1.
+    pub max_connections: u32,
+    /// How long a statement waits for a connection, or on SQLite for the lock of another process, before the store
+    /// counts as busy, in milliseconds. A commit of a hundred thousand rows holds a connection for about a second.
+    pub acquire_ms: u64,
+    /// How long PostgreSQL may work on one statement, in milliseconds.
+    pub statement_ms: u64,
+    /// How long to wait at start for a PostgreSQL that is not there yet, in milliseconds.
+    pub start_ms: u64,
+    /// Event time in one chunk of a hypertable, in hours.
+    pub chunk_hours: u32,
+    /// Chunks are compressed when they are this old, in days.
+    pub compress_after_days: u32,
+    /// Chunks are dropped when they are this old, in days; never unless said.
+    pub retain_days: Option<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_connections: 10,
+            acquire_ms: 10_000,
+            statement_ms: 60_000,
+            start_ms: 30_000,
+            chunk_hours: 24 * 7,
+            compress_after_days: 7,
+            retain_days: None,
+        }
+    }
+}
+
+/// Each reader of SQLite is a thread and a page cache of its own; reads are short, and the work around them is what
+/// takes time.
 const READERS: u32 = 4;
-/// How long a statement waits for a connection, or for the lock of another process, before the store counts as busy.
-/// A commit of a hundred thousand rows holds the writer for about a second.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 macro_rules! migrations {
     ($($version:literal $name:literal),* $(,)?) => {
-        /// The migrations in this binary, in order: version, name, SQL. Listed one by one, because a macro over the
-        /// folder would not see a new file until something else changes.
-        const MIGRATIONS: &[(i64, &str, &str)] =
-            &[$(($version, $name, include_str!(concat!("../../../migrations/sqlite/", $name, ".sql")))),*];
+        /// The migrations in this binary, in order: version, name, SQL for each database. Listed one by one, because a
+        /// macro over the folders would not see a new file until something else changes.
+        const MIGRATIONS: &[(i64, &str, &str, &str)] = &[$((
+            $version,
+            $name,
+            include_str!(concat!("../../../migrations/sqlite/", $name, ".sql")),
+            include_str!(concat!("../../../migrations/postgres/", $name, ".sql")),
+        )),*];
     };
 }
 migrations! {
@@ -28,38 +67,95 @@ migrations! {
     4 "0004_portfolios",
     5 "0005_agents",
     6 "0006_operations",
+    7 "0007_products",
 }
 
-impl Store {
-    /// Opens the store at `url`, `sqlite:PATH`: makes the file and its folder where they do not exist, and applies the
-    /// migrations it lacks. Fails with [`StoreError::Newer`] on a file that a newer build has migrated, and changes
-    /// nothing in it.
-    pub async fn open(url: &str) -> Result<Store, StoreError> {
-        let path = path_of(url)?;
-        let writer = open_writer(&path).await?;
-        let readers = SqlitePoolOptions::new()
-            .max_connections(READERS)
-            .acquire_timeout(PATIENCE)
-            // Not a read-only file handle, which could not make the shared memory of the write-ahead log.
-            .connect_with(connection(&path).pragma("query_only", "ON"))
-            .await
-            .map_err(|source| StoreError::Open { path: path.display().to_string(), source })?;
-        Ok(Store { writer, readers })
+/// Which database a store is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Sqlite,
+    Postgres,
+}
+
+/// The database that `url` names.
+pub fn kind(url: &str) -> Result<Kind, StoreError> {
+    Ok(match place(url)? {
+        Place::Sqlite(_) => Kind::Sqlite,
+        Place::Postgres => Kind::Postgres,
+    })
+}
+
+/// The file that `url` names; an error for PostgreSQL, which has none.
+pub fn sqlite_path(url: &str) -> Result<PathBuf, StoreError> {
+    match place(url)? {
+        Place::Sqlite(path) => Ok(path),
+        Place::Postgres => Err(StoreError::Url { problem: "names no file of SQLite".into() }),
     }
 }
 
-/// Applies the migrations that the store at `url` lacks, making it where it does not exist: the version it has then.
-/// Fails as [`Store::open`] does.
-pub async fn migrate(url: &str) -> Result<i64, StoreError> {
-    open_writer(&path_of(url)?).await?.close().await;
+/// Copies the SQLite store at `url` into the new file `to`: one moment of it, also while another process writes.
+pub async fn copy(url: &str, to: &Path) -> Result<(), StoreError> {
+    let path = sqlite_path(url)?;
+    let failed = |source| StoreError::Open { path: path.display().to_string(), source };
+    // no migrations: the process that has it open may be an older build
+    let mut connection = connection(&path, &Options::default()).connect().await.map_err(failed)?;
+    let copied = sqlx::query("VACUUM INTO $1").bind(to.to_string_lossy()).execute(&mut connection).await;
+    copied.map_err(failed)?;
+    connection.close().await.map_err(failed)
+}
+
+/// What a store URL names.
+enum Place {
+    Sqlite(PathBuf),
+    Postgres,
+}
+
+impl Store {
+    /// [`Store::open_with`] the default options.
+    pub async fn open(url: &str) -> Result<Store, StoreError> {
+        Store::open_with(url, &Options::default()).await
+    }
+
+    /// Opens the store at `url`, and applies the migrations it lacks.
+    ///
+    /// `sqlite:PATH` is a file, made with its folder where it does not exist. `postgres://USER:PASSWORD@HOST/DATABASE`
+    /// is a database that exists, PostgreSQL 15 or newer; where the extension `timescaledb` is in it, its tables of rows
+    /// and alerts are hypertables. Fails with [`StoreError::Newer`] on a database that a newer build has migrated, and
+    /// changes nothing in it.
+    pub async fn open_with(url: &str, options: &Options) -> Result<Store, StoreError> {
+        let path = match place(url)? {
+            Place::Sqlite(path) => path,
+            Place::Postgres => return postgres::open(url, options).await,
+        };
+        let writer = open_writer(&path, options).await?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .acquire_timeout(Duration::from_millis(options.acquire_ms))
+            // Not a read-only file handle, which could not make the shared memory of the write-ahead log.
+            .connect_with(connection(&path, options).pragma("query_only", "ON"))
+            .await
+            .map_err(|source| StoreError::Open { path: path.display().to_string(), source })?;
+        Ok(Store { db: Db::Sqlite { writer, readers }, mode: "sqlite".into(), rollups: false })
+    }
+}
+
+/// Applies the migrations that the store at `url` lacks, and makes a file of SQLite that does not exist: the version it
+/// has then. Fails as [`Store::open_with`] does.
+pub async fn migrate(url: &str, options: &Options) -> Result<i64, StoreError> {
+    match place(url)? {
+        Place::Sqlite(path) => open_writer(&path, options).await?.close().await,
+        Place::Postgres => _ = postgres::migrate(url, options).await?,
+    }
     Ok(newest_migration())
 }
 
-/// The file that `url` names. Messages never repeat a URL of another scheme: it may hold a password.
-fn path_of(url: &str) -> Result<PathBuf, StoreError> {
-    let unfit = |problem| StoreError::Url { url: url.into(), problem };
+/// What `url` names. Messages never repeat a URL of PostgreSQL: it may hold a password.
+fn place(url: &str) -> Result<Place, StoreError> {
+    let unfit = |problem: &str| StoreError::Url { problem: format!("`{url}` {problem}") };
     let Some(path) = url.strip_prefix("sqlite:") else {
         return match url.split_once(':') {
+            Some(("postgres" | "postgresql", _)) => Ok(Place::Postgres),
             Some((scheme, _)) => Err(StoreError::Scheme { scheme: scheme.into() }),
             None => Err(unfit("has no scheme")),
         };
@@ -67,52 +163,63 @@ fn path_of(url: &str) -> Result<PathBuf, StoreError> {
     match path.strip_prefix("//").unwrap_or(path) {
         "" => Err(unfit("names no file")),
         ":memory:" => Err(unfit("names a database in memory, which no restart would survive")),
-        path if path.contains('?') => Err(unfit("has parameters, and the store takes none")),
-        path => Ok(path.into()),
+        path if path.contains('?') => Err(unfit("has parameters, and SQLite's takes none")),
+        path => Ok(Place::Sqlite(path.into())),
     }
 }
 
-fn connection(path: &Path) -> SqliteConnectOptions {
+fn connection(path: &Path, options: &Options) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)
         // An offset is promised to be durable once it is committed; NORMAL may lose commits when power fails.
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
-        .busy_timeout(PATIENCE)
+        .busy_timeout(Duration::from_millis(options.acquire_ms))
         // A large commit grows the write-ahead log; give the space back after it.
         .pragma("journal_size_limit", "67108864")
 }
 
 /// The one connection that writes, on a database of the newest schema.
-async fn open_writer(path: &Path) -> Result<SqlitePool, StoreError> {
+async fn open_writer(path: &Path, options: &Options) -> Result<SqlitePool, StoreError> {
     let unopened = |source| StoreError::Open { path: path.display().to_string(), source };
     if let Some(folder) = path.parent() {
         tokio::fs::create_dir_all(folder).await.map_err(|e| unopened(e.into()))?;
     }
     // 32 MiB of cache: bulk inserts touch pages all over a table and would otherwise write them out one by one.
-    let options = connection(path).create_if_missing(true).pragma("cache_size", "-32768");
+    let connection = connection(path, options).create_if_missing(true).pragma("cache_size", "-32768");
     let writer = SqlitePoolOptions::new()
         .max_connections(1)
-        .acquire_timeout(PATIENCE)
-        .connect_with(options)
+        .acquire_timeout(Duration::from_millis(options.acquire_ms))
+        .connect_with(connection)
         .await
         .map_err(unopened)?;
-    apply_migrations(&writer).await.map_err(|source| match source {
-        MigrateError::VersionMissing(found) => {
-            StoreError::Newer { path: path.display().to_string(), found, known: newest_migration() }
-        }
-        source => StoreError::Migrate { path: path.display().to_string(), source },
-    })?;
+    let migrated = async {
+        let mut connection = writer.acquire().await?;
+        // not `run`, whose bounds no spawned task can prove
+        migrator(Dialect::Sqlite).run_direct(None, &mut *connection, false).await
+    };
+    migrated.await.map_err(|source| unmigrated(path.display().to_string(), source))?;
     Ok(writer)
 }
 
-async fn apply_migrations(writer: &SqlitePool) -> Result<(), MigrateError> {
-    let migrations = MIGRATIONS.iter().map(|&(version, name, sql)| {
+/// The migrations of one database.
+pub(super) fn migrator(dialect: Dialect) -> Migrator {
+    let migrations = MIGRATIONS.iter().map(|&(version, name, sqlite, postgres)| {
+        let sql = match dialect {
+            Dialect::Sqlite => sqlite,
+            Dialect::Postgres => postgres,
+        };
         Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
     });
-    let mut connection = writer.acquire().await?;
-    Migrator::with_migrations(migrations.collect()).run(connection.acquire().await?).await
+    Migrator::with_migrations(migrations.collect())
+}
+
+pub(super) fn unmigrated(path: String, source: MigrateError) -> StoreError {
+    match source {
+        MigrateError::VersionMissing(found) => StoreError::Newer { path, found, known: newest_migration() },
+        source => StoreError::Migrate { path, source },
+    }
 }
 
 fn newest_migration() -> i64 {
@@ -121,11 +228,13 @@ fn newest_migration() -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::db::{Scope, query};
+    use super::super::suite;
     use super::super::testing::*;
     use super::*;
 
     async fn error(url: &str) -> StoreError {
-        match Store::open(url).await {
+        match Store::open_with(url, &suite::options()).await {
             Ok(_) => panic!("{url} was opened"),
             Err(e) => e,
         }
@@ -133,8 +242,8 @@ mod tests {
 
     #[tokio::test]
     async fn another_scheme_is_refused_with_the_supported_ones_and_without_its_password() {
-        let message = error("postgres://me:secret@host/db").await.to_string();
-        assert!(message.contains("`postgres` is not supported") && message.contains("sqlite:PATH"), "{message}");
+        let message = error("mysql://me:secret@host/db").await.to_string();
+        assert!(message.contains("`mysql` is not supported") && message.contains("sqlite:PATH"), "{message}");
         assert!(!message.contains("secret"), "{message}");
     }
 
@@ -160,25 +269,29 @@ mod tests {
         let (store, dir) = store().await;
         let acme = add_workspace(&store, "acme").await;
         store.close().await;
-        let store = Store::open(&url(&dir)).await.unwrap();
+        let store = Store::open_with(&url(&dir), &suite::options()).await.unwrap();
         assert_eq!(store.workspace(&acme).await.unwrap().unwrap().name, "acme");
     }
 
     #[tokio::test]
     async fn migrating_twice_changes_nothing_more() {
         let dir = tempfile::TempDir::new().unwrap();
-        assert_eq!(migrate(&url(&dir)).await.unwrap(), newest_migration());
-        assert_eq!(migrate(&url(&dir)).await.unwrap(), newest_migration());
-        Store::open(&url(&dir)).await.unwrap();
+        suite::prepare(&dir).await;
+        assert_eq!(migrate(&url(&dir), &suite::options()).await.unwrap(), newest_migration());
+        assert_eq!(migrate(&url(&dir), &suite::options()).await.unwrap(), newest_migration());
+        Store::open_with(&url(&dir), &suite::options()).await.unwrap();
     }
 
     #[tokio::test]
     async fn a_store_of_a_newer_build_is_refused_with_both_versions() {
         let (store, dir) = store().await;
-        sqlx::query("INSERT INTO _sqlx_migrations VALUES (999, 'later', CURRENT_TIMESTAMP, TRUE, x'00', 0)")
-            .execute(&store.writer)
-            .await
-            .unwrap();
+        query(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) \
+             SELECT 999, 'later', TRUE, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
+        )
+        .execute(store.write(Scope::Installation))
+        .await
+        .unwrap();
         store.close().await;
         let error = error(&url(&dir)).await;
         assert!(matches!(error, StoreError::Newer { found: 999, known, .. } if known == newest_migration()));
@@ -187,21 +300,24 @@ mod tests {
 
     #[test]
     fn every_migration_file_is_in_the_binary() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations/sqlite");
-        let mut files: Vec<_> = std::fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
-            .collect();
-        files.sort();
-        assert_eq!(files, MIGRATIONS.iter().map(|(_, name, _)| *name).collect::<Vec<_>>());
+        for database in ["sqlite", "postgres"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations").join(database);
+            let mut files: Vec<_> = std::fs::read_dir(folder)
+                .unwrap()
+                .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+                .collect();
+            files.sort();
+            assert_eq!(files, MIGRATIONS.iter().map(|(_, name, ..)| *name).collect::<Vec<_>>(), "{database}");
+        }
     }
 
     #[tokio::test]
     async fn a_commit_is_on_disk_when_it_returns() {
         let (store, _dir) = store().await;
-        let pragma = |name: &'static str| sqlx::query_scalar::<_, String>(name).fetch_one(&store.writer);
-        assert_eq!(pragma("PRAGMA journal_mode").await.unwrap(), "wal");
-        let synchronous: i64 = sqlx::query_scalar("PRAGMA synchronous").fetch_one(&store.writer).await.unwrap();
+        let Db::Sqlite { writer, .. } = &store.db else { return }; // PostgreSQL's own default is durable
+        let mode: String = sqlx::query_scalar("PRAGMA journal_mode").fetch_one(writer).await.unwrap();
+        assert_eq!(mode, "wal");
+        let synchronous: i64 = sqlx::query_scalar("PRAGMA synchronous").fetch_one(writer).await.unwrap();
         assert_eq!(synchronous, 2, "2 is FULL");
     }
 }

@@ -1,10 +1,9 @@
 //! Portfolios and their positions.
 
+use super::db::{FromRow, Row, Tx, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed};
 use engine::event::{Micros, WorkspaceId};
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{FromRow, Row, query, query_as, query_scalar};
 
 /// A named set of positions, valued in one currency.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,8 +26,8 @@ pub struct Position {
     pub sector: Option<String>,
 }
 
-impl FromRow<'_, SqliteRow> for Portfolio {
-    fn from_row(row: &SqliteRow) -> Result<Portfolio, sqlx::Error> {
+impl FromRow for Portfolio {
+    fn from_row(row: &Row) -> Result<Portfolio, sqlx::Error> {
         Ok(Portfolio {
             workspace: row.name("workspace")?,
             id: row.try_get("id")?,
@@ -39,8 +38,8 @@ impl FromRow<'_, SqliteRow> for Portfolio {
     }
 }
 
-impl FromRow<'_, SqliteRow> for Position {
-    fn from_row(row: &SqliteRow) -> Result<Position, sqlx::Error> {
+impl FromRow for Position {
+    fn from_row(row: &Row) -> Result<Position, sqlx::Error> {
         Ok(Position {
             symbol: row.try_get("symbol")?,
             qty: row.try_get("qty")?,
@@ -61,8 +60,8 @@ impl Store {
         .bind(&portfolio.id)
         .bind(&portfolio.name)
         .bind(&portfolio.currency)
-        .bind(portfolio.created_at.0)
-        .execute(&self.writer)
+        .bind(portfolio.created_at)
+        .execute(self.write(&portfolio.workspace))
         .await
         .map_err(failed("put portfolio"))?;
         Ok(())
@@ -72,7 +71,7 @@ impl Store {
         query_as("SELECT * FROM portfolios WHERE workspace = $1 AND id = $2")
             .bind(workspace.as_str())
             .bind(id)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read portfolio"))
     }
@@ -81,7 +80,7 @@ impl Store {
     pub async fn portfolios(&self, workspace: &WorkspaceId) -> Result<Vec<Portfolio>, StoreError> {
         query_as("SELECT * FROM portfolios WHERE workspace = $1 ORDER BY id")
             .bind(workspace.as_str())
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(workspace))
             .await
             .map_err(failed("list portfolios"))
     }
@@ -91,10 +90,10 @@ impl Store {
         let deleted = query("DELETE FROM portfolios WHERE workspace = $1 AND id = $2")
             .bind(workspace.as_str())
             .bind(id)
-            .execute(&self.writer)
+            .execute(self.write(workspace))
             .await
             .map_err(failed("delete portfolio"))?;
-        Ok(deleted.rows_affected() > 0)
+        Ok(deleted > 0)
     }
 
     /// Adds positions, or replaces those in the same symbols; of two in one symbol the last counts. All or nothing.
@@ -106,7 +105,7 @@ impl Store {
         positions: &[Position],
     ) -> Result<(), StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             write(&mut tx, workspace, portfolio, positions).await?;
             tx.commit().await
         }
@@ -124,16 +123,16 @@ impl Store {
     ) -> Result<(), StoreError> {
         let operation = "replace positions";
         let replaced = async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             let exists: Option<String> = query_scalar("SELECT id FROM portfolios WHERE workspace = $1 AND id = $2")
                 .bind(workspace.as_str())
                 .bind(portfolio)
-                .fetch_optional(&mut *tx)
+                .fetch_optional(&mut tx)
                 .await?;
             query("DELETE FROM positions WHERE workspace = $1 AND portfolio = $2")
                 .bind(workspace.as_str())
                 .bind(portfolio)
-                .execute(&mut *tx)
+                .execute(&mut tx)
                 .await?;
             write(&mut tx, workspace, portfolio, positions).await?;
             tx.commit().await?;
@@ -153,31 +152,35 @@ impl Store {
             .bind(workspace.as_str())
             .bind(portfolio)
             .bind(symbol)
-            .execute(&self.writer)
+            .execute(self.write(workspace))
             .await
             .map_err(failed("delete position"))?;
-        Ok(deleted.rows_affected() > 0)
+        Ok(deleted > 0)
     }
 
     /// The positions of a portfolio by symbol; none when there is no such portfolio.
     pub async fn positions(&self, workspace: &WorkspaceId, portfolio: &str) -> Result<Vec<Position>, StoreError> {
-        query_as("SELECT * FROM positions WHERE workspace = $1 AND portfolio = $2 ORDER BY symbol")
-            .bind(workspace.as_str())
-            .bind(portfolio)
-            .fetch_all(&self.readers)
-            .await
-            .map_err(failed("list positions"))
+        // NUMERIC to the double next to it, which is the one that was written
+        query_as(
+            "SELECT symbol, CAST(qty AS DOUBLE PRECISION) AS qty, CAST(cost AS DOUBLE PRECISION) AS cost, sector \
+             FROM positions WHERE workspace = $1 AND portfolio = $2 ORDER BY symbol",
+        )
+        .bind(workspace.as_str())
+        .bind(portfolio)
+        .fetch_all(self.read(workspace))
+        .await
+        .map_err(failed("list positions"))
     }
 }
 
 async fn write(
-    connection: &mut SqliteConnection,
+    tx: &mut Tx,
     workspace: &WorkspaceId,
     portfolio: &str,
     positions: &[Position],
 ) -> Result<(), sqlx::Error> {
     bulk::insert(
-        connection,
+        tx,
         [
             "INSERT INTO positions (workspace, portfolio, symbol, qty, cost, sector) ",
             " ON CONFLICT (workspace, portfolio, symbol) DO UPDATE \
@@ -185,7 +188,7 @@ async fn write(
         ],
         positions,
         |position| &position.symbol,
-        |mut values, position| {
+        |values, position| {
             values.push_bind(workspace.as_str());
             values.push_bind(portfolio);
             values.push_bind(position.symbol.as_str());

@@ -1,9 +1,8 @@
 //! From a database row to a record: the types of the engine out of the types of the database.
 
+use super::db::Row;
 use engine::event::{Micros, NameError};
 use serde_json::Value;
-use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
 
 /// Columns by name, as what they mean. All fail with the name of the column.
 pub(super) trait Columns {
@@ -16,13 +15,13 @@ pub(super) trait Columns {
     fn json(&self, column: &str) -> Result<Value, sqlx::Error>;
 }
 
-impl Columns for SqliteRow {
+impl Columns for Row {
     fn time(&self, column: &str) -> Result<Micros, sqlx::Error> {
-        self.try_get(column).map(Micros)
+        self.instant(column)?.ok_or_else(|| unreadable(column, sqlx::error::UnexpectedNullError))
     }
 
     fn time_if_any(&self, column: &str) -> Result<Option<Micros>, sqlx::Error> {
-        Ok(self.try_get::<Option<i64>, _>(column)?.map(Micros))
+        self.instant(column)
     }
 
     fn name<N: TryFrom<String, Error = NameError>>(&self, column: &str) -> Result<N, sqlx::Error> {
@@ -36,7 +35,8 @@ impl Columns for SqliteRow {
     }
 
     fn json(&self, column: &str) -> Result<Value, sqlx::Error> {
-        serde_json::from_str(self.try_get(column)?).map_err(|e| unreadable(column, e))
+        let text: String = self.try_get(column)?;
+        serde_json::from_str(&text).map_err(|e| unreadable(column, e))
     }
 }
 

@@ -1,11 +1,10 @@
 //! Final rows of metrics: read in pages, pruned by age. They are written by [`Store::commit`].
 
+use super::db::{Builder, Dialect, FromRow, Row, Tx, query};
 use super::page;
 use super::record::Columns;
-use super::{Store, StoreError, bulk, failed};
+use super::{Step, Store, StoreError, bulk, failed};
 use engine::event::{ItemName, Micros, WorkspaceId};
-use sqlx::sqlite::{Sqlite, SqliteConnection, SqliteRow};
-use sqlx::{FromRow, QueryBuilder, Row, query};
 
 /// A metric's row for one window and key, after the window was closed.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,11 +39,52 @@ pub struct RowQuery {
     pub keys: Vec<(String, String)>,
 }
 
+/// Where a row stands among the rows of its metric: pages are in this order.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Place {
+    /// Window start, or with a step the hour or day it is in.
+    start: Micros,
+    /// Window end; the same for all with a step.
+    end: Micros,
+    key: String,
+}
+
+impl Place {
+    /// The place of `row` among all rows, or among those of each hour or day.
+    pub fn of(row: &FinalRow, step: Option<Step>) -> Place {
+        let (start, end) = match step {
+            None => (row.window_start, row.window_end),
+            Some(step) => (step.bucket(row.window_start), Micros::MIN),
+        };
+        Place { start, end, key: row.key.clone() }
+    }
+}
+
+impl RowQuery {
+    /// Where the page before ended, in the order of [`Store::rows`], or with a step of [`Store::samples`].
+    /// [`StoreError::Cursor`] for an `after` that no page gave.
+    pub fn position(&self, step: Option<Step>) -> Result<Option<Place>, StoreError> {
+        let after = self.after.as_deref();
+        Ok(match step {
+            None => page::position::<Position>(after)?.map(|(start, end, key)| Place {
+                start: Micros(start),
+                end: Micros(end),
+                key,
+            }),
+            Some(_) => page::position::<(i64, String)>(after)?.map(|(bucket, key)| Place {
+                start: Micros(bucket),
+                end: Micros::MIN,
+                key,
+            }),
+        })
+    }
+}
+
 /// Where a page of rows ended: window start, window end, key.
 type Position = (i64, i64, String);
 
-impl FromRow<'_, SqliteRow> for FinalRow {
-    fn from_row(row: &SqliteRow) -> Result<FinalRow, sqlx::Error> {
+impl FromRow for FinalRow {
+    fn from_row(row: &Row) -> Result<FinalRow, sqlx::Error> {
         Ok(FinalRow {
             metric: row.name("metric")?,
             window_start: row.time("window_start")?,
@@ -71,19 +111,21 @@ impl Store {
             Some(after) => start.max(after),
             None => start,
         };
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM final_rows WHERE row_json <> 'null' AND workspace = ");
+        let mut sql = Builder::new("SELECT * FROM final_rows WHERE row_json <> 'null' AND workspace = ");
         sql.push_bind(workspace.as_str()).push(" AND metric = ").push_bind(metric.as_str());
-        sql.push(" AND (window_start, window_end, key_json) > (").push_bind(window_start);
-        sql.push(", ").push_bind(window_end).push(", ").push_bind(key).push(")");
+        // what TimescaleDB chooses chunks by
+        sql.push(" AND window_start >= ").push_bind(Micros(window_start));
+        sql.push(" AND (window_start, window_end, key_json) > (").push_bind(Micros(window_start));
+        sql.push(", ").push_bind(Micros(window_end)).push(", ").push_bind(key).push(")");
         if let Some(to) = wanted.to {
-            sql.push(" AND window_start < ").push_bind(to.0);
+            sql.push(" AND window_start < ").push_bind(to);
         }
         for (column, value) in &wanted.keys {
-            push_key_equals(&mut sql, column, value);
+            push_key_equals(&mut sql, self.db.dialect(), column, value);
         }
         sql.push(" ORDER BY window_start, window_end, key_json LIMIT ").push_bind(page::rows_to_read(wanted.limit));
         let rows: Vec<FinalRow> =
-            sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("read final rows"))?;
+            sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("read final rows"))?;
         Ok(page::cut(rows, wanted.limit, |row| (row.window_start.0, row.window_end.0, row.key.clone())))
     }
 
@@ -94,30 +136,55 @@ impl Store {
         metric: &ItemName,
         before: Micros,
     ) -> Result<u64, StoreError> {
-        // The start adds nothing to the condition; it is what the primary key can seek.
-        let pruned = query(
-            "DELETE FROM final_rows WHERE workspace = $1 AND metric = $2 AND window_start <= $3 AND window_end <= $3",
-        )
-        .bind(workspace.as_str())
-        .bind(metric.as_str())
-        .bind(before.0)
-        .execute(&self.writer)
+        async {
+            let mut tx = self.db.begin(workspace.into()).await?;
+            // The start adds nothing to the condition; it is what the primary key can seek.
+            let pruned = query(
+                "DELETE FROM final_rows \
+                 WHERE workspace = $1 AND metric = $2 AND window_start <= $3 AND window_end <= $3",
+            )
+            .bind(workspace.as_str())
+            .bind(metric.as_str())
+            .bind(before)
+            .execute(&mut tx)
+            .await?;
+            if self.rollups && pruned > 0 {
+                query("SELECT forget_samples($1, $2, $3)")
+                    .bind(workspace.as_str())
+                    .bind(metric.as_str())
+                    .bind(before)
+                    .execute(&mut tx)
+                    .await?;
+            }
+            tx.commit().await?;
+            Ok(pruned)
+        }
         .await
-        .map_err(failed("prune final rows"))?;
-        Ok(pruned.rows_affected())
+        .map_err(failed("prune final rows"))
     }
 }
 
-/// ` AND` the key column's value is `value` as text. SQLite's `->>` gives a string without its quotes and a number as
-/// a number, which equals no text; `->` gives any value as JSON text, which is right for numbers and truth values.
-fn push_key_equals(sql: &mut QueryBuilder<Sqlite>, column: &str, value: &str) {
-    if column.contains(['"', '\\']) {
-        sql.push(" AND 0 = 1"); // a JSON path cannot name such a column, and a malformed path would be an error
-        return;
+/// ` AND` the key column's value is `value` as text.
+pub(super) fn push_key_equals<'q>(sql: &mut Builder<'q>, dialect: Dialect, column: &'q str, value: &'q str) {
+    match dialect {
+        // `->>` gives a string without its quotes and a number as a number, which equals no text; `->` gives any value
+        // as JSON text, which is right for numbers and truth values.
+        Dialect::Sqlite => {
+            if column.contains(['"', '\\']) {
+                // a JSON path cannot name such a column, and a malformed path would be an error
+                sql.push(" AND 0 = 1");
+                return;
+            }
+            let path = format!("$.\"{column}\"");
+            sql.push(" AND (key_json ->> ").push_bind(path.clone()).push(" = ").push_bind(value);
+            sql.push(" OR key_json -> ").push_bind(path).push(" = ").push_bind(value).push(")");
+        }
+        // `->>` gives every value as text. A key with \u0000 in it is text that PostgreSQL cannot make.
+        Dialect::Postgres => {
+            sql.push(" AND CASE WHEN strpos(key_json, '\\u0000') = 0 THEN key_json::json ->> ").push_bind(column);
+            sql.push(" = ").push_bind(value).push(" ELSE FALSE END");
+        }
     }
-    let path = format!("$.\"{column}\"");
-    sql.push(" AND (key_json ->> ").push_bind(path.clone()).push(" = ").push_bind(value);
-    sql.push(" OR key_json -> ").push_bind(path).push(" = ").push_bind(value).push(")");
 }
 
 /// A final row and the workspace it belongs to.
@@ -129,11 +196,11 @@ fn identity<'a>((workspace, row): &Placed<'a>) -> (&'a WorkspaceId, &'a ItemName
 }
 
 /// Writes rows of any workspaces; one that is there already changes only to a greater revision.
-pub(super) async fn write(connection: &mut SqliteConnection, mut rows: Vec<Placed<'_>>) -> Result<(), sqlx::Error> {
+pub(super) async fn write(tx: &mut Tx, mut rows: Vec<Placed<'_>>) -> Result<(), sqlx::Error> {
     // In the order of the primary key each page of the table is touched once.
     rows.sort_by_key(identity);
     bulk::insert(
-        connection,
+        tx,
         [
             "INSERT INTO final_rows (workspace, metric, window_start, window_end, key_json, revision, row_json) ",
             " ON CONFLICT (workspace, metric, window_start, window_end, key_json) DO UPDATE \
@@ -142,11 +209,11 @@ pub(super) async fn write(connection: &mut SqliteConnection, mut rows: Vec<Place
         ],
         &rows,
         identity,
-        |mut values, (workspace, row)| {
+        |values, (workspace, row)| {
             values.push_bind(workspace.as_str());
             values.push_bind(row.metric.as_str());
-            values.push_bind(row.window_start.0);
-            values.push_bind(row.window_end.0);
+            values.push_bind(row.window_start);
+            values.push_bind(row.window_end);
             values.push_bind(row.key.as_str());
             values.push_bind(row.revision);
             values.push_bind(row.row.as_str());
@@ -184,6 +251,7 @@ pub(super) mod testing {
 mod tests {
     use super::super::Commit;
     use super::super::checkpoints::testing::commit;
+    use super::super::db::Scope;
     use super::super::testing::*;
     use super::testing::row;
     use super::*;
@@ -287,17 +355,36 @@ mod tests {
     #[tokio::test]
     async fn a_page_is_a_seek_in_the_primary_key() {
         let (store, _dir) = store().await;
+        if store.db.dialect() == Dialect::Postgres {
+            return; // its planner goes by the sizes of tables, and these are empty
+        }
         let plan: Vec<String> = query(
             "EXPLAIN QUERY PLAN SELECT * FROM final_rows WHERE workspace = 'a' AND metric = 'b' \
              AND (window_start, window_end, key_json) > (1, 2, 'c') ORDER BY window_start, window_end, key_json",
         )
-        .fetch_all(&store.readers)
+        .fetch_all(store.read(Scope::Installation))
         .await
         .unwrap()
         .iter()
-        .map(|row| row.get("detail"))
+        .map(|row| row.try_get("detail").unwrap())
         .collect();
         let seek = "SEARCH final_rows USING PRIMARY KEY (workspace=? AND metric=? AND ";
         assert!(plan.len() == 1 && plan[0].starts_with(seek), "{plan:?}");
+    }
+
+    #[tokio::test]
+    async fn times_and_keys_at_the_edges_come_back_as_they_were() {
+        let first = FinalRow { window_start: Micros(-62_135_596_800_000_000), ..row("vwap", 0, "0001-01-01", 0) };
+        let odd = FinalRow { key: r#"{"symbol":"a\u0000b"}"#.into(), ..row("vwap", 1, "", 0) };
+        let exact = FinalRow { window_start: Micros(1_767_225_600_123_457), ..row("vwap", 0, "micros", 0) };
+        let last =
+            FinalRow { window_end: Micros(253_402_300_799_999_999), ..row("vwap", 253_402_300_000_000_000, "9999", 0) };
+        let all = vec![first, odd, exact, last];
+        let (store, acme, _dir) = store_with(all.clone()).await;
+        let (rows, _) = store.rows(&acme, &name("vwap"), &RowQuery::first(10)).await.unwrap();
+        assert_eq!(rows, all);
+        // a key that PostgreSQL cannot unescape is no reason to fail
+        let wanted = RowQuery { keys: vec![("symbol".into(), "micros".into())], ..RowQuery::first(10) };
+        assert_eq!(store.rows(&acme, &name("vwap"), &wanted).await.unwrap().0, all[2..3]);
     }
 }

@@ -1,12 +1,11 @@
 //! Conversations with agents: threads and their messages, runs and their events.
 
+use super::db::{Builder, FromRow, Row, Scope, query, query_as, query_scalar};
 use super::page;
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed, stored};
 use engine::event::{Micros, WorkspaceId};
 use serde_json::Value;
-use sqlx::sqlite::{Sqlite, SqliteRow};
-use sqlx::{FromRow, QueryBuilder, Row, query, query_as, query_scalar};
 
 /// A conversation.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,8 +55,8 @@ pub struct Run {
 /// Where a page of threads ended: last change, id.
 type Position = (i64, String);
 
-impl FromRow<'_, SqliteRow> for Thread {
-    fn from_row(row: &SqliteRow) -> Result<Thread, sqlx::Error> {
+impl FromRow for Thread {
+    fn from_row(row: &Row) -> Result<Thread, sqlx::Error> {
         Ok(Thread {
             workspace: row.name("workspace")?,
             id: row.try_get("id")?,
@@ -71,8 +70,8 @@ impl FromRow<'_, SqliteRow> for Thread {
     }
 }
 
-impl FromRow<'_, SqliteRow> for Message {
-    fn from_row(row: &SqliteRow) -> Result<Message, sqlx::Error> {
+impl FromRow for Message {
+    fn from_row(row: &Row) -> Result<Message, sqlx::Error> {
         Ok(Message {
             id: row.try_get("id")?,
             role: row.try_get("role")?,
@@ -83,8 +82,8 @@ impl FromRow<'_, SqliteRow> for Message {
     }
 }
 
-impl FromRow<'_, SqliteRow> for Run {
-    fn from_row(row: &SqliteRow) -> Result<Run, sqlx::Error> {
+impl FromRow for Run {
+    fn from_row(row: &Row) -> Result<Run, sqlx::Error> {
         Ok(Run {
             workspace: row.name("workspace")?,
             thread: row.try_get("thread")?,
@@ -112,10 +111,10 @@ impl Store {
         .bind(&thread.agent)
         .bind(&thread.title)
         .bind(&thread.created_by)
-        .bind(thread.created_at.0)
-        .bind(thread.updated_at.0)
+        .bind(thread.created_at)
+        .bind(thread.updated_at)
         .bind(thread.state.to_string())
-        .execute(&self.writer)
+        .execute(self.write(&thread.workspace))
         .await
         .map_err(failed("put thread"))?;
         Ok(())
@@ -125,7 +124,7 @@ impl Store {
         query_as("SELECT * FROM threads WHERE workspace = $1 AND id = $2")
             .bind(workspace.as_str())
             .bind(id)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read thread"))
     }
@@ -138,13 +137,13 @@ impl Store {
         limit: usize,
         before: Option<&str>,
     ) -> Result<(Vec<Thread>, Option<String>), StoreError> {
-        let mut sql = QueryBuilder::<Sqlite>::new("SELECT * FROM threads WHERE workspace = ");
+        let mut sql = Builder::new("SELECT * FROM threads WHERE workspace = ");
         sql.push_bind(workspace.as_str());
         if let Some((updated_at, id)) = page::position::<Position>(before)? {
-            sql.push(" AND (updated_at, id) < (").push_bind(updated_at).push(", ").push_bind(id).push(")");
+            sql.push(" AND (updated_at, id) < (").push_bind(Micros(updated_at)).push(", ").push_bind(id).push(")");
         }
         sql.push(" ORDER BY updated_at DESC, id DESC LIMIT ").push_bind(page::rows_to_read(limit));
-        let rows: Vec<Thread> = sql.build_query_as().fetch_all(&self.readers).await.map_err(failed("list threads"))?;
+        let rows: Vec<Thread> = sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("list threads"))?;
         Ok(page::cut(rows, limit, |thread| (thread.updated_at.0, thread.id.clone())))
     }
 
@@ -158,7 +157,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let Some(latest) = messages.iter().map(|message| message.created_at).max() else { return Ok(()) };
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             // Also what keeps two writers from giving out the same numbers, where more than one can write at a time.
             query(
                 "UPDATE threads SET updated_at = CASE WHEN updated_at < $3 THEN $3 ELSE updated_at END \
@@ -166,14 +165,14 @@ impl Store {
             )
             .bind(workspace.as_str())
             .bind(thread)
-            .bind(latest.0)
-            .execute(&mut *tx)
+            .bind(latest)
+            .execute(&mut tx)
             .await?;
             let last: i64 =
                 query_scalar("SELECT COALESCE(MAX(seq), 0) FROM messages WHERE workspace = $1 AND thread = $2")
                     .bind(workspace.as_str())
                     .bind(thread)
-                    .fetch_one(&mut *tx)
+                    .fetch_one(&mut tx)
                     .await?;
             bulk::insert(
                 &mut tx,
@@ -183,7 +182,7 @@ impl Store {
                 ],
                 &(last + 1..).zip(messages).collect::<Vec<_>>(),
                 |(_, message)| &message.id,
-                |mut values, (seq, message)| {
+                |values, (seq, message)| {
                     values.push_bind(workspace.as_str());
                     values.push_bind(thread);
                     values.push_bind(*seq);
@@ -191,7 +190,7 @@ impl Store {
                     values.push_bind(message.role.as_str());
                     values.push_bind(message.content.to_string());
                     values.push_bind(message.run_id.as_deref());
-                    values.push_bind(message.created_at.0);
+                    values.push_bind(message.created_at);
                 },
             )
             .await?;
@@ -217,7 +216,7 @@ impl Store {
                     .bind(thread)
                     .bind(after_seq)
                     .bind(stored(limit as u64))
-                    .fetch_all(&self.readers)
+                    .fetch_all(self.read(workspace))
                     .await?;
             rows.iter()
                 .map(|row| Ok((row.try_get("seq")?, Message::from_row(row)?)))
@@ -239,13 +238,13 @@ impl Store {
         .bind(&run.run_id)
         .bind(&run.agent)
         .bind(&run.status)
-        .bind(run.started_at.0)
-        .bind(run.finished_at.map(|at| at.0))
+        .bind(run.started_at)
+        .bind(run.finished_at)
         .bind(&run.error)
-        .execute(&self.writer)
+        .execute(self.write(&run.workspace))
         .await
         .map_err(failed("insert run"))?;
-        Ok(inserted.rows_affected() > 0)
+        Ok(inserted > 0)
     }
 
     /// Ends a run, once: `false`, and nothing changes, when it has ended already or there is none.
@@ -264,19 +263,19 @@ impl Store {
         .bind(workspace.as_str())
         .bind(run_id)
         .bind(status)
-        .bind(at.0)
+        .bind(at)
         .bind(error)
-        .execute(&self.writer)
+        .execute(self.write(workspace))
         .await
         .map_err(failed("finish run"))?;
-        Ok(finished.rows_affected() > 0)
+        Ok(finished > 0)
     }
 
     pub async fn run(&self, workspace: &WorkspaceId, run_id: &str) -> Result<Option<Run>, StoreError> {
         query_as("SELECT * FROM runs WHERE workspace = $1 AND run_id = $2")
             .bind(workspace.as_str())
             .bind(run_id)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read run"))
     }
@@ -284,7 +283,7 @@ impl Store {
     /// The runs of all workspaces that have not ended, oldest first: after a restart, those it cut off.
     pub async fn unfinished_runs(&self) -> Result<Vec<Run>, StoreError> {
         query_as("SELECT * FROM runs WHERE finished_at IS NULL ORDER BY started_at, workspace, run_id")
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list unfinished runs"))
     }
@@ -299,7 +298,7 @@ impl Store {
         events: &[String],
     ) -> Result<(), StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(workspace.into()).await?;
             bulk::insert(
                 &mut tx,
                 [
@@ -308,7 +307,7 @@ impl Store {
                 ],
                 &(stored(first_n)..).zip(events).collect::<Vec<_>>(),
                 |(n, _)| *n,
-                |mut values, (n, event)| {
+                |values, (n, event)| {
                     values.push_bind(workspace.as_str());
                     values.push_bind(run_id);
                     values.push_bind(*n);
@@ -335,7 +334,7 @@ impl Store {
                     .bind(workspace.as_str())
                     .bind(run_id)
                     .bind(stored(from_n))
-                    .fetch_all(&self.readers)
+                    .fetch_all(self.read(workspace))
                     .await?;
             rows.iter().map(|row| Ok((row.count("n")?, row.try_get("event")?))).collect::<Result<Vec<_>, sqlx::Error>>()
         }

@@ -1,10 +1,9 @@
 //! Users, and the refresh tokens of their sign-ins.
 
+use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, Span};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{FromRow, Row, query, query_as, query_scalar};
 
 /// Somebody who can sign in.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,8 +47,8 @@ pub enum Spent {
 /// A family is forgotten this long after its last token expired; until then reuse of its tokens is still recognised.
 const FORGET_AFTER: Span = Span::seconds(24 * 60 * 60);
 
-impl FromRow<'_, SqliteRow> for User {
-    fn from_row(row: &SqliteRow) -> Result<User, sqlx::Error> {
+impl FromRow for User {
+    fn from_row(row: &Row) -> Result<User, sqlx::Error> {
         Ok(User {
             id: row.try_get("id")?,
             email: row.try_get("email")?,
@@ -60,8 +59,8 @@ impl FromRow<'_, SqliteRow> for User {
     }
 }
 
-impl FromRow<'_, SqliteRow> for RefreshToken {
-    fn from_row(row: &SqliteRow) -> Result<RefreshToken, sqlx::Error> {
+impl FromRow for RefreshToken {
+    fn from_row(row: &Row) -> Result<RefreshToken, sqlx::Error> {
         Ok(RefreshToken {
             token_hash: row.try_get("token_hash")?,
             family: row.try_get("family")?,
@@ -80,8 +79,8 @@ impl Store {
             .bind(user.email.to_lowercase())
             .bind(&user.password_hash)
             .bind(user.admin)
-            .bind(user.created_at.0)
-            .execute(&self.writer)
+            .bind(user.created_at)
+            .execute(self.write(Scope::Installation))
             .await
             .map_err(failed("create user"))?;
         Ok(())
@@ -91,7 +90,7 @@ impl Store {
     pub async fn user_by_email(&self, email: &str) -> Result<Option<User>, StoreError> {
         query_as("SELECT * FROM users WHERE email = $1")
             .bind(email.to_lowercase())
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("read user"))
     }
@@ -99,31 +98,36 @@ impl Store {
     pub async fn user_by_id(&self, id: &str) -> Result<Option<User>, StoreError> {
         query_as("SELECT * FROM users WHERE id = $1")
             .bind(id)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("read user"))
     }
 
     /// How many users there are: none in a new data directory.
     pub async fn user_count(&self) -> Result<u64, StoreError> {
-        let n: i64 =
-            query_scalar("SELECT COUNT(*) FROM users").fetch_one(&self.readers).await.map_err(failed("count users"))?;
+        let n: i64 = query_scalar("SELECT COUNT(*) FROM users")
+            .fetch_one(self.read(Scope::Installation))
+            .await
+            .map_err(failed("count users"))?;
         Ok(n.unsigned_abs())
     }
 
     /// All users by e-mail address.
     pub async fn list_users(&self) -> Result<Vec<User>, StoreError> {
-        query_as("SELECT * FROM users ORDER BY email").fetch_all(&self.readers).await.map_err(failed("list users"))
+        query_as("SELECT * FROM users ORDER BY email")
+            .fetch_all(self.read(Scope::Installation))
+            .await
+            .map_err(failed("list users"))
     }
 
     /// Keeps a new token of its family; also forgets families that expired more than a day ago. In a revoked family it
     /// is kept and useless. [`StoreError::Missing`] when there is no such user.
     pub async fn insert_refresh(&self, token: &RefreshToken) -> Result<(), StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin(Scope::Installation).await?;
             query("DELETE FROM refresh_families WHERE expires_at < $1")
-                .bind(token.issued_at.minus(FORGET_AFTER).0)
-                .execute(&mut *tx)
+                .bind(token.issued_at.minus(FORGET_AFTER))
+                .execute(&mut tx)
                 .await?;
             query(
                 "INSERT INTO refresh_families (family, revoked, expires_at) VALUES ($1, $2, $3) \
@@ -132,8 +136,8 @@ impl Store {
             )
             .bind(&token.family)
             .bind(false)
-            .bind(token.expires_at.0)
-            .execute(&mut *tx)
+            .bind(token.expires_at)
+            .execute(&mut tx)
             .await?;
             query(
                 "INSERT INTO refresh_tokens (token_hash, family, user_id, issued_at, expires_at) \
@@ -142,9 +146,9 @@ impl Store {
             .bind(&token.token_hash)
             .bind(&token.family)
             .bind(&token.user)
-            .bind(token.issued_at.0)
-            .bind(token.expires_at.0)
-            .execute(&mut *tx)
+            .bind(token.issued_at)
+            .bind(token.expires_at)
+            .execute(&mut tx)
             .await?;
             tx.commit().await
         }
@@ -160,7 +164,9 @@ impl Store {
                  AND expires_at > $2 AND family IN (SELECT family FROM refresh_families WHERE NOT revoked) \
                  RETURNING *",
             );
-            if let Some(token) = self.change(spend.bind(token_hash).bind(now.0)).await? {
+            if let Some(token) =
+                spend.bind(token_hash).bind(now).fetch_optional(self.write(Scope::Installation)).await?
+            {
                 return Ok(Spent::Ok(token));
             }
             // Why not? No token goes back from spent to unspent, so this may be asked after the fact; the writer
@@ -169,7 +175,7 @@ impl Store {
                 "SELECT t.family, t.user_id, t.spent_at IS NOT NULL AS spent, f.revoked \
                  FROM refresh_tokens t JOIN refresh_families f ON f.family = t.family WHERE t.token_hash = $1",
             );
-            let Some(row) = refused.bind(token_hash).fetch_optional(&self.writer).await? else {
+            let Some(row) = refused.bind(token_hash).fetch_optional(self.write(Scope::Installation)).await? else {
                 return Ok(Spent::Unknown);
             };
             Ok(match (row.try_get("spent")?, row.try_get("revoked")?) {
@@ -187,7 +193,7 @@ impl Store {
         query("UPDATE refresh_families SET revoked = $2 WHERE family = $1")
             .bind(family)
             .bind(true)
-            .execute(&self.writer)
+            .execute(self.write(Scope::Installation))
             .await
             .map_err(failed("revoke token family"))?;
         Ok(())
@@ -197,7 +203,7 @@ impl Store {
     pub async fn family_revoked(&self, family: &str) -> Result<bool, StoreError> {
         let revoked: Option<bool> = query_scalar("SELECT revoked FROM refresh_families WHERE family = $1")
             .bind(family)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(Scope::Installation))
             .await
             .map_err(failed("read token family"))?;
         Ok(revoked.unwrap_or(false))

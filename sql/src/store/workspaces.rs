@@ -1,10 +1,9 @@
 //! Workspaces and their members.
 
+use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, WorkspaceId};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{FromRow, Row, query, query_as, query_scalar};
 
 /// A tenant.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,8 +26,8 @@ pub struct Member {
     pub since: Micros,
 }
 
-impl FromRow<'_, SqliteRow> for Workspace {
-    fn from_row(row: &SqliteRow) -> Result<Workspace, sqlx::Error> {
+impl FromRow for Workspace {
+    fn from_row(row: &Row) -> Result<Workspace, sqlx::Error> {
         Ok(Workspace {
             id: row.name("id")?,
             name: row.try_get("name")?,
@@ -39,8 +38,8 @@ impl FromRow<'_, SqliteRow> for Workspace {
     }
 }
 
-impl FromRow<'_, SqliteRow> for Member {
-    fn from_row(row: &SqliteRow) -> Result<Member, sqlx::Error> {
+impl FromRow for Member {
+    fn from_row(row: &Row) -> Result<Member, sqlx::Error> {
         Ok(Member {
             user: row.try_get("user_id")?,
             email: row.try_get("email")?,
@@ -55,20 +54,20 @@ impl Store {
     /// [`StoreError::Missing`] when there is no such user.
     pub async fn create_workspace(&self, workspace: &Workspace, owner: &str) -> Result<(), StoreError> {
         async {
-            let mut tx = self.begin().await?;
+            let mut tx = self.db.begin((&workspace.id).into()).await?;
             query("INSERT INTO workspaces (id, name, pack, tier, created_at) VALUES ($1, $2, $3, $4, $5)")
                 .bind(workspace.id.as_str())
                 .bind(&workspace.name)
                 .bind(&workspace.pack)
                 .bind(&workspace.tier)
-                .bind(workspace.created_at.0)
-                .execute(&mut *tx)
+                .bind(workspace.created_at)
+                .execute(&mut tx)
                 .await?;
             query("INSERT INTO members (workspace, user_id, role, since) VALUES ($1, $2, 'owner', $3)")
                 .bind(workspace.id.as_str())
                 .bind(owner)
-                .bind(workspace.created_at.0)
-                .execute(&mut *tx)
+                .bind(workspace.created_at)
+                .execute(&mut tx)
                 .await?;
             tx.commit().await
         }
@@ -79,7 +78,7 @@ impl Store {
     pub async fn workspace(&self, id: &WorkspaceId) -> Result<Option<Workspace>, StoreError> {
         query_as("SELECT * FROM workspaces WHERE id = $1")
             .bind(id.as_str())
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(id))
             .await
             .map_err(failed("read workspace"))
     }
@@ -92,7 +91,7 @@ impl Store {
                  WHERE m.user_id = $1 ORDER BY w.id",
             )
             .bind(user)
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await?;
             rows.iter()
                 .map(|row| Ok((Workspace::from_row(row)?, row.try_get("role")?)))
@@ -105,7 +104,7 @@ impl Store {
     /// All workspaces by id.
     pub async fn all_workspaces(&self) -> Result<Vec<Workspace>, StoreError> {
         query_as("SELECT * FROM workspaces ORDER BY id")
-            .fetch_all(&self.readers)
+            .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list workspaces"))
     }
@@ -120,19 +119,30 @@ impl Store {
         let update = query_as(
             "UPDATE workspaces SET name = COALESCE($2, name), tier = COALESCE($3, tier) WHERE id = $1 RETURNING *",
         );
-        self.change(update.bind(id.as_str()).bind(name).bind(tier)).await.map_err(failed("update workspace"))
+        update
+            .bind(id.as_str())
+            .bind(name)
+            .bind(tier)
+            .fetch_optional(self.write(id))
+            .await
+            .map_err(failed("update workspace"))
     }
 
     /// Deletes a workspace and everything in it, its audit log too: whether there was one. What its engine has not
     /// committed yet is refused from then on ([`StoreError::NoWorkspace`]).
     pub async fn delete_workspace(&self, id: &WorkspaceId) -> Result<bool, StoreError> {
         async {
-            let mut tx = self.begin().await?;
-            // All tables but `audit` follow by cascade.
-            query("DELETE FROM audit WHERE workspace = $1").bind(id.as_str()).execute(&mut *tx).await?;
-            let deleted = query("DELETE FROM workspaces WHERE id = $1").bind(id.as_str()).execute(&mut *tx).await?;
+            let mut tx = self.db.begin(id.into()).await?;
+            // The workspace first: a commit under way holds it, and is waited for or refused. All tables but two
+            // follow by cascade.
+            let deleted = query("DELETE FROM workspaces WHERE id = $1").bind(id.as_str()).execute(&mut tx).await?;
+            query("DELETE FROM audit WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
+            query("DELETE FROM final_rows WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
+            if self.rollups {
+                query("SELECT forget_samples($1, NULL, 'infinity')").bind(id.as_str()).execute(&mut tx).await?;
+            }
             tx.commit().await?;
-            Ok(deleted.rows_affected() > 0)
+            Ok(deleted > 0)
         }
         .await
         .map_err(failed("delete workspace"))
@@ -154,8 +164,8 @@ impl Store {
         .bind(workspace.as_str())
         .bind(user)
         .bind(role)
-        .bind(at.0)
-        .execute(&self.writer)
+        .bind(at)
+        .execute(self.write(workspace))
         .await
         .map_err(failed("set member"))?;
         Ok(())
@@ -166,10 +176,10 @@ impl Store {
         let removed = query("DELETE FROM members WHERE workspace = $1 AND user_id = $2")
             .bind(workspace.as_str())
             .bind(user)
-            .execute(&self.writer)
+            .execute(self.write(workspace))
             .await
             .map_err(failed("remove member"))?;
-        Ok(removed.rows_affected() > 0)
+        Ok(removed > 0)
     }
 
     /// The members of a workspace by e-mail address.
@@ -179,7 +189,7 @@ impl Store {
              WHERE m.workspace = $1 ORDER BY u.email",
         )
         .bind(workspace.as_str())
-        .fetch_all(&self.readers)
+        .fetch_all(self.read(workspace))
         .await
         .map_err(failed("list members"))
     }
@@ -189,7 +199,7 @@ impl Store {
         query_scalar("SELECT role FROM members WHERE workspace = $1 AND user_id = $2")
             .bind(workspace.as_str())
             .bind(user)
-            .fetch_optional(&self.readers)
+            .fetch_optional(self.read(workspace))
             .await
             .map_err(failed("read role"))
     }
@@ -197,6 +207,7 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::db::Dialect;
     use super::super::testing::*;
     use super::super::*;
     use super::*;
@@ -348,22 +359,41 @@ mod tests {
             ..super::super::checkpoints::testing::commit(&ws, 1)
         };
         store.commit(&[commit]).await.unwrap();
+        // tables that only products write so far
+        for insert in [
+            "INSERT INTO funds (workspace, id, name, currency, committed, created_at, updated_at) \
+             VALUES ($1, 'f', 'Fund', 'EUR', '1000000.05', $2, $2)",
+            "INSERT INTO companies (workspace, id, name, details_json, created_at, updated_at) \
+             VALUES ($1, 'c', 'Company', '{}', $2, $2)",
+            "INSERT INTO investments (workspace, id, fund, company, amount, currency, ownership, invested_at) \
+             VALUES ($1, 'i', 'f', 'c', '250000.10', 'EUR', '0.125', $2)",
+            "INSERT INTO deals (workspace, id, company, stage, currency, owner, opened_at) \
+             VALUES ($1, 'd', 'c', 'sourced', 'EUR', 'ann', $2)",
+            "INSERT INTO market_snapshots (workspace, symbol, at, source, price, currency) \
+             VALUES ($1, 'AAPL', $2, 'close', '189.95', 'USD')",
+            "INSERT INTO ai_interactions (workspace, id, agent, model, asked_by, tokens_in, tokens_out, cost, currency, \
+             elapsed_ms, outcome, started_at) \
+             VALUES ($1, 'a', 'analyst', 'm', 'ann', 10, 20, '0.0031', 'USD', 900, 'finished', $2)",
+        ] {
+            query(insert).bind(ws.as_str()).bind(at).execute(store.write(&ws)).await.unwrap();
+        }
     }
 
     /// Rows of the workspace in each table of the database.
     async fn rows_of(store: &Store, workspace: &WorkspaceId) -> BTreeMap<String, i64> {
         // Tables that belong to no workspace. A new table is either named here or has a column `workspace`.
         let shared = ["users", "refresh_families", "refresh_tokens", "meta", "_sqlx_migrations", "sqlite_sequence"];
-        let tables: Vec<String> = query_scalar("SELECT name FROM sqlite_master WHERE type = 'table'")
-            .fetch_all(&store.readers)
-            .await
-            .unwrap();
+        let tables = match store.db.dialect() {
+            Dialect::Sqlite => "SELECT name FROM sqlite_master WHERE type = 'table'",
+            Dialect::Postgres => "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'",
+        };
+        let tables: Vec<String> = query_scalar(tables).fetch_all(store.read(Scope::Installation)).await.unwrap();
         let mut counts = BTreeMap::new();
         for table in tables.into_iter().filter(|table| !shared.contains(&table.as_str())) {
             let column = if table == "workspaces" { "id" } else { "workspace" };
             let count = format!("SELECT COUNT(*) FROM {table} WHERE {column} = $1");
-            let count = query_scalar(sqlx::AssertSqlSafe(count)).bind(workspace.as_str());
-            counts.insert(table, count.fetch_one(&store.readers).await.unwrap());
+            let count = query_scalar(count).bind(workspace.as_str());
+            counts.insert(table, count.fetch_one(store.read(Scope::Installation)).await.unwrap());
         }
         counts
     }
@@ -427,5 +457,44 @@ mod tests {
         assert!(before.values().all(|n| *n > 0), "{before:?}");
         assert_eq!(store.alert(&acme, "alert").await.unwrap().unwrap().acked_at, None);
         assert_eq!(store.run(&acme, "run").await.unwrap().unwrap().finished_at, None);
+    }
+
+    #[tokio::test]
+    async fn a_row_of_one_workspace_cannot_point_into_another() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        fill(&store, &acme).await;
+        let foreign = "INSERT INTO deals (workspace, id, fund, company, stage, currency, owner, opened_at) \
+                       VALUES ($1, 'd', 'f', 'c', 'sourced', 'EUR', 'eve', $2)";
+        let refused = query(foreign).bind(other.as_str()).bind(Micros(1)).execute(store.write(&other)).await;
+        assert!(matches!(refused.map_err(failed("insert deal")), Err(StoreError::Missing { .. })));
+    }
+
+    /// The wall that holds when a statement forgets its `workspace = $1`: row-level security of PostgreSQL.
+    #[tokio::test]
+    async fn a_statement_without_its_workspace_still_sees_and_changes_only_its_own_rows() {
+        let (store, _dir) = store().await;
+        if store.db.dialect() == Dialect::Sqlite || store.rollups {
+            return; // SQLite has no such wall; TimescaleDB compresses no table behind one, and its test is superuser
+        }
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        fill(&store, &acme).await;
+        fill(&store, &other).await;
+        let before = rows_of(&store, &other).await;
+        for table in before.keys() {
+            let count = format!("SELECT COUNT(*) FROM {table}");
+            let seen: i64 = query_scalar(count).fetch_one(store.read(&acme)).await.unwrap();
+            assert_eq!(seen, rows_of(&store, &acme).await[table], "{table} shows rows of another workspace");
+            let column = if table == "workspaces" { "id" } else { "workspace" };
+            let touched = format!("UPDATE {table} SET {column} = {column} WHERE {column} = 'other'");
+            assert_eq!(query(touched).execute(store.write(&acme)).await.unwrap(), 0, "{table}");
+            let moved = format!("UPDATE {table} SET {column} = 'other'");
+            assert!(query(moved).execute(store.write(&acme)).await.is_err(), "{table}: a row changed its workspace");
+        }
+        let foreign = "INSERT INTO funds (workspace, id, name, currency, created_at, updated_at) \
+                       VALUES ('other', 'x', 'x', 'EUR', $1, $1)";
+        assert!(query(foreign).bind(Micros(1)).execute(store.write(&acme)).await.is_err());
+        query("DELETE FROM final_rows").execute(store.write(&acme)).await.unwrap();
+        assert_eq!(rows_of(&store, &other).await, before);
     }
 }

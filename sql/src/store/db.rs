@@ -1,0 +1,581 @@
+//! The two databases behind one face: the statements of this folder are written once, with `$1` placeholders, and run
+//! on SQLite or PostgreSQL. Where the dialects part, a statement asks for the [`Dialect`].
+//!
+//! No statement runs without a [`Scope`]. On PostgreSQL the scope is `app.workspace` of the transaction, which the
+//! policies of row-level security compare with each row: a statement that forgot its `workspace = $1` sees nothing of
+//! others and changes nothing of theirs.
+
+use super::{Cause, cause};
+use engine::event::{Micros, WorkspaceId};
+use parking_lot::Mutex;
+use sqlx::encode::IsNull;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgArgumentBuffer, PgArguments, PgHasArrayType, PgPool, PgRow, PgTypeInfo, PgValueRef, Postgres};
+use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool, SqliteRow};
+use sqlx::types::chrono::{DateTime, Utc};
+use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Decode, Encode, Error, Transaction, Type};
+use std::borrow::Cow;
+use std::io;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What the database speaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Dialect {
+    Sqlite,
+    Postgres,
+}
+
+/// Connections to one database.
+#[derive(Clone)]
+pub(super) enum Db {
+    /// SQLite has one writer at a time: with one connection writers queue here, in order, instead of meeting in
+    /// SQLITE_BUSY. Readers see the last committed state and never wait for it.
+    Sqlite {
+        writer: SqlitePool,
+        readers: SqlitePool,
+    },
+    Postgres(Server),
+}
+
+/// A PostgreSQL server, and whether it was there when it was last needed.
+#[derive(Clone)]
+pub(super) struct Server {
+    pool: PgPool,
+    breaker: Arc<Mutex<Breaker>>,
+}
+
+/// While the server is away each caller is told so at once; one a second tries again. Otherwise every request would
+/// wait for a connection as long as `store.acquire_ms` allows, and an outage of the store would become one of all.
+#[derive(Default)]
+struct Breaker {
+    /// Nobody tries before this moment.
+    next_try: Option<Instant>,
+    why: String,
+}
+
+const TRY_EVERY: Duration = Duration::from_secs(1);
+
+impl Server {
+    pub(super) fn new(pool: PgPool) -> Self {
+        Self { pool, breaker: Arc::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    async fn begin(&self, scope: Scope<'_>) -> Result<Transaction<'static, Postgres>, Error> {
+        {
+            let mut breaker = self.breaker.lock();
+            if let Some(next_try) = breaker.next_try {
+                if Instant::now() < next_try {
+                    return Err(Error::Io(io::Error::new(io::ErrorKind::NotConnected, breaker.why.clone())));
+                }
+                breaker.next_try = Some(Instant::now() + TRY_EVERY); // this caller tries, the others go on failing
+            }
+        }
+        let mut tried = self.pool.begin_with(AssertSqlSafe(scope.begin())).await;
+        if let Err(Error::PoolTimedOut) = tried
+            && let Err(error) = self.knock().await
+        {
+            tried = Err(error); // not too few connections: no server
+        }
+        let mut breaker = self.breaker.lock();
+        match &tried {
+            Ok(_) => {
+                if breaker.next_try.take().is_some() {
+                    tracing::info!("the store can be reached again");
+                }
+            }
+            Err(error) if matches!(cause(error), Cause::Unreachable) => {
+                breaker.why = error.to_string();
+                if breaker.next_try.replace(Instant::now() + TRY_EVERY).is_none() {
+                    tracing::warn!(%error, "the store cannot be reached; trying once a second");
+                }
+            }
+            Err(_) => {}
+        }
+        drop(breaker);
+        tried
+    }
+
+    /// Whether a new connection can be made.
+    async fn knock(&self) -> Result<(), Error> {
+        let connected = tokio::time::timeout(TRY_EVERY, self.pool.connect_options().connect()).await;
+        let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {TRY_EVERY:?}"));
+        connected.map_err(silent)??.close().await
+    }
+}
+
+/// Whose rows a statement may touch.
+#[derive(Clone, Copy)]
+pub(super) enum Scope<'s> {
+    Workspace(&'s WorkspaceId),
+    /// Rows of the whole installation: sign-in, start-up, and what compares workspaces.
+    Installation,
+}
+
+impl<'s> From<&'s WorkspaceId> for Scope<'s> {
+    fn from(workspace: &'s WorkspaceId) -> Self {
+        Scope::Workspace(workspace)
+    }
+}
+
+impl Scope<'_> {
+    /// Opens a transaction of PostgreSQL within this scope, in one round trip. A workspace id has no character that
+    /// would need quoting.
+    fn begin(self) -> String {
+        let seen = match self {
+            Scope::Workspace(id) => id.as_str(),
+            Scope::Installation => "*",
+        };
+        format!("BEGIN; SET LOCAL app.workspace = '{seen}'")
+    }
+}
+
+impl Db {
+    pub(super) fn dialect(&self) -> Dialect {
+        match self {
+            Db::Sqlite { .. } => Dialect::Sqlite,
+            Db::Postgres(_) => Dialect::Postgres,
+        }
+    }
+
+    /// A transaction that may write. On SQLite it takes the write lock at once: one that reads first and locks later
+    /// would fail when another process wrote in between.
+    pub(super) async fn begin(&self, scope: Scope<'_>) -> Result<Tx, Error> {
+        Ok(match self {
+            Db::Sqlite { writer, .. } => Tx::Sqlite(writer.begin_with("BEGIN IMMEDIATE").await?),
+            Db::Postgres(server) => Tx::Postgres(server.begin(scope).await?),
+        })
+    }
+
+    /// Waits for running statements and closes all connections.
+    pub(super) async fn close(&self) {
+        match self {
+            Db::Sqlite { writer, readers } => {
+                // The writer last: the last connection to close folds the write-ahead log, and a reader may not write.
+                readers.close().await;
+                writer.close().await;
+            }
+            Db::Postgres(server) => server.pool.close().await,
+        }
+    }
+}
+
+/// A transaction: rolled back unless it is committed.
+pub(super) enum Tx {
+    Sqlite(Transaction<'static, Sqlite>),
+    Postgres(Transaction<'static, Postgres>),
+}
+
+impl Tx {
+    pub(super) fn dialect(&self) -> Dialect {
+        match self {
+            Tx::Sqlite(_) => Dialect::Sqlite,
+            Tx::Postgres(_) => Dialect::Postgres,
+        }
+    }
+
+    pub(super) async fn commit(self) -> Result<(), Error> {
+        match self {
+            Tx::Sqlite(tx) => tx.commit().await,
+            Tx::Postgres(tx) => tx.commit().await,
+        }
+    }
+}
+
+/// Where a statement runs.
+pub(super) enum On<'t> {
+    /// By itself, reading; it sees what is committed.
+    Read(&'t Db, Scope<'t>),
+    /// By itself, writing.
+    Write(&'t Db, Scope<'t>),
+    Tx(&'t mut Tx),
+}
+
+impl<'t> From<&'t mut Tx> for On<'t> {
+    fn from(tx: &'t mut Tx) -> Self {
+        On::Tx(tx)
+    }
+}
+
+/// A value for a placeholder.
+#[derive(Clone, Debug)]
+pub(super) enum Arg<'q> {
+    Int(Option<i64>),
+    Bool(Option<bool>),
+    /// An amount: NUMERIC with every digit of the double in PostgreSQL, REAL in SQLite.
+    Amount(f64),
+    Text(Option<Cow<'q, str>>),
+    Bytes(Option<Cow<'q, [u8]>>),
+    Time(Option<Micros>),
+}
+
+macro_rules! args {
+    ($($from:ty => |$value:ident| $arg:expr),* $(,)?) => {
+        $(impl<'q> From<$from> for Arg<'q> { fn from($value: $from) -> Self { $arg } })*
+    };
+}
+args! {
+    i64 => |n| Arg::Int(Some(n)),
+    bool => |b| Arg::Bool(Some(b)),
+    f64 => |x| Arg::Amount(x),
+    Micros => |at| Arg::Time(Some(at)),
+    Option<Micros> => |at| Arg::Time(at),
+    &'q str => |text| Arg::Text(Some(text.into())),
+    &'q String => |text| Arg::Text(Some(text.as_str().into())),
+    String => |text| Arg::Text(Some(text.into())),
+    Option<&'q str> => |text| Arg::Text(text.map(Into::into)),
+    &'q Option<String> => |text| Arg::Text(text.as_deref().map(Into::into)),
+    &'q [u8] => |bytes| Arg::Bytes(Some(bytes.into())),
+    Option<&'q [u8]> => |bytes| Arg::Bytes(bytes.map(Into::into)),
+}
+
+impl Arg<'_> {
+    fn add_sqlite(self, to: &mut SqliteArguments) -> Result<(), BoxDynError> {
+        match self {
+            Arg::Int(n) => Arguments::add(to, n),
+            Arg::Bool(b) => Arguments::add(to, b),
+            Arg::Amount(x) => Arguments::add(to, x),
+            Arg::Text(text) => Arguments::add(to, text.map(Cow::into_owned)),
+            Arg::Bytes(bytes) => Arguments::add(to, bytes.map(Cow::into_owned)),
+            Arg::Time(at) => Arguments::add(to, at.map(|at| at.0)),
+        }
+    }
+
+    fn add_postgres(self, to: &mut PgArguments) -> Result<(), BoxDynError> {
+        match self {
+            Arg::Int(n) => to.add(n),
+            Arg::Bool(b) => to.add(b),
+            Arg::Amount(x) => to.add(amount(x)),
+            Arg::Text(text) => to.add(text.map(without_nul)),
+            Arg::Bytes(bytes) => to.add(bytes.as_deref()),
+            Arg::Time(at) => to.add(at.map(Timestamp)),
+        }
+    }
+}
+
+/// A double in decimal, as few digits as tell it from its neighbours: what NUMERIC is to hold.
+fn amount(x: f64) -> String {
+    x.to_string()
+}
+
+/// PostgreSQL's text has no NUL, and an event refused for one must not stop the commit that reports it: U+2400 ("␀")
+/// stands in its place.
+fn without_nul(text: Cow<'_, str>) -> Cow<'_, str> {
+    if text.contains('\0') { text.replace('\0', "\u{2400}").into() } else { text }
+}
+
+/// A TIMESTAMPTZ. What PostgreSQL cannot hold, before 4713 BC and after the year 294276, is its -infinity or infinity,
+/// and those are [`Micros::MIN`] and [`Micros::MAX`].
+#[derive(Clone, Copy)]
+pub(super) struct Timestamp(Micros);
+
+/// 2000-01-01T00:00:00Z, from which PostgreSQL counts.
+const EPOCH_2000: i64 = 946_684_800_000_000;
+/// 4713-01-01 BC in the Julian calendar, PostgreSQL's first instant.
+const FIRST: i64 = -210_866_803_200_000_000;
+
+impl Type<Postgres> for Timestamp {
+    fn type_info() -> PgTypeInfo {
+        <DateTime<Utc> as Type<Postgres>>::type_info()
+    }
+}
+
+impl PgHasArrayType for Timestamp {
+    fn array_type_info() -> PgTypeInfo {
+        <DateTime<Utc> as PgHasArrayType>::array_type_info()
+    }
+}
+
+impl Encode<'_, Postgres> for Timestamp {
+    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
+        let at = match self.0.0 {
+            at if at < FIRST => i64::MIN,
+            i64::MAX => i64::MAX,
+            at => at - EPOCH_2000,
+        };
+        Encode::<Postgres>::encode(at, buffer)
+    }
+}
+
+impl<'r> Decode<'r, Postgres> for Timestamp {
+    fn decode(value: PgValueRef<'r>) -> Result<Self, BoxDynError> {
+        Ok(Timestamp(Micros(match <i64 as Decode<Postgres>>::decode(value)? {
+            infinite @ (i64::MIN | i64::MAX) => infinite,
+            at => at + EPOCH_2000,
+        })))
+    }
+}
+
+/// A row of an answer.
+pub(super) enum Row {
+    Sqlite(SqliteRow),
+    Postgres(PgRow),
+}
+
+/// A Rust type that columns of both databases turn into.
+pub(super) trait Field:
+    for<'r> Decode<'r, Sqlite> + Type<Sqlite> + for<'r> Decode<'r, Postgres> + Type<Postgres>
+{
+}
+impl<T> Field for T where T: for<'r> Decode<'r, Sqlite> + Type<Sqlite> + for<'r> Decode<'r, Postgres> + Type<Postgres> {}
+
+impl Row {
+    /// The value in a column by name.
+    pub(super) fn try_get<T: Field>(&self, column: &str) -> Result<T, Error> {
+        match self {
+            Row::Sqlite(row) => sqlx::Row::try_get(row, column),
+            Row::Postgres(row) => sqlx::Row::try_get(row, column),
+        }
+    }
+
+    fn first<T: Field>(&self) -> Result<T, Error> {
+        match self {
+            Row::Sqlite(row) => sqlx::Row::try_get(row, 0),
+            Row::Postgres(row) => sqlx::Row::try_get(row, 0),
+        }
+    }
+
+    /// A time by the name of its column.
+    pub(super) fn instant(&self, column: &str) -> Result<Option<Micros>, Error> {
+        Ok(match self {
+            Row::Sqlite(row) => sqlx::Row::try_get::<Option<i64>, _>(row, column)?.map(Micros),
+            Row::Postgres(row) => sqlx::Row::try_get::<Option<Timestamp>, _>(row, column)?.map(|at| at.0),
+        })
+    }
+}
+
+/// A record made of a row.
+pub(super) trait FromRow: Sized {
+    fn from_row(row: &Row) -> Result<Self, Error>;
+}
+
+/// A statement with its values.
+pub(super) struct Query<'q> {
+    sql: Cow<'static, str>,
+    args: Vec<Arg<'q>>,
+    persistent: bool,
+}
+
+/// A statement that answers with rows or with nothing.
+pub(super) fn query<'q>(sql: impl Into<Cow<'static, str>>) -> Query<'q> {
+    Query { sql: sql.into(), args: Vec::new(), persistent: true }
+}
+
+/// A statement whose rows are records.
+pub(super) fn query_as<'q, R: FromRow>(sql: impl Into<Cow<'static, str>>) -> QueryAs<'q, R> {
+    QueryAs(query(sql), PhantomData)
+}
+
+/// A statement whose rows are one value each.
+pub(super) fn query_scalar<'q, T: Field>(sql: impl Into<Cow<'static, str>>) -> QueryScalar<'q, T> {
+    QueryScalar(query(sql), PhantomData)
+}
+
+impl<'q> Query<'q> {
+    pub(super) fn bind(mut self, value: impl Into<Arg<'q>>) -> Self {
+        self.args.push(value.into());
+        self
+    }
+
+    /// Whether the database keeps the statement prepared.
+    pub(super) fn persistent(mut self, persistent: bool) -> Self {
+        self.persistent = persistent;
+        self
+    }
+
+    fn for_sqlite(self) -> Result<sqlx::query::Query<'static, Sqlite, SqliteArguments>, Error> {
+        let mut values = SqliteArguments::default();
+        self.args.into_iter().try_for_each(|arg| arg.add_sqlite(&mut values)).map_err(Error::Encode)?;
+        Ok(sqlx::query_with(AssertSqlSafe(self.sql), values).persistent(self.persistent))
+    }
+
+    fn for_postgres(self) -> Result<sqlx::query::Query<'static, Postgres, PgArguments>, Error> {
+        let mut values = PgArguments::default();
+        self.args.into_iter().try_for_each(|arg| arg.add_postgres(&mut values)).map_err(Error::Encode)?;
+        Ok(sqlx::query_with(AssertSqlSafe(self.sql), values).persistent(self.persistent))
+    }
+
+    /// Runs it: how many rows it wrote.
+    pub(super) async fn execute<'t>(self, on: impl Into<On<'t>>) -> Result<u64, Error> {
+        match on.into() {
+            On::Read(Db::Sqlite { readers, .. }, _) => Ok(self.for_sqlite()?.execute(readers).await?.rows_affected()),
+            On::Write(Db::Sqlite { writer, .. }, _) => Ok(self.for_sqlite()?.execute(writer).await?.rows_affected()),
+            On::Tx(Tx::Sqlite(tx)) => Ok(self.for_sqlite()?.execute(&mut **tx).await?.rows_affected()),
+            On::Tx(Tx::Postgres(tx)) => Ok(self.for_postgres()?.execute(&mut **tx).await?.rows_affected()),
+            On::Read(Db::Postgres(server), scope) | On::Write(Db::Postgres(server), scope) => {
+                let mut tx = server.begin(scope).await?;
+                let written = self.for_postgres()?.execute(&mut *tx).await?.rows_affected();
+                tx.commit().await?;
+                Ok(written)
+            }
+        }
+    }
+
+    /// Runs it to its last row, so that a write with RETURNING hears whether its commit succeeded.
+    pub(super) async fn fetch_all<'t>(self, on: impl Into<On<'t>>) -> Result<Vec<Row>, Error> {
+        let of_sqlite = |rows: Vec<SqliteRow>| rows.into_iter().map(Row::Sqlite).collect();
+        let of_postgres = |rows: Vec<PgRow>| rows.into_iter().map(Row::Postgres).collect();
+        match on.into() {
+            On::Read(Db::Sqlite { readers, .. }, _) => self.for_sqlite()?.fetch_all(readers).await.map(of_sqlite),
+            On::Write(Db::Sqlite { writer, .. }, _) => self.for_sqlite()?.fetch_all(writer).await.map(of_sqlite),
+            On::Tx(Tx::Sqlite(tx)) => self.for_sqlite()?.fetch_all(&mut **tx).await.map(of_sqlite),
+            On::Tx(Tx::Postgres(tx)) => self.for_postgres()?.fetch_all(&mut **tx).await.map(of_postgres),
+            On::Read(Db::Postgres(server), scope) | On::Write(Db::Postgres(server), scope) => {
+                let mut tx = server.begin(scope).await?;
+                let rows = self.for_postgres()?.fetch_all(&mut *tx).await?;
+                tx.commit().await?;
+                Ok(of_postgres(rows))
+            }
+        }
+    }
+
+    pub(super) async fn fetch_optional<'t>(self, on: impl Into<On<'t>>) -> Result<Option<Row>, Error> {
+        Ok(self.fetch_all(on).await?.into_iter().next())
+    }
+}
+
+/// See [`query_as`].
+pub(super) struct QueryAs<'q, R>(Query<'q>, PhantomData<R>);
+
+impl<'q, R: FromRow> QueryAs<'q, R> {
+    pub(super) fn bind(self, value: impl Into<Arg<'q>>) -> Self {
+        Self(self.0.bind(value), PhantomData)
+    }
+
+    pub(super) async fn fetch_all<'t>(self, on: impl Into<On<'t>>) -> Result<Vec<R>, Error> {
+        self.0.fetch_all(on).await?.iter().map(R::from_row).collect()
+    }
+
+    pub(super) async fn fetch_optional<'t>(self, on: impl Into<On<'t>>) -> Result<Option<R>, Error> {
+        self.0.fetch_optional(on).await?.as_ref().map(R::from_row).transpose()
+    }
+}
+
+/// See [`query_scalar`].
+pub(super) struct QueryScalar<'q, T>(Query<'q>, PhantomData<T>);
+
+impl<'q, T: Field> QueryScalar<'q, T> {
+    pub(super) fn bind(self, value: impl Into<Arg<'q>>) -> Self {
+        Self(self.0.bind(value), PhantomData)
+    }
+
+    pub(super) async fn fetch_one<'t>(self, on: impl Into<On<'t>>) -> Result<T, Error> {
+        self.fetch_optional(on).await?.ok_or(Error::RowNotFound)
+    }
+
+    pub(super) async fn fetch_optional<'t>(self, on: impl Into<On<'t>>) -> Result<Option<T>, Error> {
+        self.0.fetch_optional(on).await?.as_ref().map(Row::first).transpose()
+    }
+
+    #[cfg(test)]
+    pub(super) async fn fetch_all<'t>(self, on: impl Into<On<'t>>) -> Result<Vec<T>, Error> {
+        self.0.fetch_all(on).await?.iter().map(Row::first).collect()
+    }
+}
+
+/// A statement put together piece by piece; values become its placeholders.
+pub(super) struct Builder<'q> {
+    sql: String,
+    args: Vec<Arg<'q>>,
+}
+
+impl<'q> Builder<'q> {
+    pub(super) fn new(sql: &str) -> Self {
+        Self { sql: sql.to_owned(), args: Vec::new() }
+    }
+
+    pub(super) fn push(&mut self, sql: &str) -> &mut Self {
+        self.sql.push_str(sql);
+        self
+    }
+
+    pub(super) fn push_bind(&mut self, value: impl Into<Arg<'q>>) -> &mut Self {
+        self.args.push(value.into());
+        self.sql.push('$');
+        self.sql.push_str(&self.args.len().to_string());
+        self
+    }
+
+    pub(super) fn build(self) -> Query<'q> {
+        Query { sql: self.sql.into(), args: self.args, persistent: true }
+    }
+
+    pub(super) fn build_as<R: FromRow>(self) -> QueryAs<'q, R> {
+        QueryAs(self.build(), PhantomData)
+    }
+}
+
+/// The values of one column for many rows, sent to PostgreSQL as one array.
+pub(super) enum Column<'q> {
+    Int(Vec<Option<i64>>),
+    Bool(Vec<Option<bool>>),
+    Amount(Vec<String>),
+    Text(Vec<Option<Cow<'q, str>>>),
+    Bytes(Vec<Option<Cow<'q, [u8]>>>),
+    Time(Vec<Option<Timestamp>>),
+}
+
+impl<'q> Column<'q> {
+    pub(super) fn of(first: &Arg<'q>, rows: usize) -> Self {
+        match first {
+            Arg::Int(_) => Column::Int(Vec::with_capacity(rows)),
+            Arg::Bool(_) => Column::Bool(Vec::with_capacity(rows)),
+            Arg::Amount(_) => Column::Amount(Vec::with_capacity(rows)),
+            Arg::Text(_) => Column::Text(Vec::with_capacity(rows)),
+            Arg::Bytes(_) => Column::Bytes(Vec::with_capacity(rows)),
+            Arg::Time(_) => Column::Time(Vec::with_capacity(rows)),
+        }
+    }
+
+    pub(super) fn push(&mut self, value: Arg<'q>) {
+        match (self, value) {
+            (Column::Int(all), Arg::Int(n)) => all.push(n),
+            (Column::Bool(all), Arg::Bool(b)) => all.push(b),
+            (Column::Amount(all), Arg::Amount(x)) => all.push(amount(x)),
+            (Column::Text(all), Arg::Text(text)) => all.push(text.map(without_nul)),
+            (Column::Bytes(all), Arg::Bytes(bytes)) => all.push(bytes),
+            (Column::Time(all), Arg::Time(at)) => all.push(at.map(Timestamp)),
+            (_, value) => panic!("a column got a value of another type: {value:?}"),
+        }
+    }
+
+    /// The type of the array, and what turns one of its elements into the column's type.
+    pub(super) fn types(&self) -> (&'static str, &'static str) {
+        match self {
+            Column::Int(_) => ("int8[]", ""),
+            Column::Bool(_) => ("bool[]", ""),
+            Column::Amount(_) => ("text[]", "::numeric"),
+            Column::Text(_) => ("text[]", ""),
+            Column::Bytes(_) => ("bytea[]", ""),
+            Column::Time(_) => ("timestamptz[]", ""),
+        }
+    }
+
+    fn add(self, to: &mut PgArguments) -> Result<(), BoxDynError> {
+        match self {
+            Column::Int(all) => to.add(all),
+            Column::Bool(all) => to.add(all),
+            Column::Amount(all) => to.add(all),
+            Column::Text(all) => to.add(all.iter().map(Option::as_deref).collect::<Vec<_>>()),
+            Column::Bytes(all) => to.add(all.iter().map(Option::as_deref).collect::<Vec<_>>()),
+            Column::Time(all) => to.add(all),
+        }
+    }
+}
+
+/// Runs a statement of PostgreSQL over whole columns: how many rows it wrote.
+pub(super) async fn execute_columns(
+    tx: &mut Transaction<'static, Postgres>,
+    sql: String,
+    columns: Vec<Column<'_>>,
+) -> Result<u64, Error> {
+    let mut values = PgArguments::default();
+    columns.into_iter().try_for_each(|column| column.add(&mut values)).map_err(Error::Encode)?;
+    Ok(sqlx::query_with(AssertSqlSafe(sql), values).execute(&mut **tx).await?.rows_affected())
+}

@@ -1,0 +1,122 @@
+//! The tests of this folder are written against any store. They run on SQLite by themselves; each test here runs them
+//! all once more, in a process of its own, on a server that it starts: PostgreSQL from the machine's packages, and a
+//! real TimescaleDB (WebAssembly) from `../shared/timescale`.
+
+use super::Options;
+use super::testing::{store, url as url_of};
+use std::process::Command;
+use tempfile::TempDir;
+
+#[path = "../../../tests/support/database.rs"]
+mod database;
+use database::Database;
+
+/// Where the tests of a second run find their server.
+const SERVER: &str = "TIDEWATCH_TEST_STORE";
+
+/// The server's URL without a database, and whether each test gets a database of its own. TimescaleDB in WebAssembly
+/// has one database and one connection: its tests come one after the other and wipe it first.
+fn server() -> Option<(String, bool)> {
+    let url = std::env::var(SERVER).ok()?;
+    Some(match url.strip_prefix("one:") {
+        Some(url) => (url.to_owned(), false),
+        None => (url, true),
+    })
+}
+
+fn name_of(dir: &TempDir) -> String {
+    let name = dir.path().file_name().unwrap().to_str().unwrap();
+    format!("t{}", name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_lowercase())
+}
+
+/// URL of the store that belongs to `dir`; `None`: SQLite.
+pub(super) fn url(dir: &TempDir) -> Option<String> {
+    let (server, own_database) = server()?;
+    Some(if own_database { format!("{server}/{}", name_of(dir)) } else { server })
+}
+
+/// The options that fit the server.
+pub(super) fn options() -> Options {
+    match server() {
+        Some((_, false)) => Options { max_connections: 1, acquire_ms: 60_000, ..Options::default() },
+        Some((_, true)) => Options { max_connections: 3, acquire_ms: 60_000, ..Options::default() },
+        None => Options { acquire_ms: 60_000, ..Options::default() },
+    }
+}
+
+/// An empty database for the store of `dir`.
+pub(super) async fn prepare(dir: &TempDir) {
+    use sqlx::Connection;
+    let Some((server, own_database)) = server() else { return };
+    let (at, sql) = match own_database {
+        true => (format!("{server}/postgres"), format!("CREATE DATABASE {} TEMPLATE template0", name_of(dir))),
+        false => (
+            server,
+            "DO $$ DECLARE t REGCLASS; BEGIN \
+               FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') \
+               LOOP EXECUTE format('DROP TABLE %s CASCADE', t); END LOOP; \
+               DROP DOMAIN IF EXISTS finite_numeric; DROP FUNCTION IF EXISTS wall_off, forget_samples; END $$; DEALLOCATE ALL; RESET ALL"
+                .to_owned(),
+        ),
+    };
+    let mut connection = sqlx::postgres::PgConnection::connect(&at).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+/// Runs every test of the store in a process that finds `server`.
+fn run_on(server: Result<Database, String>, url: impl Fn(&Database) -> String, threads: &str) {
+    let server = match server {
+        Ok(server) => server,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    let out = Command::new(std::env::current_exe().unwrap())
+        .args(["store::", "--skip", "store::suite::on_", "--show-output", threads])
+        .env(SERVER, url(&server))
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    println!("{said}");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let ran = said.lines().find(|line| line.starts_with("test result: ok")).expect("a result");
+    let passed: usize = ran.split(' ').nth(3).unwrap().parse().unwrap();
+    assert!(passed >= 60, "only {passed} tests ran: {ran}");
+}
+
+#[test]
+fn on_postgresql_every_promise_of_the_store_holds() {
+    run_on(Database::postgres(), |server| server.url.clone(), "--test-threads=4");
+}
+
+#[test]
+fn on_timescaledb_every_promise_of_the_store_holds() {
+    run_on(Database::timescale(), |server| format!("one:{}", server.url), "--test-threads=1");
+}
+
+#[tokio::test]
+async fn the_store_says_which_database_it_is() {
+    let (store, _dir) = store().await;
+    let expected = match server() {
+        None => "sqlite",
+        Some((_, true)) => "postgresql 1",
+        Some((_, false)) => "timescaledb 2.",
+    };
+    assert!(store.mode().starts_with(expected), "{}", store.mode());
+}
+
+#[tokio::test]
+async fn many_that_open_a_new_store_at_once_migrate_it_once() {
+    if server().is_none_or(|(_, own_database)| !own_database) {
+        return; // one process has SQLite's file; TimescaleDB in WebAssembly has one connection
+    }
+    let dir = TempDir::new().unwrap();
+    prepare(&dir).await;
+    let opened = (0..8).map(|_| {
+        let url = url_of(&dir);
+        tokio::spawn(async move { super::Store::open_with(&url, &options()).await.map(|store| store.mode().len()) })
+    });
+    for store in futures::future::join_all(opened).await {
+        store.unwrap().unwrap();
+    }
+}
