@@ -92,16 +92,26 @@ impl KeyTable {
 
     /// A pane that held the key is gone; with the last one the key is forgotten.
     pub(crate) fn release(&mut self, id: KeyId) {
-        let at = id as usize;
-        self.panes[at] -= 1;
-        if self.panes[at] == 0 && self.converter.is_some() {
-            let hash = self.hasher.hash_one(&*self.rows[at]);
-            if let Ok(found) = self.index.find_entry(hash, |&other| other == id) {
-                found.remove();
+        self.panes[id as usize] -= 1;
+        self.forget_unheld(&[id]);
+    }
+
+    /// Forgets those of `ids` that no pane took in.
+    pub(crate) fn forget_unheld(&mut self, ids: &[KeyId]) {
+        if self.converter.is_none() {
+            return;
+        }
+        for &id in ids {
+            let at = id as usize;
+            if self.panes[at] == 0 && !self.rows[at].is_empty() {
+                let hash = self.hasher.hash_one(&*self.rows[at]);
+                if let Ok(found) = self.index.find_entry(hash, |&other| other == id) {
+                    found.remove();
+                }
+                self.bytes -= self.rows[at].len() + 40;
+                self.rows[at] = Box::default();
+                self.free.push(id);
             }
-            self.bytes -= self.rows[at].len() + 40;
-            self.rows[at] = Box::default();
-            self.free.push(id);
         }
     }
 

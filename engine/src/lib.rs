@@ -4,9 +4,11 @@
 mod accumulate; // aggregate state, one column for all keys of a pane
 pub mod alert; // rules over metrics, and which of them are firing
 pub mod event; // when something happened, in which workspace, on which stream
+pub mod join; // reference tables and another stream joined to a metric's stream
 mod key; // interned keys
 pub mod metric; // one metric of one workspace: panes in, rows out
 pub mod portfolio; // positions at last prices
 pub mod program; // a metric's SQL as the engine runs it
+pub mod reference; // reference tables, and which version of a row an event sees
 pub mod window; // tumbling and hopping windows, their panes, and when they close
 pub mod workspace; // all of it together, and how it is saved

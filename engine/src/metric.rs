@@ -118,6 +118,11 @@ impl Metric {
         self.timing
     }
 
+    /// The watermark: every window that ends here or before is final.
+    pub(crate) fn closed(&self) -> Micros {
+        self.closed
+    }
+
     /// Takes in a batch whose first event came when the stream's event time stood at `frontier`.
     ///
     /// Whether an event is late is decided by the events before it, never by how they were cut into

@@ -2,6 +2,7 @@
 //! and what must last is stored. Knows no actor and no HTTP.
 
 mod error; // what is wrong with a piece of SQL, where, and what to write instead
+mod join; // a metric's FROM: its stream, and what is joined to it
 pub mod plan; // from a metric's SQL to the program the engine runs
 pub mod query; // questions asked once
 pub mod store; // what outlives the process: users, definitions, results, checkpoints

@@ -2,4 +2,5 @@
 
 mod bad_input; // each kind of bad input: its problem, its code, and the process stays up
 mod harness; // a server for one test, and a client of it
+mod join; // metrics that join reference tables or a second stream
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart

@@ -25,7 +25,7 @@ pub use alerts::Alert;
 pub use audit::AuditEntry;
 pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
-pub use definitions::{AlertRule, MetricRow, Silence, StreamRow};
+pub use definitions::{AlertRule, MetricRow, Silence, StreamRow, TableRow};
 pub use keys::ApiKey;
 pub use open::migrate;
 pub use portfolios::{Portfolio, Position};
