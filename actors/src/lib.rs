@@ -2,6 +2,7 @@
 //! Knows no HTTP and no wire format.
 
 pub mod agent; // AI agent sessions and the built-in analyst
+mod backtest; // which alerts a rule would have raised
 pub mod clock; // where the time comes from
 mod definition; // what users define in a workspace
 mod fault; // why a request could not be served
@@ -15,6 +16,7 @@ mod table; // reference tables as they are stored, and positions as rows of one
 mod tenant; // the order of a workspace's events
 mod workspace; // a workspace's actor
 
+pub use backtest::{Backtest, Episode};
 pub use definition::{MetricDefinition, RuleDefinition};
 pub use fault::{Fault, FaultKind};
 pub use outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};

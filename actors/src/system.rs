@@ -376,6 +376,16 @@ impl System {
         &self.0.deps.store
     }
 
+    /// The log, and the first offset in it that belongs to this workspace.
+    pub(crate) fn log_of(&self, id: &WorkspaceId) -> Result<(Arc<dyn Log>, Offset), Fault> {
+        Ok((self.0.deps.log.clone(), Offset(self.tenant(id)?.first)))
+    }
+
+    /// The program of a metric over this workspace's streams.
+    pub(crate) async fn program(&self, id: &WorkspaceId, sql: &str) -> Result<Arc<Program>, Fault> {
+        self.0.deps.program(self.tenant(id)?.as_ref(), sql).await
+    }
+
     /// Processing time.
     pub fn now(&self) -> Micros {
         self.0.deps.clock.now()

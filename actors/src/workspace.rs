@@ -1025,7 +1025,7 @@ impl State {
                     definition: defined.definition.clone(),
                     program: defined.program.clone(),
                     failure: self.engine.failure(name).map(str::to_owned),
-                    state_bytes: self.engine.bytes_of(name),
+                    state_bytes: metric.bytes(),
                     keys: metric.keys(),
                     panes: metric.panes(),
                 })
@@ -1135,7 +1135,7 @@ impl State {
     }
 }
 
-fn timing(definition: &MetricDefinition) -> Timing {
+pub(crate) fn timing(definition: &MetricDefinition) -> Timing {
     Timing {
         max_delay: definition.max_delay.unwrap_or(MAX_DELAY),
         allowed_lateness: definition.allowed_lateness.unwrap_or(Span::ZERO),

@@ -122,7 +122,18 @@ impl StreamName {
     pub fn parts(&self) -> (&str, &str) {
         self.0.split_once('.').expect("a stream name has two parts: checked when it was made")
     }
+
+    /// The metric whose final rows this stream is: `metrics.bars_1m` is those of `bars_1m`.
+    pub fn metric(&self) -> Option<ItemName> {
+        match self.parts() {
+            (METRICS, name) => name.parse().ok(),
+            _ => None,
+        }
+    }
 }
+
+/// First part of the names under which metrics read the final rows of others.
+pub const METRICS: &str = "metrics";
 
 fn is_workspace_id(text: &str) -> bool {
     let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();

@@ -8,7 +8,7 @@
 
 use crate::event::{Micros, Span, StreamName};
 use crate::key::{KeyId, KeyTable, batch_of};
-use crate::metric::{Metric, RestoreError, Rows};
+use crate::metric::{Metric, RestoreError, Rows, Timing};
 use crate::program::Program;
 use crate::reference::{Tables, evaluate};
 use arrow::array::{
@@ -354,15 +354,118 @@ impl Wide {
     }
 }
 
-/// What a metric with joins needs to know of its workspace.
-pub(crate) struct Around<'a> {
-    /// Event time of the left and the right stream before the step.
-    pub(crate) frontiers: [Micros; 2],
-    pub(crate) tables: &'a Tables,
+/// A metric over events that reference tables or another stream are joined to.
+pub struct Joined {
+    metric: Metric,
+    streams: Option<StreamJoin>,
+}
+
+impl Joined {
+    pub(crate) fn new(program: Arc<Program>, timing: Timing) -> Result<Joined> {
+        Ok(Joined { streams: StreamJoin::new(&program)?, metric: Metric::new(program, timing)? })
+    }
+
+    pub(crate) fn metric(&self) -> &Metric {
+        &self.metric
+    }
+
+    pub(crate) fn metric_mut(&mut self) -> &mut Metric {
+        &mut self.metric
+    }
+
+    /// Takes in a batch of one of its streams and closes what is due; `at` gives where each stream stood before.
+    pub(crate) fn absorb(
+        &mut self,
+        stream: &StreamName,
+        batch: &RecordBatch,
+        at: impl Fn(&StreamName) -> Micros,
+        tables: &Tables,
+        out: &mut Vec<Rows>,
+        dropped: &mut Vec<u32>,
+    ) -> Result<()> {
+        let program = self.metric.program().clone();
+        let other = program.joins().and_then(|joins| joins.other());
+        match (&mut self.streams, other) {
+            (Some(join), Some((other, _))) => {
+                let around = Around { frontiers: [at(program.stream()), at(other)], tables };
+                let side = usize::from(stream != program.stream());
+                join.absorb(&mut self.metric, side, batch, &around, out, dropped)
+            }
+            _ => {
+                let before = at(stream);
+                absorb_with_tables(&mut self.metric, batch, before, tables, out, dropped)?;
+                let ts = batch.column_by_name("ts").map(|c| c.as_primitive::<TimestampMicrosecondType>().values());
+                let highest = ts.and_then(|ts| ts.iter().max()).map_or(before, |&at| before.max(Micros(at)));
+                self.metric.advance(highest.minus(self.metric.timing().max_delay), out)
+            }
+        }
+    }
+
+    /// Closes what is due; `of` gives where each stream stands.
+    pub(crate) fn advance(
+        &mut self,
+        of: impl Fn(&StreamName) -> Option<Micros>,
+        tables: &Tables,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
+        let Some(frontier) = self.metric.program().frontier(of) else { return Ok(()) };
+        let watermark = frontier.minus(self.metric.timing().max_delay);
+        match &mut self.streams {
+            Some(join) => join.advance(&mut self.metric, watermark, tables, out),
+            None => self.metric.advance(watermark, out),
+        }
+    }
+
+    /// End of the next window that will close.
+    pub(crate) fn next_end(&self) -> Option<Micros> {
+        let waiting = self.streams.as_ref().and_then(StreamJoin::next_end);
+        [self.metric.next_end(), waiting].into_iter().flatten().min()
+    }
+
+    /// Events that wait to be joined.
+    pub(crate) fn waiting(&self) -> usize {
+        self.streams.as_ref().map_or(0, StreamJoin::events)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.metric.bytes() + self.streams.as_ref().map_or(0, StreamJoin::bytes)
+    }
+
+    /// The watermark, and the state: panes, revisions and the waiting events of both streams.
+    pub(crate) fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
+        let (closed, panes, revisions) = self.metric.save()?;
+        let mut state = vec![panes, revisions];
+        if let Some(join) = &self.streams {
+            state.extend(join.save()?);
+        }
+        Ok((closed, state))
+    }
+
+    /// The same metric with the state that [`Joined::save`] gave.
+    pub(crate) fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Joined, RestoreError> {
+        let program = self.metric.program().clone();
+        let mut streams = StreamJoin::new(&program)?;
+        let (panes, revisions) = match (&mut streams, state) {
+            (None, [panes, revisions]) => (panes, revisions),
+            (Some(join), [panes, revisions, left, right]) => {
+                join.load([left, right])?;
+                (panes, revisions)
+            }
+            (_, state) => return Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
+        };
+        let metric = Metric::restore(program, self.metric.timing(), closed, panes, revisions)?;
+        Ok(Joined { metric, streams })
+    }
+}
+
+/// Where the streams of a join stood before a step, and the tables.
+struct Around<'a> {
+    frontiers: [Micros; 2],
+    tables: &'a Tables,
 }
 
 /// Takes in a batch of the only stream of a metric that joins tables to it.
-pub(crate) fn absorb_with_tables(
+fn absorb_with_tables(
     metric: &mut Metric,
     batch: &RecordBatch,
     frontier: Micros,
@@ -454,7 +557,7 @@ impl Side {
 }
 
 /// The state of a join of two streams.
-pub(crate) struct StreamJoin {
+struct StreamJoin {
     program: Arc<Program>,
     keys: KeyTable,
     sides: [Side; 2],
@@ -464,7 +567,7 @@ pub(crate) struct StreamJoin {
 
 impl StreamJoin {
     /// `None` for a metric without another stream.
-    pub(crate) fn new(program: &Arc<Program>) -> Result<Option<StreamJoin>> {
+    fn new(program: &Arc<Program>) -> Result<Option<StreamJoin>> {
         let Some(joins) = program.joins().filter(|joins| joins.other().is_some()) else { return Ok(None) };
         let step = &joins.steps[0];
         let own = joins.stream.fields().len();
@@ -490,21 +593,21 @@ impl StreamJoin {
     }
 
     /// How many events wait for a match.
-    pub(crate) fn events(&self) -> usize {
+    fn events(&self) -> usize {
         self.sides.iter().map(|side| side.count).sum()
     }
 
-    pub(crate) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.keys.bytes() + self.sides.iter().map(|side| side.bytes).sum::<usize>() + self.waiting.len() * 24
     }
 
     /// End of the window of the first left event that waits to become a row without a match.
-    pub(crate) fn next_end(&self) -> Option<Micros> {
+    fn next_end(&self) -> Option<Micros> {
         self.waiting.first().map(|(ts, _)| self.program.window().first_end(*ts))
     }
 
     /// Takes in a batch of one of the two streams. Rows of it that no window takes any more are listed in `dropped`.
-    pub(crate) fn absorb(
+    fn absorb(
         &mut self,
         metric: &mut Metric,
         side: usize,
@@ -673,13 +776,7 @@ impl StreamJoin {
 
     /// The watermark of joined rows moves on: left events that no match can come for become rows, windows close, and
     /// events that can be part of no pair any more are forgotten.
-    pub(crate) fn advance(
-        &mut self,
-        metric: &mut Metric,
-        watermark: Micros,
-        tables: &Tables,
-        out: &mut Vec<Rows>,
-    ) -> Result<()> {
+    fn advance(&mut self, metric: &mut Metric, watermark: Micros, tables: &Tables, out: &mut Vec<Rows>) -> Result<()> {
         if watermark <= metric.closed() {
             return Ok(());
         }
@@ -744,7 +841,7 @@ impl StreamJoin {
     }
 
     /// The waiting events of both sides: `ts`, `matched`, and the columns kept.
-    pub(crate) fn save(&self) -> Result<[RecordBatch; 2]> {
+    fn save(&self) -> Result<[RecordBatch; 2]> {
         let joins = self.program.joins().expect("a join has its program");
         let schemas = [&joins.stream, &joins.steps[0].right];
         let batch = |side: &Side, schema: &SchemaRef| -> Result<RecordBatch> {
@@ -767,7 +864,7 @@ impl StreamJoin {
     }
 
     /// Takes in what [`StreamJoin::save`] gave.
-    pub(crate) fn load(&mut self, saved: [&RecordBatch; 2]) -> Result<(), RestoreError> {
+    fn load(&mut self, saved: [&RecordBatch; 2]) -> Result<(), RestoreError> {
         let program = self.program.clone();
         let joins = program.joins().expect("a join has its program");
         let (step, near) = (&joins.steps[0], joins.steps[0].near.expect("the first step joins a stream"));

@@ -5,10 +5,13 @@ mod accumulate; // aggregate state, one column for all keys of a pane
 pub mod alert; // rules over metrics, and which of them are firing
 pub mod event; // when something happened, in which workspace, on which stream
 pub mod join; // reference tables and another stream joined to a metric's stream
+pub mod indicator; // market and product indicators: formulas and their state
 mod key; // interned keys
 pub mod metric; // one metric of one workspace: panes in, rows out
+pub mod over; // a metric over the rows of another one: OVER clauses
 pub mod portfolio; // positions at last prices
 pub mod program; // a metric's SQL as the engine runs it
 pub mod reference; // reference tables, and which version of a row an event sees
+mod rollup; // a metric with a window over the rows of another one
 pub mod window; // tumbling and hopping windows, their panes, and when they close
 pub mod workspace; // all of it together, and how it is saved

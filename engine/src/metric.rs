@@ -118,7 +118,7 @@ impl Metric {
         self.timing
     }
 
-    /// The watermark: every window that ends here or before is final.
+    /// Every window that ends here or before is final.
     pub(crate) fn closed(&self) -> Micros {
         self.closed
     }
@@ -291,8 +291,58 @@ impl Metric {
         if part.num_rows() == 0 {
             return Ok(());
         }
-        let ids = self.keys.intern(&self.program.keys_of(&part)?, part.num_rows())?;
-        let arguments = self.program.arguments(&part)?;
+        let late = self.fill(&part)?;
+        self.emit_corrections(late, out)
+    }
+
+    /// Takes in rows none of which is late: the windows that hold them are open.
+    pub(crate) fn take(&mut self, batch: &RecordBatch) -> Result<()> {
+        let batch = self.program.align(batch)?;
+        let batch = match self.program.selected(&batch)? {
+            Some(keep) => compute::filter_record_batch(&batch, &keep)?,
+            None => batch,
+        };
+        if batch.num_rows() > 0 {
+            self.fill(&batch)?;
+        }
+        Ok(())
+    }
+
+    /// Computes the pane at `start` anew from `whole`, all its rows, and corrects the final rows whose keys are in
+    /// `corrected`.
+    pub(crate) fn replace(
+        &mut self,
+        start: Micros,
+        whole: &RecordBatch,
+        corrected: &RecordBatch,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
+        let before = self.panes.remove(&start);
+        self.take(whole)?;
+        let corrected = self.program.align(corrected)?;
+        let mut touched = self.keys.intern(&self.program.keys_of(&corrected)?, corrected.num_rows())?;
+        touched.sort_unstable();
+        touched.dedup();
+        let had = |id: KeyId| before.as_ref().is_some_and(|pane| pane.slots.contains_key(&id));
+        let has = |id: KeyId| self.panes.get(&start).is_some_and(|pane| pane.slots.contains_key(&id));
+        let changed: Vec<(KeyId, bool)> =
+            touched.iter().filter(|&&id| had(id) || has(id)).map(|&id| (id, had(id))).collect();
+        touched.iter().filter(|&&id| !had(id) && !has(id)).for_each(|&id| {
+            self.keys.hold(id); // nobody holds what was only looked up: let it go again
+            self.keys.release(id);
+        });
+        if self.program.window().first_end(start) <= self.closed {
+            self.emit_corrections(BTreeMap::from([(start, changed)]), out)?;
+        }
+        before.into_iter().flat_map(|pane| pane.ids).for_each(|id| self.keys.release(id));
+        Ok(())
+    }
+
+    /// Adds rows to their panes: in panes of windows that are final, which keys they touched and whether those had
+    /// rows there before.
+    fn fill(&mut self, part: &RecordBatch) -> Result<BTreeMap<Micros, Vec<(KeyId, bool)>>> {
+        let ids = self.keys.intern(&self.program.keys_of(part)?, part.num_rows())?;
+        let arguments = self.program.arguments(part)?;
         let ts = part.column_by_name("ts").expect("checked by the caller").as_primitive::<TimestampMicrosecondType>();
         let width = self.program.window().pane();
         let mut late: BTreeMap<Micros, Vec<(KeyId, bool)>> = BTreeMap::new();
@@ -328,7 +378,7 @@ impl Metric {
                 late.insert(start, slots.iter().map(|&s| (pane.ids[s as usize], (s as usize) < known)).collect());
             }
         }
-        self.emit_corrections(late, out)
+        Ok(late)
     }
 
     /// Corrects the windows that were final before an event came within the allowed lateness.

@@ -3,14 +3,15 @@
 //! Built by the planner in `sql`; immutable, and shared by every workspace that defines the same metric.
 
 use crate::accumulate::Kind;
-use crate::event::StreamName;
+use crate::event::{Micros, StreamName};
 use crate::join::Joins;
 use crate::key::batch_of;
+use crate::over::Over;
 use crate::window::Window;
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, new_null_array};
 use arrow::compute;
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit};
-use datafusion_common::Result;
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use datafusion_common::{Result, exec_err};
 use datafusion_physical_expr::aggregate::AggregateFunctionExpr;
 use datafusion_physical_expr::{PhysicalExpr, PhysicalSortExpr};
 use std::sync::Arc;
@@ -51,6 +52,9 @@ pub struct Parts {
     /// The SELECT list but for the window's bounds and the keys: name and expression, over the same columns as `having`.
     pub values: Vec<(String, Arc<dyn PhysicalExpr>)>,
     pub top: Option<Top>,
+    /// The OVER calls of a metric that goes through the final rows of another one, row by row, without aggregates:
+    /// `window` is that of the rows it reads, and `values` are over `input, calls…`.
+    pub over: Option<Over>,
 }
 
 /// A metric's SQL, planned once.
@@ -61,6 +65,7 @@ pub struct Program {
     pub(crate) key_schema: SchemaRef,
     groups: SchemaRef,
     output: SchemaRef,
+    rows: SchemaRef,
 }
 
 fn time_field(name: &str) -> FieldRef {
@@ -95,9 +100,11 @@ impl Program {
             .aggregates
             .iter()
             .map(|a| Arc::new(Field::new(a.call.name(), a.call.field().data_type().clone(), true)));
-        let groups = Arc::new(Schema::new(
-            bounds.iter().cloned().chain(keys.iter().cloned()).chain(results).collect::<Vec<_>>(),
-        ));
+        let groups: Vec<FieldRef> = match &parts.over {
+            Some(over) => input.fields().iter().cloned().chain(over.calls.iter().map(|c| c.field.clone())).collect(),
+            None => bounds.iter().cloned().chain(keys.iter().cloned()).chain(results).collect(),
+        };
+        let groups = Arc::new(Schema::new(groups));
         let values = parts.values.iter().map(|(name, expr)| field(name, expr, &groups)).collect::<Result<Vec<_>>>()?;
         let output =
             Arc::new(Schema::new(bounds.into_iter().chain(keys.iter().cloned()).chain(values).collect::<Vec<_>>()));
@@ -109,7 +116,9 @@ impl Program {
                 Ok(Kind::of(&a.call, arg.as_ref()))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Program { kinds, key_schema: Arc::new(Schema::new(keys)), groups, output, parts })
+        let rows = std::iter::once(time_field("ts")).chain(output.fields().iter().cloned()).collect::<Vec<_>>();
+        let rows = Arc::new(Schema::new(rows));
+        Ok(Program { kinds, key_schema: Arc::new(Schema::new(keys)), groups, output, rows, parts })
     }
 
     pub fn stream(&self) -> &StreamName {
@@ -120,6 +129,15 @@ impl Program {
     pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
         let other = self.parts.joins.as_ref().and_then(|joins| joins.other());
         std::iter::once(&self.parts.stream).chain(other.map(|(stream, _)| stream))
+    }
+
+    /// The event time its events have reached; of joined streams, that of the slower one. `of` gives a stream's.
+    pub(crate) fn frontier(&self, of: impl Fn(&StreamName) -> Option<Micros>) -> Option<Micros> {
+        let own = of(self.stream())?;
+        match self.parts.joins.as_ref().and_then(|joins| joins.other()) {
+            None => Some(own),
+            Some((other, near)) => Some(near.frontier(own, of(other)?)),
+        }
     }
 
     /// Whether events of `stream` go into it.
@@ -143,6 +161,33 @@ impl Program {
     /// Schema of the metric's rows: `window_start`, `window_end`, keys, values.
     pub fn output(&self) -> &SchemaRef {
         &self.output
+    }
+
+    /// Schema of the metric's final rows as another metric reads them: `ts`, then [`Program::output`].
+    pub fn rows(&self) -> &SchemaRef {
+        &self.rows
+    }
+
+    /// Final rows in the columns of [`Program::rows`]: `ts` is the last instant of a row's window, so that a longer
+    /// window takes in exactly the shorter ones it covers.
+    pub(crate) fn as_events(&self, rows: &RecordBatch) -> Result<RecordBatch> {
+        let ends = rows.column(1).as_primitive::<TimestampMicrosecondType>();
+        let ts = ends.unary::<_, TimestampMicrosecondType>(|end| end - 1).with_timezone("+00:00");
+        let columns = std::iter::once(Arc::new(ts) as ArrayRef).chain(rows.columns().iter().cloned()).collect();
+        batch_of(self.rows.clone(), columns, rows.num_rows())
+    }
+
+    /// Whether `upstream` gives the rows that this metric was planned to read.
+    pub fn fits(&self, upstream: &Program) -> bool {
+        let known = |field: &FieldRef| {
+            upstream.rows.field_with_name(field.name()).is_ok_and(|other| other.data_type() == field.data_type())
+        };
+        self.parts.input.fields().iter().all(known)
+    }
+
+    /// Whether the metric goes through the rows of another one, row by row.
+    pub fn is_row_wise(&self) -> bool {
+        self.parts.over.is_some()
     }
 
     /// How many key columns stand behind the two bounds in [`Program::output`].
@@ -212,6 +257,24 @@ impl Program {
                 Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
             })
             .collect()
+    }
+
+    /// From input rows, whose columns and call results are `columns`, to rows of [`Program::output`].
+    pub(crate) fn finish_rows(&self, input: &RecordBatch, columns: Vec<ArrayRef>) -> Result<RecordBatch> {
+        let rows = input.num_rows();
+        let groups = batch_of(self.groups.clone(), columns, rows)?;
+        let mut out = Vec::with_capacity(self.output.fields().len());
+        for name in ["window_start", "window_end"] {
+            match groups.column_by_name(name) {
+                Some(column) => out.push(column.clone()),
+                None => return exec_err!("rows of `{}` have no column `{name}`", self.stream()),
+            }
+        }
+        out.extend(self.keys_of(&groups)?);
+        for (_, expr) in &self.parts.values {
+            out.push(expr.evaluate(&groups)?.into_array(rows)?);
+        }
+        batch_of(self.output.clone(), out, rows)
     }
 
     /// From keys and aggregate results to rows of [`Program::output`], and which groups they are:

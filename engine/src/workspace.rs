@@ -2,11 +2,13 @@
 
 use crate::alert::{Change, Rule, Standing, Watch};
 use crate::event::{ItemName, Micros, Span, StreamName};
-use crate::join::{Around, StreamJoin, absorb_with_tables};
+use crate::join::Joined;
 use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::over::{self, Produced, RowMetric};
 use crate::portfolio::Prices;
 use crate::program::Program;
 use crate::reference::{TableSchema, Tables};
+use crate::rollup::Rollup;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
@@ -58,81 +60,139 @@ pub struct Outputs {
     pub prices_changed: bool,
 }
 
-struct Entry {
-    /// Which definition of the metric this is; state of another one is not restored.
-    version: i64,
-    metric: Metric,
-    /// The waiting events of a metric that joins two streams.
-    join: Option<StreamJoin>,
-    watches: BTreeMap<ItemName, Watch>,
-    failure: Option<String>,
+/// A metric's state: by panes of its stream, or row by row over another metric.
+pub enum Computation {
+    Windows(Metric),
+    /// The same over events that reference tables or another stream are joined to.
+    Joined(Joined),
+    Rollup(Rollup),
+    Rows(RowMetric),
 }
 
-impl Entry {
-    /// The event time its rows have reached; of joined streams, that of the slower one.
-    fn frontier(&self, streams: &BTreeMap<StreamName, StreamTime>) -> Option<Micros> {
-        let program = self.metric.program();
-        let of = |stream: &StreamName| streams.get(stream)?.frontier;
-        let own = of(program.stream());
-        match program.joins().and_then(|joins| joins.other()) {
-            None => own,
-            Some((other, near)) => Some(near.frontier(own?, of(other)?)),
+impl Computation {
+    pub fn program(&self) -> &Arc<Program> {
+        match self {
+            Computation::Windows(metric) => metric.program(),
+            Computation::Joined(joined) => joined.metric().program(),
+            Computation::Rollup(rollup) => rollup.metric().program(),
+            Computation::Rows(metric) => metric.program(),
         }
     }
 
-    /// Takes in a batch of one of its streams, which stood at `before`, with the others as in `streams`.
-    fn absorb(
-        &mut self,
-        stream: &StreamName,
-        batch: &RecordBatch,
-        before: Micros,
-        around: (&BTreeMap<StreamName, StreamTime>, &Tables),
-        out: &mut Vec<Rows>,
-        dropped: &mut Vec<u32>,
-    ) -> Result<()> {
-        let (streams, tables) = around;
-        let program = self.metric.program().clone();
-        match (&mut self.join, program.joins()) {
-            (Some(join), Some(joins)) => {
-                let of = |name: &StreamName| match name == stream {
-                    true => before,
-                    false => streams.get(name).and_then(|time| time.frontier).unwrap_or(Micros::MIN),
-                };
-                let frontiers = [of(program.stream()), joins.other().map_or(Micros::MIN, |(other, _)| of(other))];
-                let side = usize::from(stream != program.stream());
-                join.absorb(&mut self.metric, side, batch, &Around { frontiers, tables }, out, dropped)
-            }
-            (_, Some(_)) => absorb_with_tables(&mut self.metric, batch, before, tables, out, dropped),
-            (_, None) => self.metric.absorb(batch, before, out, dropped),
+    /// Keys that hold state now; of a row-wise metric, partitions.
+    pub fn keys(&self) -> usize {
+        match self {
+            Computation::Rows(metric) => metric.keys(),
+            other => other.windows().map_or(0, Metric::keys),
         }
     }
 
-    /// Closes what is due now that its streams stand where `around` says.
-    fn advance(&mut self, around: (&BTreeMap<StreamName, StreamTime>, &Tables), out: &mut Vec<Rows>) -> Result<()> {
-        let (streams, tables) = around;
-        let Some(frontier) = self.frontier(streams) else { return Ok(()) };
-        let watermark = frontier.minus(self.metric.timing().max_delay);
-        match &mut self.join {
-            Some(join) => join.advance(&mut self.metric, watermark, tables, out),
-            None => self.metric.advance(watermark, out),
+    /// Panes that hold state now.
+    pub fn panes(&self) -> usize {
+        self.windows().map_or(0, Metric::panes)
+    }
+
+    /// Bytes of state on the heap, within a few percent.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Computation::Windows(metric) => metric.bytes(),
+            Computation::Joined(joined) => joined.bytes(),
+            Computation::Rollup(rollup) => rollup.bytes(),
+            Computation::Rows(metric) => metric.bytes(),
+        }
+    }
+
+    /// The panes, where it has any.
+    fn windows(&self) -> Option<&Metric> {
+        match self {
+            Computation::Windows(metric) => Some(metric),
+            Computation::Joined(joined) => Some(joined.metric()),
+            Computation::Rollup(rollup) => Some(rollup.metric()),
+            Computation::Rows(_) => None,
+        }
+    }
+
+    fn windows_mut(&mut self) -> Option<&mut Metric> {
+        match self {
+            Computation::Windows(metric) => Some(metric),
+            Computation::Joined(joined) => Some(joined.metric_mut()),
+            Computation::Rollup(rollup) => Some(rollup.metric_mut()),
+            Computation::Rows(_) => None,
+        }
+    }
+
+    /// Every window that ends here or before is final.
+    fn closed(&self) -> Micros {
+        match self {
+            Computation::Rows(metric) => metric.closed(),
+            other => other.windows().map_or(Micros::MIN, Metric::closed),
+        }
+    }
+
+    /// How long after its window's end a row may be corrected.
+    fn lateness(&self) -> Span {
+        match self {
+            Computation::Rows(metric) => metric.lateness(),
+            other => other.windows().map_or(Span::ZERO, |metric| metric.timing().allowed_lateness),
+        }
+    }
+
+    /// End of the next window that will close.
+    fn next_end(&self) -> Option<Micros> {
+        match self {
+            Computation::Joined(joined) => joined.next_end(),
+            other => other.windows()?.next_end(),
+        }
+    }
+
+    /// Events that wait to be joined.
+    pub fn waiting(&self) -> usize {
+        match self {
+            Computation::Joined(joined) => joined.waiting(),
+            _ => 0,
         }
     }
 
     /// Versions of tables before this are seen by none of its events: those are in windows past their lateness.
     fn horizon(&self) -> Micros {
-        let timing = self.metric.timing();
-        self.metric.closed().minus(timing.allowed_lateness).minus(self.metric.program().window().size())
+        self.closed().minus(self.lateness()).minus(self.program().window().size())
     }
 
-    /// End of the next window that will close.
-    fn next_end(&self) -> Option<Micros> {
-        let waiting = self.join.as_ref().and_then(StreamJoin::next_end);
-        [self.metric.next_end(), waiting].into_iter().flatten().min()
+    fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
+        let two = |(closed, first, second)| (closed, vec![first, second]);
+        Ok(match self {
+            Computation::Windows(metric) => two(metric.save()?),
+            Computation::Rows(metric) => two(metric.save()?),
+            Computation::Joined(joined) => joined.save()?,
+            Computation::Rollup(rollup) => rollup.save().map(|(closed, state)| (closed, state.to_vec()))?,
+        })
     }
 
-    fn bytes(&self) -> usize {
-        self.metric.bytes() + self.join.as_ref().map_or(0, StreamJoin::bytes)
+    /// The same metric with the state that [`Computation::save`] gave.
+    fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Computation, RestoreError> {
+        let program = self.program().clone();
+        match (self, state) {
+            (Computation::Windows(metric), [panes, revisions]) => {
+                Metric::restore(program, metric.timing(), closed, panes, revisions).map(Computation::Windows)
+            }
+            (Computation::Rows(metric), [partitions, kept]) => {
+                RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
+            }
+            (Computation::Joined(joined), state) => joined.restored(closed, state).map(Computation::Joined),
+            (Computation::Rollup(rollup), state) => rollup.restored(closed, state).map(Computation::Rollup),
+            (_, state) => Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
+        }
     }
+}
+
+struct Entry {
+    /// Which definition of the metric this is; state of another one is not restored.
+    version: i64,
+    metric: Computation,
+    /// Of the metric it reads, the rows whose windows end later count.
+    since: Micros,
+    watches: BTreeMap<ItemName, Watch>,
+    failure: Option<String>,
 }
 
 /// The running state of one workspace. Deterministic: the same steps give the same outputs.
@@ -140,6 +200,8 @@ impl Entry {
 pub struct Workspace {
     streams: BTreeMap<StreamName, StreamTime>,
     metrics: BTreeMap<ItemName, Entry>,
+    /// Metrics that read another one, and which; each behind the one it reads.
+    chain: Vec<(ItemName, ItemName)>,
     tables: Tables,
     prices: Prices,
 }
@@ -149,10 +211,33 @@ const TRADES: &str = "market.trades";
 
 impl Workspace {
     /// Starts a metric with empty state, or replaces its definition and state.
+    ///
+    /// A metric that reads another one takes its delay and lateness from there, and its rows from now on.
     pub fn define(&mut self, name: ItemName, version: i64, program: Arc<Program>, timing: Timing) -> Result<()> {
-        let join = StreamJoin::new(&program)?;
-        let metric = Metric::new(program, timing)?;
-        self.metrics.insert(name, Entry { version, metric, join, watches: BTreeMap::new(), failure: None });
+        let mut since = Micros::MIN;
+        let metric = match program.stream().metric() {
+            None if program.joins().is_some() => Computation::Joined(Joined::new(program, timing)?),
+            None => Computation::Windows(Metric::new(program, timing)?),
+            Some(upstream) => {
+                if let Some(cycle) = self.cycle(&name, &program) {
+                    return exec_err!("{}", in_a_circle(&cycle));
+                }
+                let Some(read) = self.metrics.get(&upstream) else {
+                    return exec_err!("metric `{name}` reads metric `{upstream}`, which is not defined");
+                };
+                since = read.metric.closed();
+                let allowed_lateness = read.metric.lateness();
+                match program.is_row_wise() {
+                    true => Computation::Rows(RowMetric::new(program, allowed_lateness)?),
+                    false => {
+                        let timing = Timing { max_delay: Span::ZERO, allowed_lateness };
+                        Computation::Rollup(Rollup::new(program, timing, read.metric.program().clone())?)
+                    }
+                }
+            }
+        };
+        self.metrics.insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None });
+        self.sort_chain();
         self.index_tables()
     }
 
@@ -208,7 +293,7 @@ impl Workspace {
         for entry in self.metrics.values().filter(|entry| entry.failure.is_none()) {
             for table in entry.metric.program().tables() {
                 let horizon = horizons.entry(table.clone()).or_insert(Micros::MAX);
-                *horizon = (*horizon).min(entry.horizon());
+                *horizon = (*horizon).min(entry.metric.horizon());
             }
         }
         for (table, horizon) in horizons {
@@ -216,9 +301,15 @@ impl Workspace {
         }
     }
 
-    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log.
+    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log; rules stay.
     pub fn adopt(&mut self, other: Workspace) {
-        self.metrics.extend(other.metrics);
+        for (name, mut entry) in other.metrics {
+            if let Some(known) = self.metrics.remove(&name) {
+                entry.watches = known.watches;
+            }
+            self.metrics.insert(name, entry);
+        }
+        self.sort_chain();
         if let Err(error) = self.index_tables() {
             debug_assert!(false, "{error}");
         }
@@ -231,7 +322,67 @@ impl Workspace {
     /// Forgets a metric, its state and its rules.
     pub fn remove(&mut self, name: &ItemName) {
         self.metrics.remove(name);
+        self.sort_chain();
         _ = self.index_tables(); // only drops indexes: those in use are there
+    }
+
+    /// The metrics that read `name`.
+    pub fn readers(&self, name: &ItemName) -> Vec<ItemName> {
+        self.chain.iter().filter(|(_, upstream)| upstream == name).map(|(reader, _)| reader.clone()).collect()
+    }
+
+    /// The circle in which `name` would read its own rows if it were defined as `program`, from `name` to `name`.
+    pub fn cycle(&self, name: &ItemName, program: &Program) -> Option<Vec<ItemName>> {
+        let mut path = vec![name.clone()];
+        let mut next = program.stream().metric();
+        while let Some(upstream) = next {
+            path.push(upstream.clone());
+            if upstream == *name {
+                return Some(path);
+            }
+            next = self.metrics.get(&upstream).and_then(|entry| entry.metric.program().stream().metric());
+        }
+        None
+    }
+
+    /// The stream whose events reach `metric`, through other metrics or at once.
+    pub fn root(&self, metric: &ItemName) -> Option<&StreamName> {
+        let mut stream = self.metrics.get(metric)?.metric.program().stream();
+        while let Some(upstream) = stream.metric() {
+            stream = self.metrics.get(&upstream)?.metric.program().stream();
+        }
+        Some(stream)
+    }
+
+    /// Every window of `metric` that ends here or before is final; `None` for an unknown metric.
+    pub fn closed(&self, metric: &ItemName) -> Option<Micros> {
+        Some(self.metrics.get(metric)?.metric.closed())
+    }
+
+    /// The metrics so that each stands behind the one it reads.
+    pub fn in_order(&self, mut metrics: Vec<ItemName>) -> Vec<ItemName> {
+        let place = |name: &ItemName| self.chain.iter().position(|(reader, _)| reader == name);
+        metrics.sort_by_key(place); // those that read a stream have no place and come first
+        metrics
+    }
+
+    fn sort_chain(&mut self) {
+        let depth = |name: &ItemName| {
+            let mut depth = 0;
+            let mut next = Some(name.clone());
+            while let Some(upstream) = next.and_then(|name| self.metrics.get(&name)?.metric.program().stream().metric())
+            {
+                depth += 1;
+                next = Some(upstream);
+            }
+            depth
+        };
+        let reads = |(name, entry): (&ItemName, &Entry)| {
+            Some((depth(name), name.clone(), entry.metric.program().stream().metric()?))
+        };
+        let mut chain: Vec<_> = self.metrics.iter().filter_map(reads).collect();
+        chain.sort();
+        self.chain = chain.into_iter().map(|(_, name, upstream)| (name, upstream)).collect();
     }
 
     /// Starts or replaces a rule; its standing starts anew.
@@ -264,11 +415,24 @@ impl Workspace {
         let after = before.max(highest);
         time.frontier = Some(after);
         let mut late: BTreeMap<u32, ItemName> = BTreeMap::new();
-        self.each(stream, &mut out, |name, entry, around, rows| {
+        self.each(stream, &mut out, |name, metric, (streams, tables), rows| {
             let mut dropped = Vec::new();
-            entry.absorb(stream, batch, before, around, rows, &mut dropped)?;
+            match metric {
+                Computation::Windows(metric) => {
+                    metric.absorb(batch, before, rows, &mut dropped)?;
+                    metric.advance(after.minus(metric.timing().max_delay), rows)?;
+                }
+                Computation::Joined(joined) => {
+                    let at = |name: &StreamName| match name == stream {
+                        true => before,
+                        false => streams.get(name).and_then(|time| time.frontier).unwrap_or(Micros::MIN),
+                    };
+                    joined.absorb(stream, batch, at, tables, rows, &mut dropped)?;
+                }
+                Computation::Rollup(_) | Computation::Rows(_) => {}
+            }
             dropped.into_iter().for_each(|row| _ = late.entry(row).or_insert_with(|| name.clone()));
-            entry.advance(around, rows)
+            Ok(())
         });
         self.prune_tables();
         if let Some(time) = self.streams.get_mut(stream) {
@@ -284,7 +448,13 @@ impl Workspace {
         let time = self.streams.entry(stream.clone()).or_default();
         let after = time.frontier.map_or(frontier, |before| before.max(frontier));
         time.frontier = Some(after);
-        self.each(stream, &mut out, |_, entry, around, rows| entry.advance(around, rows));
+        self.each(stream, &mut out, |_, metric, (streams, tables), rows| match metric {
+            Computation::Windows(metric) => metric.advance(after.minus(metric.timing().max_delay), rows),
+            Computation::Joined(joined) => {
+                joined.advance(|name| streams.get(name).and_then(|time| time.frontier), tables, rows)
+            }
+            Computation::Rollup(_) | Computation::Rows(_) => Ok(()),
+        });
         self.prune_tables();
         out
     }
@@ -292,38 +462,62 @@ impl Workspace {
     /// Provisional rows of `metric` that changed since its last tick.
     pub fn tick(&mut self, metric: &ItemName) -> Outputs {
         let mut out = Outputs::default();
-        let Some(entry) = self.metrics.get(metric) else { return out };
-        let (stream, Some(frontier)) = (entry.metric.program().stream().clone(), entry.frontier(&self.streams)) else {
-            return out;
-        };
-        self.each(
-            &stream,
-            &mut out,
-            |name, entry, _, rows| {
-                if name == metric { entry.metric.tick(frontier, rows) } else { Ok(()) }
-            },
-        );
+        let Some(frontier) = self.frontier_of(metric) else { return out };
+        let now = self.reached_by_root(metric).unwrap_or(frontier);
+        if let Some(entry) = self.metrics.get_mut(metric)
+            && let Some(state) = entry.metric.windows_mut()
+            && entry.failure.is_none()
+        {
+            let mut rows = Vec::new();
+            let result = state.tick(frontier, &mut rows);
+            entry.take(metric, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, &mut out);
+        }
         out
     }
 
     /// Rows of `metric` that are not final yet; empty for an unknown metric.
     pub fn live(&mut self, metric: &ItemName) -> Result<Vec<Rows>> {
-        let Some(entry) = self.metrics.get_mut(metric) else { return Ok(Vec::new()) };
-        let Some(frontier) = entry.frontier(&self.streams) else { return Ok(Vec::new()) };
-        entry.metric.live(frontier)
+        let Some(frontier) = self.frontier_of(metric) else { return Ok(Vec::new()) };
+        match self.metrics.get_mut(metric).and_then(|entry| entry.metric.windows_mut()) {
+            Some(state) => state.live(frontier),
+            None => Ok(Vec::new()),
+        }
     }
 
-    /// Event time at which the next window over `stream` would close, if any is open.
+    /// Where event time stands for `metric`: on its stream, or by the windows that the metric it reads has closed.
+    fn frontier_of(&self, metric: &ItemName) -> Option<Micros> {
+        let program = self.metrics.get(metric)?.metric.program();
+        match program.stream().metric() {
+            None => program.frontier(|stream| self.frontier(stream)),
+            Some(upstream) => Some(self.metrics.get(&upstream)?.metric.closed()).filter(|closed| *closed > Micros::MIN),
+        }
+    }
+
+    /// The metric at the root of `metric`, which reads events; `metric` itself where it does.
+    fn root_program(&self, metric: &ItemName) -> Option<&Arc<Program>> {
+        let mut program = self.metrics.get(metric)?.metric.program();
+        while let Some(upstream) = program.stream().metric() {
+            program = self.metrics.get(&upstream)?.metric.program();
+        }
+        Some(program)
+    }
+
+    fn reached_by_root(&self, metric: &ItemName) -> Option<Micros> {
+        self.root_program(metric)?.frontier(|stream| self.frontier(stream))
+    }
+
+    /// Event time at which the next window over `stream` would close, if any is open: also of metrics that read others.
     pub fn next_close(&self, stream: &StreamName) -> Option<Micros> {
         let now = self.frontier(stream);
-        let closes = self.metrics.values().filter(|e| e.failure.is_none()).filter_map(|entry| {
-            let program = entry.metric.program();
-            let due = entry.next_end()?.plus(entry.metric.timing().max_delay);
-            if program.stream() == stream {
-                return Some(due).filter(|due| entry.join.is_none() || now < Some(*due));
+        let closes = self.metrics.iter().filter(|(_, entry)| entry.failure.is_none()).filter_map(|(name, entry)| {
+            let root = self.root_program(name)?;
+            let due = entry.metric.next_end()?.plus(self.delay(name));
+            match root.joins().and_then(|joins| joins.other()) {
+                None => (root.stream() == stream).then_some(due),
+                // a joined stream that is past it waits for the other one
+                Some(_) if root.stream() == stream => Some(due).filter(|due| now < Some(*due)),
+                Some((other, near)) => (other == stream).then(|| near.right_for(due)).filter(|due| now < Some(*due)),
             }
-            let (other, near) = program.joins()?.other()?;
-            (other == stream).then(|| near.right_for(due)).filter(|due| now < Some(*due))
         });
         closes.min()
     }
@@ -331,7 +525,7 @@ impl Workspace {
     /// How far a stream without events may follow those it is joined with, while they wait for it.
     pub fn followed(&self, stream: &StreamName) -> Option<Micros> {
         let reached = self.metrics.values().filter(|e| e.failure.is_none()).filter_map(|entry| {
-            entry.next_end()?;
+            entry.metric.next_end()?;
             let program = entry.metric.program();
             let (other, near) = program.joins()?.other()?;
             if program.stream() == stream {
@@ -340,6 +534,15 @@ impl Workspace {
             (other == stream).then(|| self.frontier(program.stream()).map(|left| near.right_for(left)))?
         });
         reached.max()
+    }
+
+    /// How far the watermark of `metric` stays behind its root stream.
+    fn delay(&self, metric: &ItemName) -> Span {
+        let Some(Entry { metric, .. }) = self.metrics.get(metric) else { return Span::ZERO };
+        match metric.program().stream().metric() {
+            Some(upstream) => self.delay(&upstream),
+            None => metric.windows().map_or(Span::ZERO, |metric| metric.timing().max_delay),
+        }
     }
 
     /// Greatest event time of `stream`.
@@ -353,7 +556,7 @@ impl Workspace {
     }
 
     /// The metrics defined here.
-    pub fn metrics(&self) -> impl Iterator<Item = (&ItemName, &Metric)> {
+    pub fn metrics(&self) -> impl Iterator<Item = (&ItemName, &Computation)> {
         self.metrics.iter().map(|(name, entry)| (name, &entry.metric))
     }
 
@@ -368,51 +571,76 @@ impl Workspace {
 
     /// Bytes of metric state on the heap.
     pub fn bytes(&self) -> usize {
-        self.metrics.values().map(Entry::bytes).sum::<usize>() + self.tables.bytes()
+        self.metrics.values().map(|entry| entry.metric.bytes()).sum::<usize>() + self.tables.bytes()
     }
 
-    /// Bytes of the state of one metric, with the events that wait to be joined.
-    pub fn bytes_of(&self, metric: &ItemName) -> usize {
-        self.metrics.get(metric).map_or(0, Entry::bytes)
-    }
-
-    /// Events that wait to be joined in one metric.
-    pub fn waiting(&self, metric: &ItemName) -> usize {
-        self.metrics.get(metric).and_then(|entry| entry.join.as_ref()).map_or(0, StreamJoin::events)
-    }
-
-    /// Runs `work` on every healthy metric over `stream` and shows its rules what came of it.
+    /// Runs `work` on every healthy metric over `stream`, shows its rules what came of it, and passes final rows on.
     fn each(
         &mut self,
         stream: &StreamName,
         out: &mut Outputs,
         mut work: impl FnMut(
             &ItemName,
-            &mut Entry,
+            &mut Computation,
             (&BTreeMap<StreamName, StreamTime>, &Tables),
             &mut Vec<Rows>,
         ) -> Result<()>,
     ) {
         let Self { streams, metrics, tables, .. } = self;
+        let of = |stream: &StreamName| streams.get(stream).and_then(|time| time.frontier);
+        let now = of(stream).unwrap_or(Micros::MIN);
         for (name, entry) in metrics {
             if entry.failure.is_some() || !entry.metric.program().reads(stream) {
                 continue;
             }
-            let now = entry.frontier(streams).unwrap_or(Micros::MIN);
+            let now = entry.metric.program().frontier(of).unwrap_or(Micros::MIN);
             let mut rows = Vec::new();
-            let mut result = work(name, entry, (streams, tables), &mut rows);
-            for rows in &rows {
-                for watch in entry.watches.values_mut() {
-                    result = result.and_then(|()| watch.observe(entry.metric.program(), rows, now, &mut out.alerts));
-                }
-            }
-            out.rows.extend(rows.into_iter().map(|rows| MetricRows { metric: name.clone(), rows }));
-            if let Err(error) = result {
-                let reason = error.to_string();
-                entry.failure = Some(reason.clone());
-                out.failures.push(Failure { metric: name.clone(), reason });
-            }
+            let result = work(name, &mut entry.metric, (streams, tables), &mut rows);
+            entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, out);
         }
+        self.pass_on(stream, now, out);
+    }
+
+    /// Gives the final rows in `out` to the metrics that read them, and theirs to the next ones.
+    fn pass_on(&mut self, stream: &StreamName, now: Micros, out: &mut Outputs) {
+        for at in 0..self.chain.len() {
+            let (name, upstream) = self.chain[at].clone();
+            if !self.root_program(&name).is_some_and(|root| root.reads(stream)) {
+                continue;
+            }
+            let fresh = out.rows.iter().filter(|rows| rows.metric == upstream && rows.rows.revisions.is_some());
+            let fresh: Vec<Rows> = fresh.map(|rows| rows.rows.clone()).collect();
+            self.give(&name, &upstream, &fresh, now, out);
+        }
+    }
+
+    /// Takes final rows of the metric that `name` reads, from before it was defined: those whose windows end after
+    /// `since`, in the order of windows, and none that its upstream has not given yet.
+    pub fn backfill(&mut self, name: &ItemName, since: Micros, rows: &[Rows]) -> Outputs {
+        let mut out = Outputs::default();
+        let upstream = self.chain.iter().find(|(reader, _)| reader == name).map(|(_, upstream)| upstream.clone());
+        let Some(upstream) = upstream else { return out };
+        let now = self.frontier_of(name).unwrap_or(Micros::MIN);
+        let Some(entry) = self.metrics.get_mut(name) else { return out };
+        entry.since = since;
+        let watches = std::mem::take(&mut entry.watches); // what was then raises no alert now
+        self.give(name, &upstream, rows, now, &mut out);
+        if let Some(entry) = self.metrics.get_mut(name) {
+            entry.watches = watches;
+        }
+        out
+    }
+
+    fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], now: Micros, out: &mut Outputs) {
+        let Some(read) = self.metrics.get(upstream) else { return };
+        let (closed, program, failure) = (read.metric.closed(), read.metric.program().clone(), read.failure.is_some());
+        let Some(entry) = self.metrics.get_mut(name).filter(|entry| entry.failure.is_none()) else { return };
+        let mut produced = Vec::new();
+        let mut result = entry.absorb(&program, closed, rows, &mut produced);
+        if failure {
+            result = result.and_then(|()| exec_err!("metric `{upstream}`, which it reads, stopped"));
+        }
+        entry.take(name, produced.into_iter(), result, now, out);
     }
 
     /// The whole state as bytes that [`Saved::read`] understands.
@@ -420,23 +648,18 @@ impl Workspace {
         let mut blobs = Vec::new();
         let mut metrics = Vec::new();
         for (name, entry) in &mut self.metrics {
-            let (closed, panes, revisions) = entry.metric.save()?;
-            let (panes, revisions) = (to_ipc(&panes)?, to_ipc(&revisions)?);
-            let join = match &entry.join {
-                Some(join) => join.save()?.iter().map(to_ipc).collect::<Result<Vec<_>>>()?,
-                None => Vec::new(),
-            };
+            let (closed, state) = entry.metric.save()?;
+            let state = state.iter().map(to_ipc).collect::<Result<Vec<_>>>()?;
             metrics.push(SavedMetric {
                 name: name.clone(),
                 version: entry.version,
                 closed,
+                since: Some(entry.since),
                 failure: entry.failure.clone(),
-                lengths: [panes.len(), revisions.len()],
-                join: join.iter().map(Vec::len).collect(),
+                lengths: state.iter().map(Vec::len).collect(),
                 standing: entry.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone())).collect(),
             });
-            blobs.extend([panes, revisions]);
-            blobs.extend(join);
+            blobs.extend(state);
         }
         let mut tables = Vec::new();
         for (name, rows) in self.tables.save()? {
@@ -462,24 +685,15 @@ impl Workspace {
             self.tables.load(name, rows)?;
         }
         let mut fresh: Vec<ItemName> = Vec::new();
-        let mut states: HashMap<ItemName, SavedState> =
+        let mut states: HashMap<ItemName, (SavedMetric, Vec<RecordBatch>)> =
             saved.states.into_iter().map(|state| (state.0.name.clone(), state)).collect();
         for (name, entry) in &mut self.metrics {
-            let Some((state, panes, revisions, waiting)) =
-                states.remove(name).filter(|(s, ..)| s.version == entry.version)
-            else {
+            let Some((state, batches)) = states.remove(name).filter(|(s, _)| s.version == entry.version) else {
                 fresh.push(name.clone());
                 continue;
             };
-            let (program, timing) = (entry.metric.program().clone(), entry.metric.timing());
-            let joined = match (StreamJoin::new(&program)?, waiting.as_slice()) {
-                (Some(mut join), [left, right]) => join.load([left, right]).map(|()| Some(join)),
-                (None, []) => Ok(None),
-                (..) => Err(RestoreError::Mismatch("another kind of join".to_owned())),
-            };
-            let metric = Metric::restore(program, timing, state.closed, &panes, &revisions);
-            match joined.and_then(|join| Ok((join, metric?))) {
-                Ok((join, metric)) => (entry.join, entry.metric) = (join, metric),
+            match entry.metric.restored(state.closed, &batches) {
+                Ok(metric) => entry.metric = metric,
                 Err(RestoreError::Mismatch(_)) => {
                     fresh.push(name.clone());
                     continue;
@@ -487,6 +701,7 @@ impl Workspace {
                 Err(error) => return Err(error),
             }
             entry.failure = state.failure;
+            entry.since = state.since.unwrap_or(Micros::MIN);
             for (rule, standing) in state.standing {
                 if let Some(watch) = entry.watches.get_mut(&rule) {
                     watch.standing = standing;
@@ -495,6 +710,69 @@ impl Workspace {
         }
         Ok(fresh)
     }
+}
+
+impl Entry {
+    /// Final rows of `upstream`, the metric this one reads, which has closed all windows up to `closed`.
+    fn absorb(&mut self, upstream: &Program, closed: Micros, rows: &[Rows], out: &mut Vec<Produced>) -> Result<()> {
+        for rows in rows {
+            let (batch, revisions) = over::rows_after(rows, self.since)?;
+            if batch.num_rows() == 0 {
+                continue;
+            }
+            let events = upstream.as_events(&batch)?;
+            match &mut self.metric {
+                Computation::Rows(metric) => metric.absorb(&events, &revisions, out)?,
+                Computation::Rollup(rollup) => {
+                    let mut rows = Vec::new();
+                    rollup.absorb(&events, &revisions, &mut rows)?;
+                    out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
+                }
+                Computation::Windows(_) | Computation::Joined(_) => {
+                    return exec_err!("a metric over events takes no rows");
+                }
+            }
+        }
+        match &mut self.metric {
+            Computation::Rows(metric) => metric.advance(closed),
+            Computation::Rollup(rollup) => {
+                let mut rows = Vec::new();
+                let result = rollup.advance(closed, &mut rows);
+                out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
+                result
+            }
+            Computation::Windows(_) | Computation::Joined(_) => Ok(()),
+        }
+    }
+
+    /// Shows the rules what came, keeps it, and stops the metric where `result` is an error.
+    fn take(
+        &mut self,
+        name: &ItemName,
+        produced: impl Iterator<Item = Produced>,
+        mut result: Result<()>,
+        now: Micros,
+        out: &mut Outputs,
+    ) {
+        for Produced { rows, is_newest } in produced {
+            // a correction far back says nothing about where things stand now
+            for watch in self.watches.values_mut().filter(|_| is_newest) {
+                result = result.and_then(|()| watch.observe(self.metric.program(), &rows, now, &mut out.alerts));
+            }
+            out.rows.push(MetricRows { metric: name.clone(), rows });
+        }
+        if let Err(error) = result {
+            let reason = error.to_string();
+            self.failure = Some(reason.clone());
+            out.failures.push(Failure { metric: name.clone(), reason });
+        }
+    }
+}
+
+/// What is wrong with a circle of metrics that [`Workspace::cycle`] found.
+pub fn in_a_circle(cycle: &[ItemName]) -> String {
+    let path: Vec<String> = cycle.iter().map(|name| format!("`{name}`")).collect();
+    format!("metrics would read their own rows: {}", path.join(" reads "))
 }
 
 /// Format of saved state; a change that cannot read the old one takes a new number.
@@ -515,23 +793,19 @@ struct SavedMetric {
     name: ItemName,
     version: i64,
     closed: Micros,
-    failure: Option<String>,
-    lengths: [usize; 2],
-    /// Of the waiting events of a join.
     #[serde(default)]
-    join: Vec<usize>,
+    since: Option<Micros>,
+    failure: Option<String>,
+    lengths: Vec<usize>,
     standing: BTreeMap<ItemName, HashMap<String, Standing>>,
 }
 
 /// Saved state of a workspace, read but not yet put under its metrics.
 pub struct Saved {
     header: Header,
-    states: Vec<SavedState>,
+    states: Vec<(SavedMetric, Vec<RecordBatch>)>,
     tables: Vec<(StreamName, RecordBatch)>,
 }
-
-/// A metric, its panes, its revisions and the waiting events of its join.
-type SavedState = (SavedMetric, RecordBatch, RecordBatch, Vec<RecordBatch>);
 
 impl Saved {
     /// Reads what [`Workspace::save`] wrote; an error means another version or damage, never a guess.
@@ -550,9 +824,8 @@ impl Saved {
             from_ipc(blob)
         };
         for metric in std::mem::take(&mut header.metrics) {
-            let (panes, revisions) = (blob(metric.lengths[0])?, blob(metric.lengths[1])?);
-            let waiting = metric.join.iter().map(|length| blob(*length)).collect::<Result<_, _>>()?;
-            states.push((metric, panes, revisions, waiting));
+            let batches = metric.lengths.iter().map(|&length| blob(length)).collect::<Result<_, _>>()?;
+            states.push((metric, batches));
         }
         let tables = std::mem::take(&mut header.tables);
         let tables = tables.into_iter().map(|(name, length)| Ok((name, blob(length)?)));

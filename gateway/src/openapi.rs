@@ -164,6 +164,9 @@ const OPERATIONS: &[Operation] = &[
         .takes("AlertRule")
         .gives(200, "AlertRule"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Removes an alert rule. Permission `define`."),
+    Operation::new("post", "/api/v1/workspaces/{ws}/backtest", "alerts", "Which alerts a rule would have raised over the events still kept; nothing changes.")
+        .takes("NewBacktest")
+        .gives(200, "Backtest"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alerts", "alerts", "Firings, the last first.")
         .query(&[("state", "`firing` or `resolved`."), LIMIT, BEFORE])
         .gives(200, "Alerts"),
@@ -269,6 +272,12 @@ const SCHEMAS: &[(&str, &str)] = &[
         "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null",
     ),
     ("Alerts", "alerts Alert[], next? string"),
+    ("NewBacktest", "rule AlertRule, from time, to time"),
+    (
+        "BacktestAlert",
+        "labels Object, severity string, started_at time, fired_at time, resolved_at time null, row Object",
+    ),
+    ("Backtest", "metric string, alerts BacktestAlert[], events integer, first_event time null, last_event time null"),
     ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
     ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
     ("Silences", "silences Silence[]"),

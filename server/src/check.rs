@@ -1,15 +1,21 @@
 //! `tidewatch check`: is this file fit for use, and if not, where and why.
 
+use crate::client::RuleFile;
 use crate::config::Config;
 use anyhow::{Context, Result, bail};
 use sql::plan::Planner;
 use std::path::Path;
 use streams::schema::built_in;
 
-/// Checks a configuration (`.toml`) or a metric over the built-in streams (`.sql`).
+/// Checks a configuration or an alert rule (`.toml`), or a metric over the built-in streams (`.sql`).
 pub async fn run(file: &Path) -> Result<()> {
     let shown = file.display();
     match file.extension().and_then(|e| e.to_str()) {
+        // a rule is told from a configuration by the keys that every rule has
+        Some("toml") if is_rule(file) => {
+            let rule = RuleFile::read(file)?;
+            println!("{shown}: a valid rule over metric {}; its condition is checked where the metric is", rule.metric);
+        }
         Some("toml") => {
             Config::load(Some(file))?;
             println!("{shown}: a valid configuration");
@@ -28,4 +34,9 @@ pub async fn run(file: &Path) -> Result<()> {
         _ => bail!("{shown}: pass a .toml file (configuration) or a .sql file (metric)"),
     }
     Ok(())
+}
+
+fn is_rule(file: &Path) -> bool {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.parse::<toml::Table>().is_ok_and(|keys| keys.contains_key("metric") || keys.contains_key("condition"))
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use streams::reader::{Chunk, LINE_BYTES_MAX, Mapping, Reader};
 use streams::schema::{StreamSchema, UnknownFields};
@@ -291,6 +291,88 @@ pub struct Query {
     remote: Remote,
 }
 
+/// A rule over the past.
+#[derive(clap::Args, Debug)]
+pub struct Backtest {
+    /// The rule: `metric`, `condition`, and where wanted `for` and `severity`.
+    rule: PathBuf,
+    #[arg(long, short)]
+    workspace: String,
+    /// First event time: 2026-01-31T12:00:00Z.
+    #[arg(long)]
+    from: String,
+    /// Event time before which it ends.
+    #[arg(long)]
+    to: String,
+    #[arg(long, default_value = "table")]
+    format: Output,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+/// A rule's file, as `tidewatch check` and `tidewatch backtest` read it.
+#[derive(serde::Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleFile {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub metric: String,
+    pub condition: String,
+    #[serde(rename = "for", skip_serializing_if = "Option::is_none")]
+    pub hold: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub severity: Option<String>,
+}
+
+impl RuleFile {
+    /// Reads a TOML file; an error names line, column and key.
+    pub fn read(file: &Path) -> Result<RuleFile> {
+        let shown = file.display();
+        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+        toml::from_str(&text).with_context(|| format!("{shown} is no rule"))
+    }
+}
+
+/// Asks the server which alerts the rule would have raised, and prints them.
+pub async fn backtest(args: Backtest) -> Result<()> {
+    let rule = RuleFile::read(&args.rule)?;
+    let session = Session::open(&args.remote).await?;
+    let path = format!("/api/v1/workspaces/{}/backtest", args.workspace);
+    let body = json!({"rule": rule, "from": args.from, "to": args.to});
+    let answer = session.request(reqwest::Method::POST, &path).json(&body).send().await;
+    let answer = answer.with_context(|| format!("no server answers at {}; start one or pass --url", session.url))?;
+    let status = answer.status();
+    let body: Value = answer.json().await?;
+    if !status.is_success() {
+        bail!("{}", problem(&body));
+    }
+    let columns = ["started_at", "fired_at", "resolved_at", "severity", "labels", "row"];
+    let rows: Vec<&Value> = body["alerts"].as_array().into_iter().flatten().collect();
+    match args.format {
+        Output::Json => println!("{body}"),
+        Output::Csv => {
+            let mut writer = csv::Writer::from_writer(std::io::stdout());
+            writer.write_record(columns)?;
+            for row in rows {
+                writer.write_record(columns.map(|name| plain(&row[name])))?;
+            }
+            writer.flush()?;
+        }
+        Output::Table => print!("{}", table(&json!({"columns": columns, "rows": rows}))),
+    }
+    let seen = |name: &str| body[name].as_str().unwrap_or("-").to_owned();
+    eprintln!("{} events from {} to {}", body["events"], seen("first_event"), seen("last_event"));
+    Ok(())
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
 enum Output {
     Table,
@@ -321,7 +403,7 @@ pub async fn query(args: Query) -> Result<()> {
 
 /// `{columns, rows}` as text in columns.
 fn table(answer: &Value) -> String {
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let text = plain;
     let name = |column: &Value| text(column.get("name").unwrap_or(column));
     let header: Vec<String> = answer["columns"].as_array().into_iter().flatten().map(name).collect();
     let rows: Vec<Vec<String>> = answer["rows"]

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use server::client::{self, Query, Replay};
+use server::client::{self, Backtest, Query, Replay};
 use server::demo::Speed;
 use server::{App, Config, admin, check, measure};
 use std::path::PathBuf;
@@ -59,7 +59,13 @@ enum Command {
         after_help = "Example: tidewatch query 'SELECT symbol, count(*) FROM market.trades GROUP BY symbol' -w acme"
     )]
     Query(Query),
-    /// Validates a configuration file or a metric's SQL; says line, column and mend.
+    /// Which alerts a rule would have raised over the events the server still has.
+    #[command(
+        after_help = "Example: tidewatch backtest wide-range.toml -w acme --from 2026-01-31T00:00:00Z --to 2026-02-01T00:00:00Z\n\n\
+                      The file: metric = \"vwap_1m\"\n          condition = \"vwap > 100\"\n          for = \"30s\"\n          severity = \"critical\""
+    )]
+    Backtest(Backtest),
+    /// Validates a configuration file, an alert rule or a metric's SQL; says line, column and mend.
     #[command(after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql")]
     Check { file: PathBuf },
     /// Workspaces of a data directory.
@@ -116,6 +122,7 @@ async fn run(command: Command) -> Result<()> {
         }
         Command::Replay(args) => client::replay(args).await,
         Command::Query(args) => client::query(args).await,
+        Command::Backtest(args) => client::backtest(args).await,
         Command::Check { file } => check::run(&file).await,
         Command::Workspace(command) => admin::workspace(command).await,
         Command::User(command) => admin::user(command).await,

@@ -86,7 +86,7 @@ impl SqlError {
     }
 
     /// Without a place yet: the first word that message and text share in quotes.
-    fn placed(mut self, sql: &str) -> Self {
+    pub(crate) fn placed(mut self, sql: &str) -> Self {
         if self.line.is_some() {
             return self;
         }

@@ -16,7 +16,7 @@ use datafusion::sql::sqlparser::ast::{
     JoinOperator, Spanned, TableFactor, TableWithJoins,
 };
 use datafusion::sql::sqlparser::tokenizer::Location;
-use engine::event::StreamName;
+use engine::event::{METRICS, StreamName};
 use engine::join::{Join, JoinKind, Joins, Near};
 use engine::window::Window;
 use std::sync::Arc;
@@ -59,10 +59,20 @@ pub(crate) fn read(select: &mut ast::Select) -> Result<FromClause, SqlError> {
             .at(first.at)
             .help("name the stream first and JOIN the table to it"));
     }
+    if let (Some(metric), false) = (first.name.metric(), joins.is_empty()) {
+        return Err(
+            unsupported("a join to the rows of a metric", format!("join in the metric `{metric}`")).at(first.at)
+        );
+    }
     let mut relations = vec![first];
     let mut nearness = None;
     for join in joins {
-        let right = named(&join.relation)?;
+        let right = named(&mut join.relation)?;
+        if let Some(metric) = right.name.metric() {
+            return Err(
+                unsupported("a join with the rows of a metric", format!("join what `{metric}` reads")).at(right.at)
+            );
+        }
         let (kind, constraint) = match &mut join.join_operator {
             JoinOperator::Join(on) | JoinOperator::Inner(on) => (JoinKind::Inner, on),
             JoinOperator::Left(on) | JoinOperator::LeftOuter(on) => (JoinKind::Left, on),
@@ -114,7 +124,7 @@ pub(crate) fn read(select: &mut ast::Select) -> Result<FromClause, SqlError> {
     Ok(FromClause { relations, nearness })
 }
 
-fn named(factor: &TableFactor) -> Result<Relation, SqlError> {
+fn named(factor: &mut TableFactor) -> Result<Relation, SqlError> {
     let TableFactor::Table { name, args: None, alias, .. } = factor else {
         return Err(unsupported(
             "a subquery or table function in FROM",
@@ -123,6 +133,10 @@ fn named(factor: &TableFactor) -> Result<Relation, SqlError> {
         .at(factor.span().start));
     };
     let at = name.span().start;
+    // a name of one part is that of a metric, written out
+    if name.0.len() == 1 {
+        name.0.insert(0, ast::ObjectNamePart::Identifier(ast::Ident::new(METRICS)));
+    }
     let parts: Vec<&str> = name.0.iter().filter_map(|part| part.as_ident()).map(|ident| ident.value.as_str()).collect();
     let text = parts.join(".").to_ascii_lowercase();
     let name: StreamName = text.parse().map_err(|e: engine::event::NameError| SqlError::new(e.to_string()).at(at))?;

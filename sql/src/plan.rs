@@ -6,6 +6,7 @@
 
 use crate::error::SqlError;
 use crate::join::{self, FromClause};
+use crate::over::RowSql;
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
@@ -26,11 +27,11 @@ use datafusion::prelude::SessionConfig;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{
     self, Expr as SqlExpr, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, SetExpr, Spanned,
-    Statement, visit_expressions_mut,
+    Statement, TableFactor, visit_expressions_mut,
 };
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
-use engine::event::{Span, StreamName};
+use engine::event::{METRICS, Span, StreamName};
 use engine::program::{Aggregate, Parts, Program, Top};
 use engine::window::Window;
 use parking_lot::Mutex;
@@ -58,40 +59,97 @@ struct Planned {
 }
 
 impl Planner {
-    /// The program of `sql`; `schema` gives the Arrow schema of a stream or reference table, `None` where there is none.
-    pub async fn program(
+    /// The program of `sql`; `source` gives what a name in FROM stands for, `None` where there is no such thing.
+    pub async fn program<S: Into<Source>>(
         &self,
         sql: &str,
-        schema: impl Fn(&StreamName) -> Option<SchemaRef>,
+        source: impl Fn(&StreamName) -> Option<S>,
     ) -> Result<Arc<Program>, SqlError> {
-        let metric = MetricSql::parse(sql)?;
-        let inputs = metric
-            .from
-            .relations
+        let metric = match RowSql::parse(sql)? {
+            Some(rows) => Parsed::Rows(rows),
+            None => Parsed::Windows(MetricSql::parse(sql)?),
+        };
+        let named = match &metric {
+            Parsed::Rows(rows) => vec![(&rows.upstream, rows.upstream_at)],
+            Parsed::Windows(metric) => {
+                metric.from.relations.iter().map(|relation| (&relation.name, relation.at)).collect()
+            }
+        };
+        let sources = named
             .iter()
-            .map(|relation| {
-                let name = &relation.name;
-                let (what, path) = match name.is_table() {
-                    true => ("reference table", format!("tables/{}", name.parts().1)),
-                    false => ("stream", format!("streams/{name}")),
-                };
-                schema(name).ok_or_else(|| {
-                    SqlError::new(format!("there is no {what} `{name}`"))
-                        .at(relation.at)
-                        .help(format!("define it with PUT …/{path} or name one that exists"))
-                })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+            .map(|(name, place)| source(name).map(Into::into).ok_or_else(|| unknown(name).at(*place)))
+            .collect::<Result<Vec<Source>, _>>()?;
+        let (stream, place) = named[0];
+        if let Source::Metric(upstream) = &sources[0]
+            && upstream.output().column_with_name("ts").is_some()
+        {
+            return Err(SqlError::new(format!("the rows of `{stream}` have a column `ts` of their own"))
+                .at(place)
+                .help("the time of a row is called so: define that metric with another name for its column"));
+        }
+        let inputs: Vec<SchemaRef> = sources.iter().map(Source::columns).collect();
         let key = (sql.to_owned(), inputs.iter().map(|input| Arc::as_ptr(input) as usize).collect());
         if let Some(known) = self.programs.lock().get(&key).and_then(|known| known.program.upgrade()) {
             return Ok(known);
         }
-        let program = Arc::new(metric.program(sql, inputs.clone()).await?);
+        let program = Arc::new(match (metric, &sources[0]) {
+            (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, inputs.clone()).await?,
+            (Parsed::Windows(metric), Source::Metric(_)) => {
+                metric.program(sql, vec![without_bounds(&inputs[0])]).await?
+            }
+            (Parsed::Rows(rows), Source::Metric(upstream)) => rows.program(sql, upstream).await?,
+            (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
+        });
         let mut programs = self.programs.lock();
         programs.retain(|_, known| known.program.strong_count() > 0);
         programs.insert(key, Planned { program: Arc::downgrade(&program), _inputs: inputs });
         Ok(program)
     }
+}
+
+/// What a metric reads.
+pub enum Source {
+    /// A stream's events, by their Arrow schema.
+    Stream(SchemaRef),
+    /// The final rows of another metric.
+    Metric(Arc<Program>),
+}
+
+impl Source {
+    /// The columns of its events or rows.
+    fn columns(&self) -> SchemaRef {
+        match self {
+            Source::Stream(schema) => schema.clone(),
+            Source::Metric(upstream) => upstream.rows().clone(),
+        }
+    }
+}
+
+impl From<SchemaRef> for Source {
+    fn from(schema: SchemaRef) -> Self {
+        Source::Stream(schema)
+    }
+}
+
+enum Parsed {
+    Windows(MetricSql),
+    Rows(RowSql),
+}
+
+fn unknown(stream: &StreamName) -> SqlError {
+    match stream.parts() {
+        (METRICS, metric) => SqlError::new(format!("there is no metric `{metric}`"))
+            .help("define it first, or name one that exists; a stream has two parts, for example market.trades"),
+        (_, table) if stream.is_table() => SqlError::new(format!("there is no reference table `{stream}`"))
+            .help(format!("define it with PUT …/tables/{table} or name one that exists")),
+        _ => SqlError::new(format!("there is no stream `{stream}`"))
+            .help(format!("define it with PUT …/streams/{stream} or name one that exists")),
+    }
+}
+
+/// A metric's rows as a longer window takes them in: the bounds are those of the new window.
+fn without_bounds(rows: &SchemaRef) -> SchemaRef {
+    Arc::new(Schema::new(rows.fields().iter().filter(|field| !is_bound(field.name())).cloned().collect::<Vec<_>>()))
 }
 
 /// An alert rule's condition over the rows of `program`: a boolean expression.
@@ -113,7 +171,7 @@ pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, 
     }
 }
 
-fn config() -> SessionConfig {
+pub(crate) fn config() -> SessionConfig {
     let mut config = SessionConfig::new().with_target_partitions(1).with_information_schema(false);
     config.options_mut().sql_parser.collect_spans = true;
     config
@@ -131,18 +189,7 @@ pub struct MetricSql {
 impl MetricSql {
     /// Reads the text, takes the window out of GROUP BY and refuses what no window program can do.
     pub fn parse(sql: &str) -> Result<MetricSql, SqlError> {
-        let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-        let statements =
-            parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-                ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-                ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-            })?;
-        let mut statement = match <[Statement; 1]>::try_from(statements) {
-            Ok([statement]) => statement,
-            Err(many) => {
-                return Err(SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())));
-            }
-        };
+        let mut statement = statement_of(sql)?;
         let place = statement.span().start;
         let Statement::Query(query) = &mut statement else {
             return Err(SqlError::new("a metric is a SELECT").at(place));
@@ -238,6 +285,19 @@ impl MetricSql {
     }
 }
 
+/// The one statement of a metric's text.
+pub(crate) fn statement_of(sql: &str) -> Result<Statement, SqlError> {
+    let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
+    let statements =
+        parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
+            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
+        })?;
+    <[Statement; 1]>::try_from(statements)
+        .map(|[statement]| statement)
+        .map_err(|many| SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())))
+}
+
 /// The stream's schema with the two generated columns behind.
 pub fn with_bounds(input: &SchemaRef) -> SchemaRef {
     let kind = streams::schema::timestamp_type();
@@ -248,6 +308,35 @@ pub fn with_bounds(input: &SchemaRef) -> SchemaRef {
 
 pub(crate) fn unsupported(what: &str, instead: impl Into<String>) -> SqlError {
     SqlError::new(format!("{what} is not supported in a metric")).help(instead)
+}
+
+/// The stream a metric reads; the metric that a name of one part stands for is written out as `metrics.NAME`.
+pub(crate) fn stream_of(
+    select: &mut ast::Select,
+) -> Result<(StreamName, datafusion::sql::sqlparser::tokenizer::Location), SqlError> {
+    let place = select.span().start;
+    let [from] = select.from.as_mut_slice() else {
+        return Err(match select.from.len() {
+            0 => SqlError::new("a metric reads a stream").at(place).help("add FROM, for example FROM market.trades"),
+            _ => unsupported("a join", "read one stream").at(select.from[1].span().start),
+        });
+    };
+    if let Some(join) = from.joins.first() {
+        return Err(unsupported("a join", "read one stream").at(join.relation.span().start));
+    }
+    let TableFactor::Table { name, args: None, .. } = &mut from.relation else {
+        return Err(
+            unsupported("a subquery or table function in FROM", "read one stream").at(from.relation.span().start)
+        );
+    };
+    let place = name.span().start;
+    if name.0.len() == 1 {
+        name.0.insert(0, ast::ObjectNamePart::Identifier(Ident::new(METRICS)));
+    }
+    let parts: Vec<&str> = name.0.iter().filter_map(|part| part.as_ident()).map(|ident| ident.value.as_str()).collect();
+    let stream = parts.join(".").to_ascii_lowercase();
+    let stream = stream.parse().map_err(|e: engine::event::NameError| SqlError::new(e.to_string()).at(place))?;
+    Ok((stream, place))
 }
 
 /// The window an expression stands for; `None` for every other expression.
@@ -565,21 +654,21 @@ impl<'a> Shape<'a> {
             }
         };
         let stream = from.relations[0].name.clone();
-        Ok(Parts { stream, window, input, joins, filter, keys, aggregates, having, values, top })
+        Ok(Parts { stream, window, input, joins, filter, keys, aggregates, having, values, top, over: None })
     }
 }
 
 /// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
-fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
+pub(crate) fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
     let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
     ExprSimplifier::new(context).simplify(expr.clone())
 }
 
-fn is_bound(name: &str) -> bool {
+pub(crate) fn is_bound(name: &str) -> bool {
     name == "window_start" || name == "window_end"
 }
 
-fn check_name(name: &str) -> Result<(), SqlError> {
+pub(crate) fn check_name(name: &str) -> Result<(), SqlError> {
     if RESERVED.contains(&name) {
         return Err(SqlError::new(format!("a metric's rows have `{name}` already")).help("rename the column with AS"));
     }

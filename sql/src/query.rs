@@ -1,6 +1,7 @@
 //! Questions asked once: read-only SQL over tables that are handed in.
 
 use crate::error::SqlError;
+use crate::functions;
 use datafusion::arrow::array::RecordBatch;
 use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
@@ -71,7 +72,10 @@ impl Question {
                 ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
             })?;
         match <[Statement; 1]>::try_from(statements) {
-            Ok([statement @ Statement::Query(_)]) => Ok(Question { sql: sql.to_owned(), statement }),
+            Ok([mut statement @ Statement::Query(_)]) => {
+                functions::write_out_times(&mut statement);
+                Ok(Question { sql: sql.to_owned(), statement })
+            }
             Ok(_) => Err(SqlError::new("only queries are allowed here: write a SELECT")),
             Err(many) => Err(SqlError::new(format!("one statement at a time, this text has {}", many.len()))),
         }
@@ -111,6 +115,7 @@ impl Question {
         let state =
             SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
         let context = SessionContext::new_with_state(state);
+        functions::indicators().for_each(|function| context.register_udwf(function));
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         for table in tables {
             let provider = Arc::new(MemTable::try_new(table.schema, vec![table.batches]).map_err(convert)?);

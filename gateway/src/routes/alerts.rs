@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/api/v1/workspaces/{ws}/alert-rules", get(rules).post(create_rule))
+        .route("/api/v1/workspaces/{ws}/backtest", post(backtest))
         .route("/api/v1/workspaces/{ws}/alert-rules/{rule}", put(put_rule).delete(remove_rule))
         .route("/api/v1/workspaces/{ws}/alerts", get(alerts))
         .route("/api/v1/workspaces/{ws}/alerts/{alert}/ack", post(ack))
@@ -59,6 +60,17 @@ struct Rule {
     severity: Option<String>,
 }
 
+impl Rule {
+    fn definition(self) -> Result<RuleDefinition, Problem> {
+        Ok(RuleDefinition {
+            metric: self.metric.parse()?,
+            condition: self.condition,
+            hold: self.hold.map(|text| text.0),
+            severity: self.severity,
+        })
+    }
+}
+
 async fn create_rule(
     State(state): State<AppState>,
     member: Member,
@@ -89,15 +101,46 @@ async fn put_rule(
 
 async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
     member.may(Permission::Define)?;
-    let definition = RuleDefinition {
-        metric: rule.metric.parse()?,
-        condition: rule.condition,
-        hold: rule.hold.map(|text| text.0),
-        severity: rule.severity,
-    };
+    let definition = rule.definition()?;
     let shown = rule_json(&name, &definition);
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
     Ok(shown)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BacktestBody {
+    rule: Rule,
+    /// First event time.
+    from: String,
+    /// Event time before which it ends.
+    to: String,
+}
+
+async fn backtest(
+    State(state): State<AppState>,
+    member: Member,
+    Json(body): Json<BacktestBody>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let (from, to) = (instant("from", &body.from)?, instant("to", &body.to)?);
+    if to <= from {
+        return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
+    }
+    let metric = body.rule.metric.clone();
+    let tested = state.system.backtest(&member.workspace, body.rule.definition()?, from..to).await?;
+    let alerts = tested.episodes.iter().map(|episode| {
+        json!({
+            "labels": episode.labels, "severity": tested.severity, "started_at": rfc3339(episode.started_at),
+            "fired_at": rfc3339(episode.fired_at), "resolved_at": episode.resolved_at.map(rfc3339), "row": episode.row,
+        })
+    });
+    let alerts: Vec<Value> = alerts.collect();
+    let (first, last) = tested.seen.unzip();
+    Ok(axum::Json(json!({
+        "metric": metric, "alerts": alerts, "events": tested.events,
+        "first_event": first.map(rfc3339), "last_event": last.map(rfc3339),
+    })))
 }
 
 async fn remove_rule(

@@ -115,8 +115,9 @@ fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[S
     for stream in &world.streams {
         keep(&mut rows, workspace.idle(&stream.stream, Micros(i64::MAX / 2)), program);
     }
-    assert_eq!(workspace.waiting(&metric()), 0, "events wait behind the last window");
-    assert_eq!(workspace.bytes_of(&metric()) / 2048, 0, "state is left behind after the last window");
+    let (_, state) = workspace.metrics().next().unwrap();
+    assert_eq!(state.waiting(), 0, "events wait behind the last window");
+    assert_eq!(state.bytes() / 2048, 0, "state is left behind after the last window");
     rows
 }
 

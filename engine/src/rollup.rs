@@ -1,0 +1,149 @@
+//! A metric with a window over the final rows of another one: panes as over events, and corrections of rows.
+//!
+//! An aggregate cannot take a row back. So while rows of a pane may still be corrected they are kept, and a correction
+//! computes the pane anew from them. Where nothing is corrected (no allowed lateness) no row is kept.
+
+use crate::event::{Micros, Span};
+use crate::key::batch_of;
+use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::program::Program;
+use arrow::array::{AsArray, RecordBatch, UInt32Array};
+use arrow::compute;
+use arrow::datatypes::{Schema, TimestampMicrosecondType};
+use arrow::row::{RowConverter, SortField};
+use datafusion_common::{Result, exec_err};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Which row: end and start of its window, and its key.
+type Place = (Micros, Micros, Box<[u8]>);
+
+pub struct Rollup {
+    metric: Metric,
+    /// The metric it reads.
+    upstream: Arc<Program>,
+    keys: Option<RowConverter>, // none where it has no keys
+    /// By pane, the rows of panes in which a row may still be corrected; one row a batch.
+    kept: BTreeMap<Micros, BTreeMap<Place, RecordBatch>>,
+}
+
+impl Rollup {
+    /// `upstream` is the metric it reads.
+    pub(crate) fn new(program: Arc<Program>, timing: Timing, upstream: Arc<Program>) -> Result<Self> {
+        Self::over(Metric::new(program, timing)?, upstream)
+    }
+
+    fn over(metric: Metric, upstream: Arc<Program>) -> Result<Self> {
+        let fields = upstream.key_schema.fields().iter().map(|field| SortField::new(field.data_type().clone()));
+        let keys = if upstream.key_count() == 0 { None } else { Some(RowConverter::new(fields.collect())?) };
+        Ok(Self { metric, upstream, keys, kept: BTreeMap::new() })
+    }
+
+    pub(crate) fn metric(&self) -> &Metric {
+        &self.metric
+    }
+
+    pub(crate) fn metric_mut(&mut self) -> &mut Metric {
+        &mut self.metric
+    }
+
+    /// Bytes of state on the heap, within a few percent.
+    pub(crate) fn bytes(&self) -> usize {
+        let kept = self.kept.values().flat_map(BTreeMap::values);
+        self.metric.bytes() + kept.map(RecordBatch::get_array_memory_size).sum::<usize>()
+    }
+
+    /// Takes in final rows of the metric it reads, in the columns of [`Program::rows`].
+    pub(crate) fn absorb(&mut self, batch: &RecordBatch, revisions: &[i64], out: &mut Vec<Rows>) -> Result<()> {
+        let closed = self.metric.closed();
+        if self.metric.timing().allowed_lateness.0 == 0 {
+            return self.metric.take(batch);
+        }
+        let places = self.places(batch)?;
+        let width = self.metric.program().window().pane();
+        let mut fresh: Vec<(Micros, u32)> = Vec::new();
+        let mut corrected: BTreeMap<Micros, Vec<u32>> = BTreeMap::new();
+        for (row, place) in places.into_iter().enumerate() {
+            let pane = place.0.minus(Span(1)).pane_start(width);
+            if revisions[row] > 0 || place.0 <= closed {
+                corrected.entry(pane).or_default().push(row as u32);
+            } else {
+                fresh.push((pane, row as u32));
+            }
+            self.kept.entry(pane).or_default().insert(place, batch.slice(row, 1));
+        }
+        if corrected.is_empty() {
+            return self.metric.take(batch);
+        }
+        // a pane that is computed anew has all its rows, the fresh ones too
+        let fresh = fresh.into_iter().filter(|(pane, _)| !corrected.contains_key(pane)).map(|(_, row)| row);
+        let fresh = UInt32Array::from_iter_values(fresh);
+        for (pane, rows) in corrected {
+            let corrected = compute::take_record_batch(batch, &UInt32Array::from(rows))?;
+            let kept = self.kept.get(&pane).into_iter().flat_map(BTreeMap::values);
+            let whole = compute::concat_batches(self.upstream.rows(), kept)?;
+            self.metric.replace(pane, &whole, &corrected, out)?;
+        }
+        let fresh = compute::take_record_batch(batch, &fresh)?;
+        self.metric.take(&fresh)
+    }
+
+    /// Closes windows up to `closed` and lets go of rows that can no longer be corrected.
+    pub(crate) fn advance(&mut self, closed: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        self.metric.advance(closed, out)?;
+        let (width, lateness) = (self.metric.program().window().pane(), self.metric.timing().allowed_lateness);
+        self.kept.retain(|start, _| start.plus(width).plus(lateness) > closed);
+        Ok(())
+    }
+
+    fn places(&self, batch: &RecordBatch) -> Result<Vec<Place>> {
+        let time = |name: &str| match batch
+            .column_by_name(name)
+            .and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>())
+        {
+            Some(column) => Ok(column.values().clone()),
+            None => exec_err!("rows of `{}` have no column `{name}`", self.metric.program().stream()),
+        };
+        let (starts, ends) = (time("window_start")?, time("window_end")?);
+        // behind ts, window_start and window_end
+        let columns = &batch.columns()[3..3 + self.upstream.key_count()];
+        let keys = self.keys.as_ref().map(|keys| keys.convert_columns(columns)).transpose()?;
+        let place = |row: usize| {
+            let key = keys.as_ref().map_or_else(Box::default, |keys| keys.row(row).as_ref().into());
+            (Micros(ends[row]), Micros(starts[row]), key)
+        };
+        Ok((0..batch.num_rows()).map(place).collect())
+    }
+
+    /// As [`Metric::save`], and the rows that are kept.
+    pub(crate) fn save(&mut self) -> Result<(Micros, [RecordBatch; 3])> {
+        let (closed, panes, revisions) = self.metric.save()?;
+        let kept = compute::concat_batches(self.upstream.rows(), self.kept.values().flat_map(BTreeMap::values))?;
+        Ok((closed, [panes, revisions, kept]))
+    }
+
+    /// The state that [`Rollup::save`] gave, under the program and the timing there is.
+    pub(crate) fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Self, RestoreError> {
+        let [panes, revisions, kept] = state else {
+            return Err(RestoreError::Mismatch(format!("found {} batches, want 3", state.len())));
+        };
+        let types = |s: &Schema| s.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
+        if types(kept.schema_ref()) != types(self.upstream.rows()) {
+            return Err(RestoreError::Mismatch(format!(
+                "found {:?}, want {:?}",
+                kept.schema_ref(),
+                self.upstream.rows()
+            )));
+        }
+        let (program, timing) = (self.metric.program().clone(), self.metric.timing());
+        let metric = Metric::restore(program, timing, closed, panes, revisions)?;
+        let mut rollup = Rollup::over(metric, self.upstream.clone())?;
+        let width = rollup.metric.program().window().pane();
+        let kept = batch_of(self.upstream.rows().clone(), kept.columns().to_vec(), kept.num_rows())?;
+        for (row, place) in rollup.places(&kept)?.into_iter().enumerate() {
+            let pane = place.0.minus(Span(1)).pane_start(width);
+            rollup.kept.entry(pane).or_default().insert(place, kept.slice(row, 1));
+        }
+        Ok(rollup)
+    }
+}
