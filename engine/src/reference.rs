@@ -258,8 +258,8 @@ impl Table {
             let Some(keyed) = self.slots[slot as usize].as_mut() else { continue };
             let current = keyed.versions.partition_point(|version| version.from <= horizon);
             let Some(current) = current.checked_sub(1) else { continue };
-            let gone = current + usize::from(keyed.versions[current].deleted);
-            let gone: Vec<Version> = keyed.versions.drain(..gone).collect();
+            // a deletion stays too: a change dated before it may still come
+            let gone: Vec<Version> = keyed.versions.drain(..current).collect();
             let empty = keyed.versions.is_empty();
             gone.iter().for_each(|version| self.dropped(slot, version));
             if empty && let Some(keyed) = self.slots[slot as usize].take() {

@@ -516,7 +516,7 @@ fn joins_that_cannot_run_are_refused_with_their_place_and_what_to_write() {
     let minute = "GROUP BY tumble(a.ts, INTERVAL '1 minute')";
     let from = |rest: &str| format!("SELECT count(*) FROM a.events a {rest}");
     refused(&from(&format!("JOIN ref.nothing p ON a.symbol = p.symbol {minute}")), 1, 38, "PUT …/tables/nothing");
-    refused(&from(&format!(", b.events b {minute}")), 1, 34, "write JOIN");
+    refused(&from(&format!(", b.events b {minute}")), 1, 35, "write JOIN");
     refused(&from(&format!("RIGHT JOIN b.events b ON a.symbol = b.symbol {minute}")), 1, 44, "swap the sides");
     refused(&from(&format!("FULL JOIN b.events b ON a.symbol = b.symbol {minute}")), 1, 43, "write JOIN or LEFT JOIN");
     refused(&from(&format!("CROSS JOIN b.events b {minute}")), 1, 44, "write JOIN or LEFT JOIN");
