@@ -65,6 +65,13 @@ impl System {
         // the metric and those it reads, from the rule down to the stream
         let read = |metric: &&MetricInfo| find(&metric.program.stream().metric()?);
         let chain: Vec<&MetricInfo> = std::iter::successors(Some(metric), read).collect();
+        if let Some(joined) = chain.iter().find(|metric| metric.program.is_joined()) {
+            let detail = format!(
+                "metric `{}` joins, and a backtest reads one stream alone; define the rule to try it",
+                joined.name
+            );
+            return Err(Fault::invalid("unsupported", detail));
+        }
         let severity = definition.severity.clone().unwrap_or_else(|| SEVERITY.to_owned());
         let rule = Rule {
             name: RULE.parse::<ItemName>().map_err(Fault::internal)?,

@@ -13,6 +13,7 @@ mod query; // the pool of query workers
 mod root; // starts workspaces, and starts them again
 pub mod rows; // a metric's rows as JSON
 mod system; // the whole system as the gateway sees it
+mod table; // reference tables as they are stored, and positions as rows of one
 mod tenant; // the order of a workspace's events
 mod workspace; // a workspace's actor
 
@@ -25,4 +26,5 @@ pub use system::{
     ActorInfo, Ingested, Limits, Part, Parts, QueryAnswer, QueryRequest, RowsPage, RowsQuery, StreamInfo, System,
     Throughput,
 };
+pub use table::TableInfo;
 pub use workspace::MetricInfo;

@@ -9,6 +9,7 @@ use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
+use crate::table::{StoredTable, TableInfo};
 use crate::tenant::Tenant;
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, Workspace};
+use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, TableRow, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 use streams::decode::{Decoded, EventError};
 use streams::log::{Body, Filter, Log, Offset};
 use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
+use streams::table::{built_in_tables, positions};
 
 /// The bounds of this crate: `limits.*` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -54,6 +56,10 @@ pub struct Limits {
     pub streams: usize,
     /// Alert rules in a workspace.
     pub alert_rules: usize,
+    /// Reference tables in a workspace, beside the built-in ones.
+    pub tables: usize,
+    /// Bytes of memory of the rows of a workspace's reference tables, earlier versions included.
+    pub table_bytes: usize,
 }
 
 impl Default for Limits {
@@ -68,6 +74,8 @@ impl Default for Limits {
             metrics: 1_000,
             streams: 200,
             alert_rules: 1_000,
+            tables: 100,
+            table_bytes: 64 << 20,
         }
     }
 }
@@ -91,9 +99,12 @@ impl Deps {
         sql: &str,
         metrics: impl Fn(&ItemName) -> Option<Arc<Program>>,
     ) -> Result<Arc<Program>, Fault> {
-        let source = |stream: &StreamName| match stream.metric() {
+        let source = |name: &StreamName| match name.metric() {
             Some(metric) => metrics(&metric).map(Source::Metric),
-            None => tenant.schemas.read().get(stream).map(|schema| Source::Stream(schema.arrow().clone())),
+            None if name.is_table() => {
+                tenant.tables.read().get(name).map(|table| Source::Stream(table.schema().relation().clone()))
+            }
+            None => tenant.schemas.read().get(name).map(|schema| Source::Stream(schema.arrow().clone())),
         };
         Ok(self.planner.program(sql, source).await?)
     }
@@ -265,10 +276,15 @@ impl System {
         for row in deps.store.all_streams().await? {
             schemas.entry(row.workspace.clone()).or_default().push(row);
         }
+        let mut tables: HashMap<WorkspaceId, Vec<TableRow>> = HashMap::new();
+        for row in deps.store.all_tables().await? {
+            tables.entry(row.workspace.clone()).or_default().push(row);
+        }
         for workspace in deps.store.all_workspaces().await? {
             let rows = schemas.remove(&workspace.id).unwrap_or_default();
+            let tables = tables.remove(&workspace.id).unwrap_or_default();
             let first = deps.store.meta(&first_offset(&workspace.id)).await?.and_then(|text| text.parse().ok());
-            system.adopt(workspace.id, first.unwrap_or(0), &rows)?;
+            system.adopt(workspace.id, first.unwrap_or(0), &rows, tables)?;
         }
         system.remember_ids().await?;
         let offsets: HashMap<_, _> = deps.store.checkpoints_offsets().await?.into_iter().collect();
@@ -299,7 +315,13 @@ impl System {
         _ = self.0.deps.log.barrier().await; // a log that failed has said so already
     }
 
-    fn adopt(&self, id: WorkspaceId, first: u64, rows: &[StreamRow]) -> Result<Arc<Tenant>, Fault> {
+    fn adopt(
+        &self,
+        id: WorkspaceId,
+        first: u64,
+        rows: &[StreamRow],
+        tables: Vec<TableRow>,
+    ) -> Result<Arc<Tenant>, Fault> {
         let Deps { log, outlet, .. } = self.0.deps.as_ref();
         let limits = &self.0.limits;
         let tenant =
@@ -311,6 +333,14 @@ impl System {
                 let stored: StoredSchema = serde_json::from_str(&row.schema_json).map_err(Fault::internal)?;
                 let schema = StreamSchema::new(row.stream.clone(), stored.columns, stored.unknown_fields);
                 schemas.insert(row.stream.clone(), Arc::new(schema.map_err(Fault::internal)?));
+            }
+        }
+        {
+            let mut known = tenant.tables.write();
+            known.extend(built_in_tables().iter().map(|table| (table.name().clone(), Arc::new(table.clone()))));
+            for row in tables {
+                let stored: StoredTable = serde_json::from_value(row.definition).map_err(Fault::internal)?;
+                known.insert(row.name.clone(), Arc::new(stored.table(row.name).map_err(Fault::internal)?));
             }
         }
         self.0.tenants.write().insert(id, tenant.clone());
@@ -388,7 +418,7 @@ impl System {
         // what the log holds of an earlier workspace of this name is not this one's
         let first = self.0.deps.log.tail().0;
         self.store().put_meta(&first_offset(&id), &first.to_string()).await?;
-        let tenant = self.adopt(id, first, &[])?;
+        let tenant = self.adopt(id, first, &[], Vec::new())?;
         tenant.counters.saved.store(first, Relaxed);
         self.launch(&tenant)?;
         _ = tenant.ready.subscribe().wait_for(|ready| *ready).await;
@@ -439,6 +469,11 @@ impl System {
         if built_in().iter().any(|known| known.stream == stream) {
             let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
             return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
+        }
+        if stream.is_table() {
+            let detail =
+                format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
+            return Err(Fault::invalid("bad_name", detail));
         }
         {
             let schemas = tenant.schemas.read();
@@ -505,6 +540,93 @@ impl System {
             errors,
             offset: appended.offset,
         })
+    }
+
+    /// The reference tables of a workspace by name.
+    pub async fn tables(&self, id: &WorkspaceId) -> Result<Vec<TableInfo>, Fault> {
+        let tenant = self.tenant(id)?;
+        let actor = self.actor(id).await?;
+        let sizes = ractor::call_t!(actor, WorkspaceMsg::TableSizes, ASK).map_err(|error| restarting(id, error))?;
+        let mut tables: Vec<Arc<streams::table::Table>> = tenant.tables.read().values().cloned().collect();
+        tables.sort_by(|a, b| a.name().cmp(b.name()));
+        let info = |table: Arc<streams::table::Table>| TableInfo {
+            size: sizes.get(table.name()).copied().unwrap_or_default(),
+            table,
+        };
+        Ok(tables.into_iter().map(info).collect())
+    }
+
+    /// The definition of a reference table.
+    pub fn table_definition(&self, id: &WorkspaceId, name: &StreamName) -> Result<Arc<streams::table::Table>, Fault> {
+        let found = self.tenant(id)?.tables.read().get(name).cloned();
+        found.ok_or_else(|| {
+            let bare = name.parts().1;
+            Fault::not_found("unknown_table", format!("there is no table `{bare}`; define it with PUT …/tables/{bare}"))
+        })
+    }
+
+    /// Adds a reference table, or changes its columns as far as its rows allow.
+    pub async fn define_table(&self, id: &WorkspaceId, table: streams::table::Table) -> Result<(), Fault> {
+        let tenant = self.tenant(id)?;
+        let name = table.name();
+        not_built_in(name)?;
+        {
+            let tables = tenant.tables.read();
+            match tables.get(name) {
+                Some(known) => known
+                    .check_evolution(&table)
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
+                None if tables.len() >= self.0.limits.tables + built_in_tables().len() => {
+                    return Err(over_limit("limits.tables", self.0.limits.tables));
+                }
+                None => {}
+            }
+        }
+        self.ask(id, |reply| WorkspaceMsg::DefineTable { table: Box::new(table), reply }).await
+    }
+
+    /// Deletes a reference table that no metric joins, with its rows.
+    pub async fn remove_table(&self, id: &WorkspaceId, name: &StreamName) -> Result<(), Fault> {
+        not_built_in(name)?;
+        let existed = self.ask(id, |reply| WorkspaceMsg::RemoveTable { name: name.clone(), reply }).await?;
+        if existed { Ok(()) } else { Err(unknown("table", "unknown_table", name.parts().1)) }
+    }
+
+    /// Takes in decoded changes of a reference table's rows; returns once the good ones are durable.
+    pub async fn change_rows(&self, id: &WorkspaceId, name: &StreamName, decoded: Decoded) -> Result<Ingested, Fault> {
+        if name == positions().name() {
+            let detail = "positions are changed with their portfolio: PUT …/portfolios/{pf}/positions";
+            return Err(Fault::new(FaultKind::Conflict, "built_in_table", detail));
+        }
+        let tenant = self.tenant(id)?;
+        let Decoded { batch, rejected, errors } = decoded;
+        let (held, most) = (tenant.counters.table_bytes.load(Relaxed) as usize, self.0.limits.table_bytes);
+        if held.saturating_add(batch.get_array_memory_size()) > most {
+            let detail = format!(
+                "the reference tables of this workspace hold {held} of the {most} bytes of limits.table_bytes; delete rows, or raise the limit"
+            );
+            return Err(Fault::new(FaultKind::Conflict, "limit_reached", detail));
+        }
+        let appended = if batch.num_rows() > 0 {
+            tenant.append(name, batch).await?
+        } else {
+            crate::tenant::Appended { accepted: 0, duplicates: 0, offset: None }
+        };
+        Ok(Ingested {
+            accepted: appended.accepted,
+            duplicates: appended.duplicates,
+            rejected: rejected as u64,
+            errors,
+            offset: appended.offset,
+        })
+    }
+
+    /// The rows of a reference table that are valid at `at`, in order of the primary key, with `valid_from` behind
+    /// the table's columns.
+    pub async fn table_rows(&self, id: &WorkspaceId, name: &StreamName, at: Micros) -> Result<RecordBatch, Fault> {
+        self.table_definition(id, name)?;
+        let rows = self.ask(id, |reply| WorkspaceMsg::TableRows { name: name.clone(), at, reply }).await?;
+        rows.ok_or_else(|| unknown("table", "unknown_table", name.parts().1))
     }
 
     pub async fn define_metric(
@@ -627,6 +749,10 @@ impl System {
         if let Some(schema) = text.parse::<StreamName>().ok().and_then(|s| tenant.schemas.read().get(&s).cloned()) {
             let batches = self.events(id, &schema).await?;
             return Ok(Table { name, schema: schema.arrow().clone(), batches });
+        }
+        if let Some(table) = text.parse::<StreamName>().ok().filter(StreamName::is_table) {
+            let rows = self.table_rows(id, &table, self.now()).await?;
+            return Ok(Table { name, schema: rows.schema(), batches: vec![rows] });
         }
         let metric: Option<ItemName> = match name.as_slice() {
             [metric] => metric.parse().ok(),
@@ -889,6 +1015,14 @@ impl System {
 
 fn built_in_schemas() -> impl Iterator<Item = (StreamName, Arc<StreamSchema>)> {
     built_in().iter().map(|schema| (schema.stream.clone(), Arc::new(schema.clone())))
+}
+
+fn not_built_in(name: &StreamName) -> Result<(), Fault> {
+    if built_in_tables().iter().any(|known| known.name() == name) {
+        let detail = format!("table `{name}` is built in; choose another name for your own columns");
+        return Err(Fault::new(FaultKind::Conflict, "built_in_table", detail));
+    }
+    Ok(())
 }
 
 fn restarting(id: &WorkspaceId, error: impl std::fmt::Display) -> Fault {

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use streams::log::{AppendError, Body, Log, Pending, Record};
 use streams::schema::StreamSchema;
+use streams::table::Table;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 /// Bytes a permit of the mailbox stands for.
@@ -26,6 +27,8 @@ pub(crate) struct Tenant {
     /// Where the log begins for it: what an earlier workspace of the same name left is before that.
     pub(crate) first: u64,
     pub(crate) schemas: RwLock<HashMap<StreamName, Arc<StreamSchema>>>,
+    /// Reference tables, the built-in ones too.
+    pub(crate) tables: RwLock<HashMap<StreamName, Arc<Table>>>,
     pub(crate) counters: Counters,
     /// Becomes true once the state is restored and the log replayed.
     pub(crate) ready: watch::Sender<bool>,
@@ -47,6 +50,8 @@ pub(crate) struct Counters {
     pub(crate) queued_batches: AtomicU64,
     pub(crate) restarts: AtomicU64,
     pub(crate) state_bytes: AtomicU64,
+    /// Rows of reference tables in memory.
+    pub(crate) table_bytes: AtomicU64,
     /// Log offset after the newest record of this workspace.
     pub(crate) appended: AtomicU64,
     /// Log offset that the stored state includes.
@@ -159,6 +164,7 @@ impl Tenant {
             id,
             first,
             schemas: RwLock::default(),
+            tables: RwLock::default(),
             counters: Counters::default(),
             ready: watch::Sender::new(false),
             gone: AtomicBool::new(false),

@@ -9,6 +9,7 @@ use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::rows;
 use crate::system::Deps;
+use crate::table::{Positions, StoredTable};
 use crate::tenant::Tenant;
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
@@ -16,6 +17,7 @@ use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
+use engine::reference::TableSize;
 use engine::workspace::{IDLE_TIMEOUT, Outputs, Saved, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use streams::log::{Body, Filter, Offset, ReadError, Record, Scan};
+use streams::table::{Table, built_in_tables, positions};
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
@@ -74,6 +77,21 @@ pub(crate) enum WorkspaceMsg {
         metric: ItemName,
         reply: Reply<Recent>,
     },
+    DefineTable {
+        table: Box<Table>,
+        reply: Reply<()>,
+    },
+    RemoveTable {
+        name: StreamName,
+        reply: Reply<bool>,
+    },
+    /// The rows of a reference table that are valid at an instant.
+    TableRows {
+        name: StreamName,
+        at: Micros,
+        reply: Reply<Option<RecordBatch>>,
+    },
+    TableSizes(RpcReplyPort<BTreeMap<StreamName, TableSize>>),
     /// A portfolio or its positions changed in the store.
     Hold {
         id: ItemName,
@@ -150,6 +168,12 @@ struct Defined {
     changed: bool,
 }
 
+/// A reference table.
+struct DefinedTable {
+    /// First log offset of its changes.
+    since: u64,
+}
+
 struct Held {
     actor: ActorRef<PortfolioMsg>,
     symbols: HashSet<String>,
@@ -169,7 +193,10 @@ pub(crate) struct State {
     applied: u64, // the next log offset
     metrics: BTreeMap<ItemName, Defined>,
     rules: BTreeMap<ItemName, RuleDefinition>,
+    tables: BTreeMap<StreamName, DefinedTable>,
     portfolios: BTreeMap<ItemName, Held>,
+    /// The positions that `ref.positions` was told of, by portfolio and symbol; read from the table when first needed.
+    written: Option<BTreeMap<ItemName, Positions>>,
     firing: HashMap<String, Alert>,
     arrivals: BTreeMap<StreamName, Arrival>,
     unsaved: Unsaved,
@@ -226,7 +253,9 @@ impl Actor for WorkspaceActor {
             applied: 0,
             metrics: BTreeMap::new(),
             rules: BTreeMap::new(),
+            tables: BTreeMap::new(),
             portfolios: BTreeMap::new(),
+            written: None,
             firing: HashMap::new(),
             arrivals: BTreeMap::new(),
             unsaved: Unsaved::default(),
@@ -294,6 +323,15 @@ impl Actor for WorkspaceActor {
                 _ = reply.send(state.engine.streams().map(|(name, time)| (name.clone(), time)).collect());
             }
             WorkspaceMsg::Rows { metric, reply } => _ = reply.send(state.recent(&metric)),
+            WorkspaceMsg::DefineTable { table, reply } => _ = reply.send(state.define_table(*table).await),
+            WorkspaceMsg::RemoveTable { name, reply } => _ = reply.send(state.remove_table(&name).await),
+            WorkspaceMsg::TableRows { name, at, reply } => {
+                _ = reply.send(state.engine.tables().rows(&name, at).map_err(Fault::internal));
+            }
+            WorkspaceMsg::TableSizes(reply) => {
+                let tables = state.engine.tables();
+                _ = reply.send(state.tables.keys().map(|name| (name.clone(), tables.size(name))).collect());
+            }
             WorkspaceMsg::Hold { id, reply } => _ = reply.send(state.hold(&myself, id).await),
             WorkspaceMsg::Summary { id, reply } => state.summary(&id, reply),
             WorkspaceMsg::Drain(reply) => state.draining = Some(reply),
@@ -331,6 +369,13 @@ impl State {
         // a commit without the state stands for this offset until the state is saved again
         self.tenant.counters.saved.store(self.applied, Relaxed);
         let mut later = Vec::new();
+        for table in built_in_tables() {
+            self.begin_table(table.clone(), 0)?;
+        }
+        for row in store.tables(&id).await? {
+            let stored: StoredTable = serde_json::from_value(row.definition)?;
+            self.begin_table(stored.table(row.name)?, row.since_offset)?;
+        }
         let mut rows = store.metrics(&id).await?;
         // one that reads another can be planned only after it, so what fails may have to wait for the next round
         while !rows.is_empty() {
@@ -382,12 +427,15 @@ impl State {
             self.catch_up(&name).await?;
         }
         self.replay(later).await?;
+        self.count_tables();
         let now = self.deps.clock.now();
         let stood = self.engine.streams().filter_map(|(name, time)| Some((name.clone(), time.frontier?)));
         self.arrivals = stood.map(|(name, frontier)| (name, Arrival { at: now, frontier })).collect();
         for portfolio in store.portfolios(&id).await? {
-            if let Ok(name) = portfolio.id.parse() {
-                self.hold(myself, name).await?;
+            if let Ok(name) = portfolio.id.parse::<ItemName>()
+                && let Err(fault) = self.hold(myself, name).await
+            {
+                tracing::error!(workspace = %id, portfolio = %portfolio.id, %fault, "positions are not in ref.positions yet");
             }
         }
         self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
@@ -411,6 +459,10 @@ impl State {
                 }
             }
             let outputs = match record.body {
+                Body::Events { stream, batch } if stream.is_table() => {
+                    self.apply_change(&stream, &batch, offset.0);
+                    Outputs::default()
+                }
                 Body::Events { stream, batch } => {
                     let outputs = self.engine.step(&stream, &batch);
                     self.late(&stream, &batch, &outputs);
@@ -565,6 +617,13 @@ impl State {
     }
 
     fn on_events(&mut self, myself: &ActorRef<WorkspaceMsg>, offset: u64, stream: &StreamName, batch: &RecordBatch) {
+        if stream.is_table() {
+            self.apply_change(stream, batch, offset);
+            self.applied = offset + 1;
+            self.dirty = true;
+            self.plan_save(myself);
+            return;
+        }
         let outputs = self.engine.step(stream, batch);
         self.applied = offset + 1;
         if let Some(frontier) = self.engine.frontier(stream) {
@@ -572,6 +631,86 @@ impl State {
         }
         self.after(myself, stream, outputs, Some(batch));
         self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+    }
+
+    /// Takes in changes of a reference table.
+    fn apply_change(&mut self, table: &StreamName, batch: &RecordBatch, offset: u64) {
+        let mut engine = std::mem::take(&mut self.engine);
+        self.change_table(&mut engine, table, batch, offset);
+        self.engine = engine;
+        self.count_tables();
+    }
+
+    /// What an earlier table of the same name was told is not this one's.
+    fn change_table(&self, engine: &mut Workspace, table: &StreamName, batch: &RecordBatch, offset: u64) {
+        let since = self.tables.get(table).map_or(0, |defined| defined.since);
+        if offset < since {
+            return;
+        }
+        if let Err(error) = engine.change_table(table, batch, offset) {
+            tracing::error!(workspace = %self.tenant.id, %table, %error, "a change of a reference table cannot be read");
+        }
+    }
+
+    fn count_tables(&self) {
+        self.tenant.counters.table_bytes.store(self.engine.tables().bytes() as u64, Relaxed);
+    }
+
+    async fn define_table(&mut self, table: Table) -> Result<(), Fault> {
+        let name = table.name().clone();
+        let stored = serde_json::to_value(StoredTable::of(&table)).map_err(Fault::internal)?;
+        let since = self.tables.get(&name).map_or(self.applied, |known| known.since);
+        self.deps.store.put_table(&self.tenant.id, &name, &stored, since, self.deps.clock.now()).await?;
+        self.begin_table(table, since).map_err(Fault::internal)?;
+        self.dirty = true;
+        Ok(())
+    }
+
+    fn begin_table(&mut self, table: Table, since: u64) -> Result<(), ActorProcessingErr> {
+        self.engine.define_table(table.schema().clone())?;
+        self.tenant.tables.write().insert(table.name().clone(), Arc::new(table.clone()));
+        self.tables.insert(table.name().clone(), DefinedTable { since });
+        Ok(())
+    }
+
+    async fn remove_table(&mut self, name: &StreamName) -> Result<bool, Fault> {
+        if let Some(metric) = self.engine.readers_of(name).next() {
+            let detail = format!("metric `{metric}` joins table `{name}`; delete the metric first");
+            return Err(Fault::new(crate::fault::FaultKind::Conflict, "table_in_use", detail));
+        }
+        let existed = self.deps.store.delete_table(&self.tenant.id, name).await?;
+        self.engine.remove_table(name);
+        self.tables.remove(name);
+        self.tenant.tables.write().remove(name);
+        self.count_tables();
+        self.dirty = true;
+        Ok(existed)
+    }
+
+    /// The positions of a portfolio as changes of `ref.positions`: what differs from what was written there before.
+    async fn write_positions(
+        &mut self,
+        portfolio: &ItemName,
+        now: &[engine::portfolio::Position],
+    ) -> Result<(), Fault> {
+        let before = match &mut self.written {
+            Some(written) => written,
+            empty => {
+                let table = self.engine.tables().rows(positions().name(), Micros::MAX).map_err(Fault::internal)?;
+                empty.insert(table.map(|rows| crate::table::read_positions(&rows)).unwrap_or_default())
+            }
+        };
+        let before = before.get(portfolio).cloned().unwrap_or_default();
+        let now: BTreeMap<String, engine::portfolio::Position> =
+            now.iter().map(|position| (position.symbol.clone(), position.clone())).collect();
+        let changes = crate::table::position_changes(portfolio, &before, &now, self.deps.clock.now())?;
+        if let Some(changes) = changes {
+            self.tenant.append(positions().name(), changes).await?;
+        }
+        if let Some(written) = &mut self.written {
+            written.insert(portfolio.clone(), now);
+        }
+        Ok(())
     }
 
     fn after(
@@ -592,7 +731,7 @@ impl State {
             self.mark_portfolios();
         }
         let mut next: Option<Instant> = None;
-        for (_, metric) in self.metrics.iter_mut().filter(|(name, _)| self.engine.root(name) == Some(stream)) {
+        for (_, metric) in self.metrics.iter_mut().filter(|(name, _)| self.engine.feeds(stream, name)) {
             metric.changed = true;
             next = Some(next.map_or(metric.due, |next| next.min(metric.due)));
         }
@@ -747,7 +886,9 @@ impl State {
         for (stream, arrival) in &self.arrivals {
             let Some(close) = self.engine.next_close(stream) else { continue };
             let quiet = now.since(arrival.at);
-            let reached = arrival.frontier.plus(quiet);
+            // what waits to be joined follows the stream that goes on
+            let followed = self.engine.followed(stream).unwrap_or(Micros::MIN);
+            let reached = arrival.frontier.plus(quiet).max(followed);
             if quiet >= IDLE_TIMEOUT && close <= reached {
                 if let Err(error) = self.tenant.advance(stream, reached) {
                     tracing::warn!(workspace = %self.tenant.id, %stream, %error, "idle stream could not advance; trying again");
@@ -854,7 +995,7 @@ impl State {
             .metrics
             .iter()
             .filter_map(|(name, metric)| {
-                let frontier = self.engine.frontier(self.engine.root(name)?)?;
+                let frontier = self.engine.reached(name)?;
                 Some((name.clone(), frontier.minus(metric.definition.retain?)))
             })
             .collect();
@@ -971,7 +1112,9 @@ impl State {
         let (program, version) = (defined.program.clone(), defined.version);
         let oldest =
             defined.definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
-        let mut alone = Workspace::default();
+        // tables as they were: what the log still has of their changes comes again as it is read
+        let scanned = since.max(self.deps.log.head().0);
+        let mut alone = self.engine.with_tables_before(scanned)?;
         alone.define(name.clone(), version, program.clone(), timing(&defined.definition))?;
         let until = self.applied;
         let mut records = self.scan(since);
@@ -981,14 +1124,18 @@ impl State {
                 break;
             }
             let outputs = match record.body {
-                Body::Events { stream, batch } if stream == *program.stream() => {
+                Body::Events { stream, batch } if stream.is_table() => {
+                    self.change_table(&mut alone, &stream, &batch, offset.0);
+                    continue;
+                }
+                Body::Events { stream, batch } if program.reads(&stream) => {
                     let batch = match oldest {
                         Some(oldest) => since_time(&batch, oldest)?,
                         None => batch,
                     };
                     alone.step(&stream, &batch)
                 }
-                Body::Advance { stream, frontier } if stream == *program.stream() => alone.idle(&stream, frontier),
+                Body::Advance { stream, frontier } if program.reads(&stream) => alone.idle(&stream, frontier),
                 _ => continue,
             };
             self.keep(outputs, false);
@@ -1044,7 +1191,7 @@ impl State {
                     state_bytes: metric.bytes(),
                     keys: metric.keys(),
                     panes: metric.panes(),
-                    frontier: self.engine.root(name).and_then(|stream| self.engine.frontier(stream)),
+                    frontier: self.engine.reached(name),
                 })
             })
             .collect()
@@ -1058,17 +1205,27 @@ impl State {
         let live = self.engine.live(metric).map_err(|error| Fault::invalid("metric_failed", error.to_string()))?;
         let unsaved =
             self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
-        let frontier = self.engine.root(metric).and_then(|stream| self.engine.frontier(stream));
+        let frontier = self.engine.reached(metric);
         Ok(Recent { program, frontier, unsaved, live })
     }
 
     async fn hold(&mut self, myself: &ActorRef<WorkspaceMsg>, id: ItemName) -> Result<(), Fault> {
+        let positions = self.value(myself, &id).await?;
+        self.write_positions(&id, &positions).await
+    }
+
+    /// Values a portfolio from now on by the positions that the store has of it, which are returned.
+    async fn value(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        id: &ItemName,
+    ) -> Result<Vec<engine::portfolio::Position>, Fault> {
         let (workspace, store) = (&self.tenant.id, &self.deps.store);
         let Some(portfolio) = store.portfolio(workspace, id.as_str()).await? else {
-            if let Some(held) = self.portfolios.remove(&id) {
+            if let Some(held) = self.portfolios.remove(id) {
                 held.actor.stop(Some("deleted".to_owned()));
             }
-            return Ok(());
+            return Ok(Vec::new());
         };
         let positions: Vec<engine::portfolio::Position> = store
             .positions(workspace, id.as_str())
@@ -1078,23 +1235,25 @@ impl State {
             .collect();
         let symbols: HashSet<String> = positions.iter().map(|position| position.symbol.clone()).collect();
         let prices = self.prices(&symbols);
-        if let Some(held) = self.portfolios.get_mut(&id) {
+        if let Some(held) = self.portfolios.get_mut(id) {
             held.symbols = symbols;
-            return held.actor.send_message(PortfolioMsg::Hold { positions, prices }).map_err(Fault::internal);
+            let portfolio = &held.actor;
+            let held = PortfolioMsg::Hold { positions: positions.clone(), prices };
+            return portfolio.send_message(held).map(|()| positions).map_err(Fault::internal);
         }
         let start = portfolio::Start {
             workspace: workspace.clone(),
             id: id.clone(),
             name: portfolio.name,
             currency: portfolio.currency,
-            positions,
+            positions: positions.clone(),
             prices,
             outlet: self.deps.outlet.clone(),
         };
         let (actor, _) =
             Actor::spawn_linked(None, PortfolioActor, start, myself.get_cell()).await.map_err(Fault::internal)?;
-        self.portfolios.insert(id, Held { actor, symbols });
-        Ok(())
+        self.portfolios.insert(id.clone(), Held { actor, symbols });
+        Ok(positions)
     }
 
     fn prices(&self, symbols: &HashSet<String>) -> Vec<(String, Price)> {

@@ -282,13 +282,22 @@ impl KeyTable {
         }
     }
 
+    /// Forgets those of `ids` that nothing took in.
+    pub(crate) fn forget_unheld(&mut self, ids: &[KeyId]) {
+        for &id in ids {
+            // one that stands here twice is gone already, and maybe the whole table with it
+            if self.panes.get(id as usize) == Some(&0) {
+                self.forget(id);
+            }
+        }
+    }
+
     fn forget(&mut self, id: KeyId) {
         if let Layout::None = self.layout {
             return;
         }
-        if let Ok(found) = self.index.find_entry(self.hashes[id as usize], |&other| other == id) {
-            found.remove();
-        }
+        let Ok(found) = self.index.find_entry(self.hashes[id as usize], |&other| other == id) else { return };
+        found.remove();
         if !self.long.is_empty() {
             for text in &mut self.long[id as usize * self.width..][..self.width] {
                 self.long_bytes -= text.take().map_or(0, |text| text.len());

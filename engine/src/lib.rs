@@ -4,6 +4,7 @@
 mod accumulate; // aggregate state, one column for all keys of a pane
 pub mod alert; // rules over metrics, and which of them are firing
 pub mod event; // when something happened, in which workspace, on which stream
+pub mod join; // reference tables and another stream joined to a metric's stream
 pub mod indicator; // market and product indicators: formulas and their state
 mod key; // interned keys
 mod merged; // panes merged into windows that overlap
@@ -12,6 +13,7 @@ pub mod over; // a metric over the rows of another one: OVER clauses
 mod panes; // tumbling, hopping and cumulating windows
 pub mod portfolio; // positions at last prices
 pub mod program; // a metric's SQL as the engine runs it
+pub mod reference; // reference tables, and which version of a row an event sees
 mod rollup; // a metric with a window over the rows of another one
 mod session; // session windows
 pub mod window; // how event time is cut, and when windows close

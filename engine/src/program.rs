@@ -3,7 +3,8 @@
 //! Built by the planner in `sql`; immutable, and shared by every workspace that defines the same metric.
 
 use crate::accumulate::Kind;
-use crate::event::StreamName;
+use crate::event::{Micros, StreamName};
+use crate::join::Joins;
 use crate::key::batch_of;
 use crate::over::Over;
 use crate::window::Window;
@@ -37,8 +38,10 @@ pub struct Top {
 pub struct Parts {
     pub stream: StreamName,
     pub window: Window,
-    /// Schema of the events the expressions are written against; must hold `ts`.
+    /// Schema of the events the expressions are written against; must hold `ts`. With joins, [`Joins::schema`].
     pub input: SchemaRef,
+    /// What is joined to the stream.
+    pub joins: Option<Joins>,
     /// The WHERE clause, over `input`.
     pub filter: Option<Arc<dyn PhysicalExpr>>,
     /// GROUP BY but for the window: name and expression over `input`.
@@ -69,8 +72,24 @@ fn time_field(name: &str) -> FieldRef {
     Arc::new(Field::new(name, DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())), false))
 }
 
+impl Parts {
+    /// The expressions over `input`.
+    fn asked(&self) -> Vec<Arc<dyn PhysicalExpr>> {
+        let keys = self.keys.iter().map(|(_, expr)| expr.clone());
+        let of_aggregate = |aggregate: &Aggregate| {
+            let exprs = aggregate.call.all_expressions();
+            exprs.args.into_iter().chain(exprs.order_by_exprs).chain(aggregate.filter.clone())
+        };
+        self.filter.clone().into_iter().chain(keys).chain(self.aggregates.iter().flat_map(of_aggregate)).collect()
+    }
+}
+
 impl Program {
-    pub fn new(parts: Parts) -> Result<Program> {
+    pub fn new(mut parts: Parts) -> Result<Program> {
+        let asked = parts.asked();
+        if let Some(joins) = &mut parts.joins {
+            joins.prune(&asked);
+        }
         let input = &parts.input;
         let field = |name: &str, expr: &Arc<dyn PhysicalExpr>, schema: &Schema| -> Result<FieldRef> {
             Ok(Arc::new(Field::new(name, expr.data_type(schema)?, true)))
@@ -104,6 +123,40 @@ impl Program {
 
     pub fn stream(&self) -> &StreamName {
         &self.parts.stream
+    }
+
+    /// The streams whose events it takes in.
+    pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
+        let other = self.parts.joins.as_ref().and_then(|joins| joins.other());
+        std::iter::once(&self.parts.stream).chain(other.map(|(stream, _)| stream))
+    }
+
+    /// The event time its events have reached; of joined streams, that of the slower one. `of` gives a stream's.
+    pub(crate) fn frontier(&self, of: impl Fn(&StreamName) -> Option<Micros>) -> Option<Micros> {
+        let own = of(self.stream())?;
+        match self.parts.joins.as_ref().and_then(|joins| joins.other()) {
+            None => Some(own),
+            Some((other, near)) => Some(near.frontier(own, of(other)?)),
+        }
+    }
+
+    /// Whether events of `stream` go into it.
+    pub fn reads(&self, stream: &StreamName) -> bool {
+        self.streams().any(|read| read == stream)
+    }
+
+    /// The reference tables it joins.
+    pub fn tables(&self) -> impl Iterator<Item = &StreamName> {
+        self.parts.joins.iter().flat_map(|joins| joins.tables())
+    }
+
+    /// Whether anything is joined to its stream.
+    pub fn is_joined(&self) -> bool {
+        self.parts.joins.is_some()
+    }
+
+    pub(crate) fn joins(&self) -> Option<&Joins> {
+        self.parts.joins.as_ref()
     }
 
     pub fn window(&self) -> Window {
@@ -165,6 +218,9 @@ impl Program {
     /// The batch with the columns the expressions expect; a column the stream did not have yet is NULL.
     pub(crate) fn align(&self, batch: &RecordBatch) -> Result<RecordBatch> {
         let input = &self.parts.input;
+        if self.parts.joins.is_some() {
+            return Ok(batch.clone()); // put together in this order
+        }
         if Arc::ptr_eq(input, batch.schema_ref()) || input.fields() == batch.schema_ref().fields() {
             return Ok(batch.clone());
         }

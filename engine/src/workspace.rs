@@ -2,10 +2,12 @@
 
 use crate::alert::{Change, Rule, Standing, Watch};
 use crate::event::{ItemName, Micros, Span, StreamName};
+use crate::join::Joined;
 use crate::metric::{Metric, RestoreError, Rows, Timing};
 use crate::over::{self, Produced, RowMetric};
 use crate::portfolio::Prices;
 use crate::program::Program;
+use crate::reference::{TableSchema, Tables};
 use crate::rollup::Rollup;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
@@ -61,6 +63,8 @@ pub struct Outputs {
 /// A metric's state: by panes of its stream, or row by row over another metric.
 pub enum Computation {
     Windows(Metric),
+    /// The same over events that reference tables or another stream are joined to.
+    Joined(Joined),
     Rollup(Rollup),
     Rows(RowMetric),
 }
@@ -69,6 +73,7 @@ impl Computation {
     pub fn program(&self) -> &Arc<Program> {
         match self {
             Computation::Windows(metric) => metric.program(),
+            Computation::Joined(joined) => joined.metric().program(),
             Computation::Rollup(rollup) => rollup.metric().program(),
             Computation::Rows(metric) => metric.program(),
         }
@@ -91,6 +96,7 @@ impl Computation {
     pub fn bytes(&self) -> usize {
         match self {
             Computation::Windows(metric) => metric.bytes(),
+            Computation::Joined(joined) => joined.bytes(),
             Computation::Rollup(rollup) => rollup.bytes(),
             Computation::Rows(metric) => metric.bytes(),
         }
@@ -100,6 +106,7 @@ impl Computation {
     fn windows(&self) -> Option<&Metric> {
         match self {
             Computation::Windows(metric) => Some(metric),
+            Computation::Joined(joined) => Some(joined.metric()),
             Computation::Rollup(rollup) => Some(rollup.metric()),
             Computation::Rows(_) => None,
         }
@@ -108,6 +115,7 @@ impl Computation {
     fn windows_mut(&mut self) -> Option<&mut Metric> {
         match self {
             Computation::Windows(metric) => Some(metric),
+            Computation::Joined(joined) => Some(joined.metric_mut()),
             Computation::Rollup(rollup) => Some(rollup.metric_mut()),
             Computation::Rows(_) => None,
         }
@@ -129,11 +137,33 @@ impl Computation {
         }
     }
 
+    /// End of the next window that will close.
+    fn next_end(&self) -> Option<Micros> {
+        match self {
+            Computation::Joined(joined) => joined.next_end(),
+            other => other.windows()?.next_end(),
+        }
+    }
+
+    /// Events that wait to be joined.
+    pub fn waiting(&self) -> usize {
+        match self {
+            Computation::Joined(joined) => joined.waiting(),
+            _ => 0,
+        }
+    }
+
+    /// Versions of tables before this are seen by none of its events: those are in windows past their lateness.
+    fn horizon(&self) -> Micros {
+        self.closed().minus(self.lateness()).minus(self.program().window().size())
+    }
+
     fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
         let two = |(closed, first, second)| (closed, vec![first, second]);
         Ok(match self {
             Computation::Windows(metric) => two(metric.save()?),
             Computation::Rows(metric) => two(metric.save()?),
+            Computation::Joined(joined) => joined.save()?,
             Computation::Rollup(rollup) => rollup.save().map(|(closed, state)| (closed, state.to_vec()))?,
         })
     }
@@ -148,6 +178,7 @@ impl Computation {
             (Computation::Rows(metric), [partitions, kept]) => {
                 RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
             }
+            (Computation::Joined(joined), state) => joined.restored(closed, state).map(Computation::Joined),
             (Computation::Rollup(rollup), state) => rollup.restored(closed, state).map(Computation::Rollup),
             (_, state) => Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
         }
@@ -171,6 +202,7 @@ pub struct Workspace {
     metrics: BTreeMap<ItemName, Entry>,
     /// Metrics that read another one, and which; each behind the one it reads.
     chain: Vec<(ItemName, ItemName)>,
+    tables: Tables,
     prices: Prices,
 }
 
@@ -184,6 +216,7 @@ impl Workspace {
     pub fn define(&mut self, name: ItemName, version: i64, program: Arc<Program>, timing: Timing) -> Result<()> {
         let mut since = Micros::MIN;
         let metric = match program.stream().metric() {
+            None if program.joins().is_some() => Computation::Joined(Joined::new(program, timing)?),
             None => Computation::Windows(Metric::new(program, timing)?),
             Some(upstream) => {
                 if let Some(cycle) = self.cycle(&name, &program) {
@@ -205,7 +238,67 @@ impl Workspace {
         };
         self.metrics.insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None });
         self.sort_chain();
+        self.index_tables()
+    }
+
+    /// Tables find their rows by what the metrics of now compare, and by nothing else.
+    fn index_tables(&mut self) -> Result<()> {
+        let mut used = BTreeMap::new();
+        for joins in self.metrics.values().filter_map(|entry| entry.metric.program().joins()) {
+            joins.used_indexes(&mut used);
+            joins.prepare(&mut self.tables)?;
+        }
+        self.tables.keep_indexes(&used);
         Ok(())
+    }
+
+    /// Adds a reference table, or gives it other columns.
+    pub fn define_table(&mut self, schema: Arc<TableSchema>) -> Result<()> {
+        self.tables.define(schema)
+    }
+
+    /// Forgets a reference table that no metric reads.
+    pub fn remove_table(&mut self, name: &StreamName) {
+        self.tables.remove(name);
+    }
+
+    /// Takes in changes of a reference table, recorded at `offset` of the log: see [`Tables::change`].
+    pub fn change_table(&mut self, name: &StreamName, batch: &RecordBatch, offset: u64) -> Result<()> {
+        self.tables.change(name, batch, offset)
+    }
+
+    /// The reference tables.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// A workspace without metrics that has these tables as they were before `offset`.
+    pub fn with_tables_before(&self, offset: u64) -> Result<Workspace> {
+        Ok(Workspace { tables: self.tables.before(offset)?, ..Workspace::default() })
+    }
+
+    /// Metrics that join `table`.
+    pub fn readers_of(&self, table: &StreamName) -> impl Iterator<Item = &ItemName> {
+        let reads = move |entry: &Entry| entry.metric.program().tables().any(|read| read == table);
+        self.metrics.iter().filter(move |(_, entry)| reads(entry)).map(|(name, _)| name)
+    }
+
+    /// Tables forget versions that no metric can see any more. One that no metric reads keeps what the stream
+    /// furthest behind may still ask for, should a metric come.
+    fn prune_tables(&mut self) {
+        if self.tables.bytes() == 0 {
+            return;
+        }
+        let mut horizons: BTreeMap<StreamName, Micros> = BTreeMap::new();
+        for entry in self.metrics.values().filter(|entry| entry.failure.is_none()) {
+            for table in entry.metric.program().tables() {
+                let horizon = horizons.entry(table.clone()).or_insert(Micros::MAX);
+                *horizon = (*horizon).min(entry.metric.horizon());
+            }
+        }
+        for (table, horizon) in horizons {
+            self.tables.prune(&table, horizon);
+        }
     }
 
     /// Takes over the metrics of `other` with their state, computed elsewhere over the same log; rules stay.
@@ -217,6 +310,9 @@ impl Workspace {
             self.metrics.insert(name, entry);
         }
         self.sort_chain();
+        if let Err(error) = self.index_tables() {
+            debug_assert!(false, "{error}");
+        }
         for (stream, time) in other.streams {
             let mine = self.streams.entry(stream).or_default();
             mine.frontier = mine.frontier.max(time.frontier);
@@ -227,6 +323,7 @@ impl Workspace {
     pub fn remove(&mut self, name: &ItemName) {
         self.metrics.remove(name);
         self.sort_chain();
+        _ = self.index_tables(); // only drops indexes: those in use are there
     }
 
     /// The metrics that read `name`.
@@ -318,12 +415,26 @@ impl Workspace {
         let after = before.max(highest);
         time.frontier = Some(after);
         let mut late: BTreeMap<u32, ItemName> = BTreeMap::new();
-        self.each(stream, &mut out, |name, metric, rows| {
+        self.each(stream, &mut out, |name, metric, (streams, tables), rows| {
             let mut dropped = Vec::new();
-            metric.absorb(batch, before, rows, &mut dropped)?;
+            match metric {
+                Computation::Windows(metric) => {
+                    metric.absorb(batch, before, rows, &mut dropped)?;
+                    metric.advance(after.minus(metric.timing().max_delay), rows)?;
+                }
+                Computation::Joined(joined) => {
+                    let at = |name: &StreamName| match name == stream {
+                        true => before,
+                        false => streams.get(name).and_then(|time| time.frontier).unwrap_or(Micros::MIN),
+                    };
+                    joined.absorb(stream, batch, at, tables, rows, &mut dropped)?;
+                }
+                Computation::Rollup(_) | Computation::Rows(_) => {}
+            }
             dropped.into_iter().for_each(|row| _ = late.entry(row).or_insert_with(|| name.clone()));
-            metric.advance(after.minus(metric.timing().max_delay), rows)
+            Ok(())
         });
+        self.prune_tables();
         if let Some(time) = self.streams.get_mut(stream) {
             time.late += late.len() as u64;
         }
@@ -337,7 +448,14 @@ impl Workspace {
         let time = self.streams.entry(stream.clone()).or_default();
         let after = time.frontier.map_or(frontier, |before| before.max(frontier));
         time.frontier = Some(after);
-        self.each(stream, &mut out, |_, metric, rows| metric.advance(after.minus(metric.timing().max_delay), rows));
+        self.each(stream, &mut out, |_, metric, (streams, tables), rows| match metric {
+            Computation::Windows(metric) => metric.advance(after.minus(metric.timing().max_delay), rows),
+            Computation::Joined(joined) => {
+                joined.advance(|name| streams.get(name).and_then(|time| time.frontier), tables, rows)
+            }
+            Computation::Rollup(_) | Computation::Rows(_) => Ok(()),
+        });
+        self.prune_tables();
         out
     }
 
@@ -345,7 +463,7 @@ impl Workspace {
     pub fn tick(&mut self, metric: &ItemName) -> Outputs {
         let mut out = Outputs::default();
         let Some(frontier) = self.frontier_of(metric) else { return out };
-        let now = self.root(metric).and_then(|stream| self.frontier(stream)).unwrap_or(frontier);
+        let now = self.reached(metric).unwrap_or(frontier);
         if let Some(entry) = self.metrics.get_mut(metric)
             && let Some(state) = entry.metric.windows_mut()
             && entry.failure.is_none()
@@ -368,18 +486,60 @@ impl Workspace {
 
     /// Where event time stands for `metric`: on its stream, or by the windows that the metric it reads has closed.
     fn frontier_of(&self, metric: &ItemName) -> Option<Micros> {
-        let stream = self.metrics.get(metric)?.metric.program().stream();
-        match stream.metric() {
-            None => self.frontier(stream),
+        let program = self.metrics.get(metric)?.metric.program();
+        match program.stream().metric() {
+            None => program.frontier(|stream| self.frontier(stream)),
             Some(upstream) => Some(self.metrics.get(&upstream)?.metric.closed()).filter(|closed| *closed > Micros::MIN),
         }
     }
 
+    /// The metric at the root of `metric`, which reads events; `metric` itself where it does.
+    fn root_program(&self, metric: &ItemName) -> Option<&Arc<Program>> {
+        let mut program = self.metrics.get(metric)?.metric.program();
+        while let Some(upstream) = program.stream().metric() {
+            program = self.metrics.get(&upstream)?.metric.program();
+        }
+        Some(program)
+    }
+
+    /// The event time that `metric` has reached on the stream at its root; of joined streams, that of the slower one.
+    pub fn reached(&self, metric: &ItemName) -> Option<Micros> {
+        self.root_program(metric)?.frontier(|stream| self.frontier(stream))
+    }
+
+    /// Whether events of `stream` reach `metric`, through other metrics or at once.
+    pub fn feeds(&self, stream: &StreamName, metric: &ItemName) -> bool {
+        self.root_program(metric).is_some_and(|root| root.reads(stream))
+    }
+
     /// Event time at which the next window over `stream` would close, if any is open: also of metrics that read others.
     pub fn next_close(&self, stream: &StreamName) -> Option<Micros> {
-        let over =
-            self.metrics.iter().filter(|(name, entry)| entry.failure.is_none() && self.root(name) == Some(stream));
-        over.filter_map(|(name, entry)| Some(entry.metric.windows()?.next_end()?.plus(self.delay(name)))).min()
+        let now = self.frontier(stream);
+        let closes = self.metrics.iter().filter(|(_, entry)| entry.failure.is_none()).filter_map(|(name, entry)| {
+            let root = self.root_program(name)?;
+            let due = entry.metric.next_end()?.plus(self.delay(name));
+            match root.joins().and_then(|joins| joins.other()) {
+                None => (root.stream() == stream).then_some(due),
+                // a joined stream that is past it waits for the other one
+                Some(_) if root.stream() == stream => Some(due).filter(|due| now < Some(*due)),
+                Some((other, near)) => (other == stream).then(|| near.right_for(due)).filter(|due| now < Some(*due)),
+            }
+        });
+        closes.min()
+    }
+
+    /// How far a stream without events may follow those it is joined with, while they wait for it.
+    pub fn followed(&self, stream: &StreamName) -> Option<Micros> {
+        let reached = self.metrics.values().filter(|e| e.failure.is_none()).filter_map(|entry| {
+            entry.metric.next_end()?;
+            let program = entry.metric.program();
+            let (other, near) = program.joins()?.other()?;
+            if program.stream() == stream {
+                return self.frontier(other).map(|right| near.frontier(Micros::MAX, right));
+            }
+            (other == stream).then(|| self.frontier(program.stream()).map(|left| near.right_for(left)))?
+        });
+        reached.max()
     }
 
     /// How far the watermark of `metric` stays behind its root stream.
@@ -417,7 +577,7 @@ impl Workspace {
 
     /// Bytes of metric state on the heap.
     pub fn bytes(&self) -> usize {
-        self.metrics.values().map(|entry| entry.metric.bytes()).sum()
+        self.metrics.values().map(|entry| entry.metric.bytes()).sum::<usize>() + self.tables.bytes()
     }
 
     /// Runs `work` on every healthy metric over `stream`, shows its rules what came of it, and passes final rows on.
@@ -425,16 +585,23 @@ impl Workspace {
         &mut self,
         stream: &StreamName,
         out: &mut Outputs,
-        mut work: impl FnMut(&ItemName, &mut Metric, &mut Vec<Rows>) -> Result<()>,
+        mut work: impl FnMut(
+            &ItemName,
+            &mut Computation,
+            (&BTreeMap<StreamName, StreamTime>, &Tables),
+            &mut Vec<Rows>,
+        ) -> Result<()>,
     ) {
-        let now = self.streams.get(stream).and_then(|time| time.frontier).unwrap_or(Micros::MIN);
-        for (name, entry) in &mut self.metrics {
-            let Computation::Windows(metric) = &mut entry.metric else { continue };
-            if entry.failure.is_some() || metric.program().stream() != stream {
+        let Self { streams, metrics, tables, .. } = self;
+        let of = |stream: &StreamName| streams.get(stream).and_then(|time| time.frontier);
+        let now = of(stream).unwrap_or(Micros::MIN);
+        for (name, entry) in metrics {
+            if entry.failure.is_some() || !entry.metric.program().reads(stream) {
                 continue;
             }
+            let now = entry.metric.program().frontier(of).unwrap_or(Micros::MIN);
             let mut rows = Vec::new();
-            let result = work(name, metric, &mut rows);
+            let result = work(name, &mut entry.metric, (streams, tables), &mut rows);
             entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, out);
         }
         self.pass_on(stream, now, out);
@@ -444,7 +611,7 @@ impl Workspace {
     fn pass_on(&mut self, stream: &StreamName, now: Micros, out: &mut Outputs) {
         for at in 0..self.chain.len() {
             let (name, upstream) = self.chain[at].clone();
-            if self.root(&name) != Some(stream) {
+            if !self.feeds(stream, &name) {
                 continue;
             }
             let fresh = out.rows.iter().filter(|rows| rows.metric == upstream && rows.rows.revisions.is_some());
@@ -500,7 +667,13 @@ impl Workspace {
             });
             blobs.extend(state);
         }
-        let header = Header { streams: self.streams.clone(), metrics, prices: self.prices.clone() };
+        let mut tables = Vec::new();
+        for (name, rows) in self.tables.save()? {
+            let rows = to_ipc(&rows)?;
+            tables.push((name, rows.len()));
+            blobs.push(rows);
+        }
+        let header = Header { streams: self.streams.clone(), metrics, tables, prices: self.prices.clone() };
         let header = serde_json::to_vec(&header).expect("plain data becomes JSON");
         let mut bytes = MAGIC.to_vec();
         bytes.extend((header.len() as u32).to_le_bytes());
@@ -514,6 +687,9 @@ impl Workspace {
     pub fn restore(&mut self, saved: Saved) -> Result<Vec<ItemName>, RestoreError> {
         self.streams = saved.header.streams;
         self.prices = saved.header.prices;
+        for (name, rows) in &saved.tables {
+            self.tables.load(name, rows)?;
+        }
         let mut fresh: Vec<ItemName> = Vec::new();
         let mut states: HashMap<ItemName, (SavedMetric, Vec<RecordBatch>)> =
             saved.states.into_iter().map(|state| (state.0.name.clone(), state)).collect();
@@ -558,7 +734,9 @@ impl Entry {
                     rollup.absorb(&events, &revisions, &mut rows)?;
                     out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
                 }
-                Computation::Windows(_) => return exec_err!("a metric over events takes no rows"),
+                Computation::Windows(_) | Computation::Joined(_) => {
+                    return exec_err!("a metric over events takes no rows");
+                }
             }
         }
         match &mut self.metric {
@@ -569,7 +747,7 @@ impl Entry {
                 out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
                 result
             }
-            Computation::Windows(_) => Ok(()),
+            Computation::Windows(_) | Computation::Joined(_) => Ok(()),
         }
     }
 
@@ -610,6 +788,9 @@ const MAGIC: &[u8; 8] = b"TWSTATE1";
 struct Header {
     streams: BTreeMap<StreamName, StreamTime>,
     metrics: Vec<SavedMetric>,
+    /// Name and length.
+    #[serde(default)]
+    tables: Vec<(StreamName, usize)>,
     prices: Prices,
 }
 
@@ -629,6 +810,7 @@ struct SavedMetric {
 pub struct Saved {
     header: Header,
     states: Vec<(SavedMetric, Vec<RecordBatch>)>,
+    tables: Vec<(StreamName, RecordBatch)>,
 }
 
 impl Saved {
@@ -642,16 +824,19 @@ impl Saved {
             .ok_or_else(|| damaged("cut short in its header"))?;
         let mut header: Header = serde_json::from_slice(header).map_err(|e| damaged(&format!("header: {e}")))?;
         let mut states = Vec::new();
+        let mut blob = |length| {
+            let (blob, after) = rest.split_at_checked(length).ok_or_else(|| damaged("cut short in its batches"))?;
+            rest = after;
+            from_ipc(blob)
+        };
         for metric in std::mem::take(&mut header.metrics) {
-            let mut blob = |length| {
-                let (blob, after) = rest.split_at_checked(length).ok_or_else(|| damaged("cut short in its batches"))?;
-                rest = after;
-                from_ipc(blob)
-            };
             let batches = metric.lengths.iter().map(|&length| blob(length)).collect::<Result<_, _>>()?;
             states.push((metric, batches));
         }
-        Ok(Saved { header, states })
+        let tables = std::mem::take(&mut header.tables);
+        let tables = tables.into_iter().map(|(name, length)| Ok((name, blob(length)?)));
+        let tables = tables.collect::<Result<_, RestoreError>>()?;
+        Ok(Saved { header, states, tables })
     }
 }
 

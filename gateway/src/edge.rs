@@ -74,7 +74,7 @@ pub(crate) async fn measure(request: Request, next: Next) -> Response {
 /// Whether what was asked for belongs in the audit log: changes, and what was refused to somebody known. Events, queries
 /// and chats are many and change no settings; a refused sign-in is kept, one that came too soon is not.
 fn is_notable(method: &Method, route: &str, status: StatusCode, known: bool) -> bool {
-    const BUSY: [&str; 4] = ["/events", "/query", "/run", "/auth/refresh"];
+    const BUSY: [&str; 5] = ["/events", "/rows", "/query", "/run", "/auth/refresh"];
     if route.ends_with("/auth/login") {
         return matches!(status, StatusCode::OK | StatusCode::UNAUTHORIZED);
     }

@@ -16,6 +16,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 use streams::decode::{Bounds, Decoded, Format, TsUnit, decode};
+use streams::table::Table;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of request bodies in memory at the same time, over all connections.
@@ -90,10 +91,41 @@ pub(crate) async fn take_body(
     state.system.schema(&member.workspace, stream).await?;
     let limits = &state.config.limits;
     let (body, _held) = state.intake.read(headers, body, limits.body_bytes).await?;
-    let large = body.len() > if encoding == Encoding::Identity { INLINE_BYTES } else { INLINE_COMPRESSED_BYTES };
+    let large = is_large(&body, encoding);
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
     Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+}
+
+fn is_large(body: &Bytes, encoding: Encoding) -> bool {
+    body.len() > if encoding == Encoding::Identity { INLINE_BYTES } else { INLINE_COMPRESSED_BYTES }
+}
+
+/// Takes in changes of a reference table's rows; answers once the good ones are durable.
+pub(crate) async fn take_rows(
+    state: &AppState,
+    member: &Member,
+    table: &Arc<Table>,
+    unit: TsUnit,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Value, Problem> {
+    let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
+    if format == Format::Arrow {
+        return Err(Problem::unsupported_type("content-type must be application/x-ndjson or application/json"));
+    }
+    let limits = state.config.limits;
+    let (body, _held) = state.intake.read(headers, body, limits.body_bytes).await?;
+    let large = is_large(&body, encoding);
+    let _turn = if large { Some(state.intake.turn().await?) } else { None };
+    let (now, decoder) = (state.system.now(), table.clone());
+    let work = move || -> Result<Decoded, Problem> {
+        let body = unpack(body, encoding, &limits)?;
+        let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
+        Ok(decoder.decode(&body, format, unit, &bounds, now)?)
+    };
+    let decoded = if large { tokio::task::spawn_blocking(work).await.map_err(Problem::internal)? } else { work() }?;
+    Ok(answer(&state.system.change_rows(&member.workspace, table.name(), decoded).await?))
 }
 
 /// Decodes events that came in a frame: one JSON object or an array of them.

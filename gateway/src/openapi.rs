@@ -66,6 +66,7 @@ const JSON: &[&str] = &["application/json"];
 const HTML: &[&str] = &["text/html"];
 const TEXT: &[&str] = &["text/plain"];
 const EVENTS: &[&str] = &["application/x-ndjson", "application/json", "application/vnd.apache.arrow.stream"];
+const ROWS: &[&str] = &["application/x-ndjson", "application/json"];
 const TABLES: &[&str] = &["application/json", "text/csv", "application/vnd.apache.arrow.stream"];
 const RUNS: &[&str] = &["text/event-stream"];
 
@@ -123,6 +124,21 @@ const OPERATIONS: &[Operation] = &[
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables", "tables", "Reference tables: what metrics join to streams as `ref.NAME`, each row as it was at an event's time. `positions`, `companies` and `fx_rates` are there from the start; `positions` follows the portfolios. Permission `read`.")
+        .gives(200, "ReferenceTables"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "One reference table. Permission `read`.")
+        .gives(200, "ReferenceTable"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Defines a reference table, or adds columns to it; the primary key stays. Permission `define`.")
+        .takes("ReferenceTableDefinition")
+        .gives(200, "ReferenceTable"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Deletes a reference table that no metric joins, with its rows. Permission `define`."),
+    Operation::new("post", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "Changes rows: objects with the table's columns put a row in the place of the one with its primary key; with `deleted: true` and the primary key they take it away. A change is valid from `valid_from` on, or from its arrival; the first of its key without `valid_from` has always been valid. Answers once the changes are durable; good ones count although others are bad. Permission `ingest`.")
+        .query(&[("ts_unit", "What an integer `valid_from` counts: s, ms (default), us or ns.")])
+        .takes_as(ROWS, "Events")
+        .gives(200, "Ingested"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always). Permission `read`.")
+        .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
+        .gives(200, "ReferenceRows"),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").gives(200, "Metrics"),
     Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`). Permission `define`.")
         .takes("MetricDefinition")
@@ -231,6 +247,13 @@ const SCHEMAS: &[(&str, &str)] = &[
         "name string, columns Column[], unknown_fields string, frontier time null, late integer, events integer",
     ),
     ("Streams", "streams Stream[]"),
+    ("ReferenceTableDefinition", "columns Column[], primary_key string[]"),
+    (
+        "ReferenceTable",
+        "name string, columns Column[], primary_key string[], rows integer, versions integer, bytes integer",
+    ),
+    ("ReferenceTables", "tables ReferenceTable[]"),
+    ("ReferenceRows", "rows array, next? string"),
     ("IngestError", "index integer, code string, detail string"),
     ("Ingested", "accepted integer, duplicates integer, rejected integer, errors IngestError[], offset integer null"),
     (
@@ -239,7 +262,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     (
         "Metric",
-        "name string, sql string, stream string, keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string",
+        "name string, sql string, stream string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string",
     ),
     ("Metrics", "metrics Metric[]"),
     ("Row", "window_start time, window_end time, final boolean, revision integer"),

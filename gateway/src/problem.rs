@@ -16,6 +16,7 @@ use std::any::Any;
 use std::time::Duration;
 use streams::decode::DecodeError;
 use streams::schema::SchemaError;
+use streams::table::TableError;
 
 /// A refused request.
 #[derive(Clone, Debug)]
@@ -197,6 +198,16 @@ impl From<NameError> for Problem {
 impl From<SchemaError> for Problem {
     fn from(error: SchemaError) -> Self {
         Self::invalid("bad_schema", error.to_string())
+    }
+}
+
+impl From<TableError> for Problem {
+    fn from(error: TableError) -> Self {
+        let code = match error {
+            TableError::Name(_) => "bad_name",
+            _ => "bad_schema",
+        };
+        Self::invalid(code, error.to_string())
     }
 }
 

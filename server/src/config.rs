@@ -163,6 +163,8 @@ pub struct Limits {
     pub metrics: usize,
     pub streams: usize,
     pub alert_rules: usize,
+    pub tables: usize,
+    pub table_bytes: usize,
     pub body_bytes: usize,
     pub decompressed_bytes: usize,
     pub event_bytes: usize,
@@ -190,6 +192,8 @@ impl Default for Limits {
             metrics: system.metrics,
             streams: system.streams,
             alert_rules: system.alert_rules,
+            tables: system.tables,
+            table_bytes: system.table_bytes,
             body_bytes: wire.body_bytes,
             decompressed_bytes: wire.decompressed_bytes,
             event_bytes: wire.event_bytes,
@@ -218,6 +222,8 @@ impl Limits {
             metrics: self.metrics,
             streams: self.streams,
             alert_rules: self.alert_rules,
+            tables: self.tables,
+            table_bytes: self.table_bytes,
         }
     }
 

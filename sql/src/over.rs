@@ -319,6 +319,7 @@ impl<'a> Shape<'a> {
             stream,
             window: upstream.window(),
             input: upstream.rows().clone(),
+            joins: None,
             filter,
             keys,
             aggregates: Vec::new(),

@@ -5,6 +5,7 @@
 //! aggregate. The same rewriting over a table that has the two columns is the batch oracle of the tests.
 
 use crate::error::SqlError;
+use crate::join::{self, FromClause};
 use crate::over::RowSql;
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -15,9 +16,12 @@ use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::{ExecutionProps, SessionContext};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::simplify::SimplifyContext;
-use datafusion::logical_expr::{Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, SkipType, SortExpr};
+use datafusion::logical_expr::{
+    Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, Operator, SkipType, SortExpr,
+};
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
+use datafusion::physical_expr::expressions::{Column, binary};
 use datafusion::physical_expr::{LexOrdering, PhysicalExpr, PhysicalSortExpr, create_physical_sort_expr};
 use datafusion::prelude::SessionConfig;
 use datafusion::sql::parser::Statement as DfStatement;
@@ -45,14 +49,14 @@ const RESERVED: [&str; 4] = ["window_start", "window_end", "final", "revision"];
 /// Plans metrics, each distinct text over one schema once for the whole process.
 #[derive(Default)]
 pub struct Planner {
-    programs: Mutex<HashMap<(String, usize), Planned>>,
+    programs: Mutex<HashMap<(String, Vec<usize>), Planned>>,
 }
 
 /// A program that some workspace still runs.
 struct Planned {
     program: Weak<Program>,
-    /// Kept so that its address, which is part of the key, is not used again.
-    _input: SchemaRef,
+    /// Kept so that their addresses, which are part of the key, are not used again.
+    _inputs: Vec<SchemaRef>,
 }
 
 impl Planner {
@@ -66,40 +70,45 @@ impl Planner {
             Some(rows) => Parsed::Rows(rows),
             None => Parsed::Windows(MetricSql::parse(sql)?),
         };
-        let (stream, place) = match &metric {
-            Parsed::Rows(rows) => (&rows.upstream, rows.upstream_at),
-            Parsed::Windows(metric) => (&metric.stream, metric.stream_at),
+        let named = match &metric {
+            Parsed::Rows(rows) => vec![(&rows.upstream, rows.upstream_at)],
+            Parsed::Windows(metric) => {
+                metric.from.relations.iter().map(|relation| (&relation.name, relation.at)).collect()
+            }
         };
-        let source = source(stream).map(Into::into).ok_or_else(|| unknown(stream).at(place))?;
-        if let Source::Metric(upstream) = &source
+        let sources = named
+            .iter()
+            .map(|(name, place)| source(name).map(Into::into).ok_or_else(|| unknown(name).at(*place)))
+            .collect::<Result<Vec<Source>, _>>()?;
+        let (stream, place) = named[0];
+        if let Source::Metric(upstream) = &sources[0]
             && upstream.output().column_with_name("ts").is_some()
         {
             return Err(SqlError::new(format!("the rows of `{stream}` have a column `ts` of their own"))
                 .at(place)
                 .help("the time of a row is called so: define that metric with another name for its column"));
         }
-        let input = match &source {
-            Source::Stream(schema) => schema.clone(),
-            Source::Metric(upstream) => upstream.rows().clone(),
-        };
-        let key = (sql.to_owned(), Arc::as_ptr(&input) as usize);
+        let inputs: Vec<SchemaRef> = sources.iter().map(Source::columns).collect();
+        let key = (sql.to_owned(), inputs.iter().map(|input| Arc::as_ptr(input) as usize).collect());
         if let Some(known) = self.programs.lock().get(&key).and_then(|known| known.program.upgrade()) {
             return Ok(known);
         }
-        let program = Arc::new(match (metric, &source) {
-            (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, input.clone()).await?,
+        let program = Arc::new(match (metric, &sources[0]) {
+            (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, inputs.clone()).await?,
             (Parsed::Windows(metric), Source::Metric(_)) if matches!(metric.window, Window::Session { .. }) => {
                 return Err(SqlError::new("a session is cut from events, not from the rows of another metric")
-                    .at(metric.stream_at)
+                    .at(place)
                     .help("read the stream itself, or use tumble, hop or cumulate"));
             }
-            (Parsed::Windows(metric), Source::Metric(_)) => metric.program(sql, without_bounds(&input)).await?,
+            (Parsed::Windows(metric), Source::Metric(_)) => {
+                metric.program(sql, vec![without_bounds(&inputs[0])]).await?
+            }
             (Parsed::Rows(rows), Source::Metric(upstream)) => rows.program(sql, upstream).await?,
             (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
         });
         let mut programs = self.programs.lock();
         programs.retain(|_, known| known.program.strong_count() > 0);
-        programs.insert(key, Planned { program: Arc::downgrade(&program), _input: input });
+        programs.insert(key, Planned { program: Arc::downgrade(&program), _inputs: inputs });
         Ok(program)
     }
 }
@@ -110,6 +119,16 @@ pub enum Source {
     Stream(SchemaRef),
     /// The final rows of another metric.
     Metric(Arc<Program>),
+}
+
+impl Source {
+    /// The columns of its events or rows.
+    fn columns(&self) -> SchemaRef {
+        match self {
+            Source::Stream(schema) => schema.clone(),
+            Source::Metric(upstream) => upstream.rows().clone(),
+        }
+    }
 }
 
 impl From<SchemaRef> for Source {
@@ -127,6 +146,8 @@ fn unknown(stream: &StreamName) -> SqlError {
     match stream.parts() {
         (METRICS, metric) => SqlError::new(format!("there is no metric `{metric}`"))
             .help("define it first, or name one that exists; a stream has two parts, for example market.trades"),
+        (_, table) if stream.is_table() => SqlError::new(format!("there is no reference table `{stream}`"))
+            .help(format!("define it with PUT …/tables/{table} or name one that exists")),
         _ => SqlError::new(format!("there is no stream `{stream}`"))
             .help(format!("define it with PUT …/streams/{stream} or name one that exists")),
     }
@@ -168,7 +189,7 @@ pub struct MetricSql {
     pub window: Window,
     /// Plain SQL over a table that has `window_start` and `window_end` beside the stream's columns.
     pub statement: Statement,
-    stream_at: datafusion::sql::sqlparser::tokenizer::Location,
+    from: FromClause,
 }
 
 impl MetricSql {
@@ -195,7 +216,7 @@ impl MetricSql {
         if !select.named_window.is_empty() || select.qualify.is_some() {
             return Err(unsupported("WINDOW and QUALIFY", "use GROUP BY with a window").at(place));
         }
-        let (stream, stream_at) = stream_of(select)?;
+        let from = join::read(select)?;
         let GroupByExpr::Expressions(group_by, modifiers) = &mut select.group_by else {
             return Err(unsupported("GROUP BY ALL", format!("list the keys and the window: {WINDOWS}")).at(place));
         };
@@ -220,6 +241,7 @@ impl MetricSql {
             let ranked = "ORDER BY … LIMIT ranks the rows of one window, and every session is one of its own";
             return Err(SqlError::new(ranked).at(place).help("leave it out, or rank over tumble, hop or cumulate"));
         }
+        from.check_window(window, &call)?;
         let column = |name: &str| SqlExpr::Identifier(Ident::new(name));
         *group_by = [column("window_start"), column("window_end")].into_iter().chain(rest).collect();
         // the call itself may be selected too: it means the start
@@ -238,22 +260,34 @@ impl MetricSql {
         if let Some(error) = nested {
             return Err(error);
         }
-        Ok(MetricSql { stream, window, statement, stream_at })
+        Ok(MetricSql { stream: from.relations[0].name.clone(), window, statement, from })
     }
 
-    async fn program(self, sql: &str, input: SchemaRef) -> Result<Program, SqlError> {
+    async fn program(self, sql: &str, inputs: Vec<SchemaRef>) -> Result<Program, SqlError> {
         let convert = |error: DataFusionError| SqlError::from_datafusion(&error, sql);
         let context = SessionContext::new_with_config(config());
-        let (schema, table) = self.stream.parts();
-        let tables = Arc::new(MemorySchemaProvider::new());
-        tables.register_table(table.to_owned(), Arc::new(EmptyTable::new(with_bounds(&input)))).map_err(convert)?;
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
-        catalog.register_schema(schema, tables).map_err(convert)?;
+        for (at, (relation, input)) in self.from.relations.iter().zip(&inputs).enumerate() {
+            let (schema, table) = relation.name.parts();
+            let tables = match catalog.schema(schema) {
+                Some(tables) => tables,
+                None => {
+                    let tables: Arc<dyn SchemaProvider> = Arc::new(MemorySchemaProvider::new());
+                    catalog.register_schema(schema, tables.clone()).map_err(convert)?;
+                    tables
+                }
+            };
+            // a table may be joined twice
+            if !tables.table_exist(table) {
+                let input = if at == 0 { with_bounds(input) } else { input.clone() };
+                tables.register_table(table.to_owned(), Arc::new(EmptyTable::new(input))).map_err(convert)?;
+            }
+        }
         let state = context.state();
         let statement = DfStatement::Statement(Box::new(self.statement));
         let plan = state.statement_to_plan(statement).await.map_err(convert)?;
         let plan = state.analyzer().execute_and_check(plan, state.config_options(), |_, _| {}).map_err(convert)?;
-        let parts = Shape::of(&plan)?.parts(self.stream, self.window, input).map_err(|error| match error {
+        let parts = Shape::of(&plan)?.parts(sql, &self.from, self.window, &inputs).map_err(|error| match error {
             PartsError::Sql(error) => error,
             PartsError::DataFusion(error) => convert(error),
         })?;
@@ -316,7 +350,7 @@ pub(crate) fn stream_of(
 }
 
 /// The window an expression stands for; `None` for every other expression.
-fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
+pub(crate) fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
     let SqlExpr::Function(call) = expr else { return Ok(None) };
     let name = call.name.to_string().to_ascii_lowercase();
     let place = expr.span().start;
@@ -362,7 +396,7 @@ fn window_of(expr: &SqlExpr) -> Result<Option<Window>, SqlError> {
 }
 
 /// A constant interval of days or less.
-fn interval(expr: &SqlExpr) -> Result<Span, SqlError> {
+pub(crate) fn interval(expr: &SqlExpr) -> Result<Span, SqlError> {
     let place = expr.span().start;
     let constant = || {
         SqlError::new(format!("`{expr}` is not a constant interval"))
@@ -428,6 +462,8 @@ struct Shape<'a> {
     having: Option<&'a Expr>,
     aggregate: &'a AggregatePlan,
     filters: Vec<&'a Expr>,
+    /// What FROM became.
+    source: &'a LogicalPlan,
     scan_schema: &'a DFSchemaRef,
 }
 
@@ -470,40 +506,45 @@ impl<'a> Shape<'a> {
                     plan = &filter.input;
                 }
                 LogicalPlan::SubqueryAlias(alias) => plan = &alias.input,
-                LogicalPlan::TableScan(_) => break,
+                LogicalPlan::TableScan(_) | LogicalPlan::Join(_) => break,
                 other => return Err(odd(other)),
             }
         }
         let scan_schema = aggregate.input.schema();
-        Ok(Self { sort, skip, fetch, select, having, aggregate, filters, scan_schema })
+        Ok(Self { sort, skip, fetch, select, having, aggregate, filters, source: plan, scan_schema })
     }
 
-    fn parts(self, stream: StreamName, window: Window, input: SchemaRef) -> Result<Parts, PartsError> {
+    fn parts(self, sql: &str, from: &FromClause, window: Window, inputs: &[SchemaRef]) -> Result<Parts, PartsError> {
         let (props, planning) = (ExecutionProps::new(), PhysicalPlanningContext::default());
         let event = self.scan_schema.as_ref();
         let physical = |expr: &Expr, schema: &DFSchema| {
             datafusion::physical_expr::create_physical_expr(&simplified(expr, schema)?, schema, &props, &planning)
         };
-        let over_events = |expr: &Expr| -> Result<_, PartsError> {
+        let over = |expr: &Expr, schema: &DFSchema| -> Result<Arc<dyn PhysicalExpr>, SqlError> {
             no_subquery(expr)?;
             if let Some(bound) = expr.column_refs().iter().find(|column| is_bound(column.name())) {
                 return Err(SqlError::new(format!("`{}` is known only when the window is", bound.name()))
-                    .help("use it in SELECT, HAVING or ORDER BY")
-                    .into());
+                    .help("use it in SELECT, HAVING or ORDER BY"));
             }
-            Ok(physical(expr, event)?)
+            physical(expr, schema).map_err(|error| SqlError::from_datafusion(&error, sql))
         };
-        let mut filter = None;
-        for part in &self.filters {
+        let over_events = |expr: &Expr| -> Result<_, PartsError> { Ok(over(expr, event)?) };
+        let (joins, wheres) = match inputs {
+            [_] => (None, self.filters.iter().map(|expr| (*expr).clone()).collect()),
+            _ => {
+                let (joins, wheres) = join::joins(self.source, from, inputs, window, &self.filters, &over)?;
+                (Some(joins), wheres)
+            }
+        };
+        let input = joins.as_ref().map_or_else(|| inputs[0].clone(), |joins| joins.schema().clone());
+        // of joined rows only those that matched
+        let mut filter =
+            joins.as_ref().map(|joins| Arc::new(Column::new("matched", joins.matched())) as Arc<dyn PhysicalExpr>);
+        for part in &wheres {
             let part = over_events(part)?;
             filter = Some(match filter {
                 None => part,
-                Some(other) => datafusion::physical_expr::expressions::binary(
-                    other,
-                    datafusion::logical_expr::Operator::And,
-                    part,
-                    event.as_arrow(),
-                )?,
+                Some(other) => binary(other, Operator::And, part, &input)?,
             });
         }
         // the engine's layout: bounds, keys, aggregates; DataFusion keeps GROUP BY's own order
@@ -624,7 +665,8 @@ impl<'a> Shape<'a> {
                 Some(Top { order, skip: self.skip, limit })
             }
         };
-        Ok(Parts { stream, window, input, filter, keys, aggregates, having, values, top, over: None })
+        let stream = from.relations[0].name.clone();
+        Ok(Parts { stream, window, input, joins, filter, keys, aggregates, having, values, top, over: None })
     }
 }
 

@@ -105,6 +105,18 @@ pub struct Column {
     pub nullable: bool,
 }
 
+impl Column {
+    /// A column of ours, as `name type` with `!` behind the name of a required one.
+    pub(crate) fn built_in(text: &str) -> Column {
+        let (name, kind) = text.split_once(' ').expect("name and type");
+        Column {
+            name: name.trim_end_matches('!').to_owned(),
+            kind: kind.parse().expect("a built-in type"),
+            nullable: !name.ends_with('!'),
+        }
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -156,6 +168,18 @@ pub struct StreamSchema {
 impl StreamSchema {
     /// Checks the columns and lays out the Arrow schema.
     pub fn new(stream: StreamName, columns: Vec<Column>, unknown_fields: UnknownFields) -> Result<Self, SchemaError> {
+        match columns.iter().find(|column| RESERVED.contains(&column.name.as_str())) {
+            Some(reserved) => Err(SchemaError::Reserved(reserved.name.clone())),
+            None => StreamSchema::of_table(stream, columns, unknown_fields),
+        }
+    }
+
+    /// The same for changes of a reference table, whose columns may be called as the reserved ones: those stand first.
+    pub(crate) fn of_table(
+        stream: StreamName,
+        columns: Vec<Column>,
+        unknown_fields: UnknownFields,
+    ) -> Result<Self, SchemaError> {
         if columns.is_empty() || columns.len() > MAX_COLUMNS {
             return Err(SchemaError::ColumnCount { found: columns.len(), max: MAX_COLUMNS });
         }
@@ -166,7 +190,7 @@ impl StreamSchema {
             if !first || !rest || name.len() > 63 {
                 return Err(SchemaError::BadColumnName(name.clone()));
             }
-            if RESERVED.contains(&name.as_str()) || name == "window_start" || name == "window_end" {
+            if name == "window_start" || name == "window_end" {
                 return Err(SchemaError::Reserved(name.clone()));
             }
             if columns[..i].iter().any(|other| other.name == *name) {
@@ -226,17 +250,7 @@ pub fn built_in() -> &'static [StreamSchema] {
         table
             .iter()
             .map(|(stream, columns)| {
-                let columns = columns
-                    .split(", ")
-                    .map(|column| {
-                        let (name, kind) = column.split_once(' ').expect("name and type");
-                        Column {
-                            name: name.trim_end_matches('!').to_owned(),
-                            kind: kind.parse().expect("a built-in type"),
-                            nullable: !name.ends_with('!'),
-                        }
-                    })
-                    .collect();
+                let columns = columns.split(", ").map(Column::built_in).collect();
                 StreamSchema::new(stream.parse().expect("a built-in name"), columns, UnknownFields::Keep)
                     .expect("a built-in schema")
             })

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{get, put};
-use engine::event::{ItemName, Micros};
+use engine::event::{ItemName, Micros, StreamName};
 use engine::window::Window;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -56,6 +56,10 @@ fn shown(info: &MetricInfo) -> Value {
         "values": values.iter().map(value).collect::<Vec<Value>>(), "window": window(program.window()),
         "state": {"bytes": info.state_bytes, "keys": info.keys, "panes": info.panes},
     });
+    let joins: Vec<&StreamName> = program.streams().skip(1).chain(program.tables()).collect();
+    if !joins.is_empty() {
+        shown["joins"] = json!(joins);
+    }
     let spans = [
         ("emit", definition.emit),
         ("retain", definition.retain),

@@ -10,6 +10,7 @@ mod query; // SQL asked once
 mod session; // signing in and out, and who am I
 mod streams; // schemas and ingest
 mod system; // what the installation is doing, and the audit log
+mod tables; // reference tables and changes of their rows
 mod workspaces; // tenants
 
 use crate::AppState;
@@ -25,6 +26,7 @@ pub(crate) fn routes() -> Router<AppState> {
         .merge(workspaces::routes())
         .merge(people::routes())
         .merge(streams::routes())
+        .merge(tables::routes())
         .merge(metrics::routes())
         .merge(query::routes())
         .merge(alerts::routes())

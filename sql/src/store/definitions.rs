@@ -17,6 +17,19 @@ pub struct StreamRow {
     pub updated_at: Micros,
 }
 
+/// A reference table's definition.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableRow {
+    pub workspace: WorkspaceId,
+    /// As in SQL: `ref.companies`.
+    pub name: StreamName,
+    pub definition: Value,
+    /// First log offset of its changes.
+    pub since_offset: u64,
+    pub created_at: Micros,
+    pub updated_at: Micros,
+}
+
 /// A metric's definition.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MetricRow {
@@ -59,6 +72,19 @@ impl FromRow for StreamRow {
             workspace: row.name("workspace")?,
             stream: row.name("stream")?,
             schema_json: row.try_get("schema_json")?,
+            created_at: row.time("created_at")?,
+            updated_at: row.time("updated_at")?,
+        })
+    }
+}
+
+impl FromRow for TableRow {
+    fn from_row(row: &Row) -> Result<TableRow, sqlx::Error> {
+        Ok(TableRow {
+            workspace: row.name("workspace")?,
+            name: row.name("name")?,
+            definition: row.json("definition_json")?,
+            since_offset: row.count("since_offset")?,
             created_at: row.time("created_at")?,
             updated_at: row.time("updated_at")?,
         })
@@ -139,6 +165,59 @@ impl Store {
             .fetch_all(self.read(Scope::Installation))
             .await
             .map_err(failed("list streams"))
+    }
+
+    /// Adds a reference table, or gives it a new definition and leaves `since_offset` and `created_at`.
+    pub async fn put_table(
+        &self,
+        workspace: &WorkspaceId,
+        name: &StreamName,
+        definition: &Value,
+        since_offset: u64,
+        at: Micros,
+    ) -> Result<(), StoreError> {
+        query(
+            "INSERT INTO tables (workspace, name, definition_json, since_offset, created_at, updated_at) \
+             VALUES ($1, $2, $3, $4, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
+             SET definition_json = excluded.definition_json, updated_at = excluded.updated_at",
+        )
+        .bind(workspace.as_str())
+        .bind(name.as_str())
+        .bind(definition.to_string())
+        .bind(stored(since_offset))
+        .bind(at)
+        .execute(self.write(workspace))
+        .await
+        .map_err(failed("put table"))?;
+        Ok(())
+    }
+
+    /// Deletes a reference table: whether there was one.
+    pub async fn delete_table(&self, workspace: &WorkspaceId, name: &StreamName) -> Result<bool, StoreError> {
+        let deleted = query("DELETE FROM tables WHERE workspace = $1 AND name = $2")
+            .bind(workspace.as_str())
+            .bind(name.as_str())
+            .execute(self.write(workspace))
+            .await
+            .map_err(failed("delete table"))?;
+        Ok(deleted > 0)
+    }
+
+    /// The reference tables of a workspace by name.
+    pub async fn tables(&self, workspace: &WorkspaceId) -> Result<Vec<TableRow>, StoreError> {
+        query_as("SELECT * FROM tables WHERE workspace = $1 ORDER BY name")
+            .bind(workspace.as_str())
+            .fetch_all(self.read(workspace))
+            .await
+            .map_err(failed("list tables"))
+    }
+
+    /// The reference tables of all workspaces.
+    pub async fn all_tables(&self) -> Result<Vec<TableRow>, StoreError> {
+        query_as("SELECT * FROM tables ORDER BY workspace, name")
+            .fetch_all(self.read(Scope::Installation))
+            .await
+            .map_err(failed("list tables"))
     }
 
     /// Adds a metric as version 1, or replaces its definition as the next version: the metric as it is then.
@@ -331,6 +410,22 @@ mod tests {
         let expected = [StreamRow { created_at: Micros(1), ..second }];
         assert_eq!(store.streams(&first.workspace).await.unwrap(), expected);
         assert_eq!(store.all_streams().await.unwrap(), expected);
+    }
+
+    #[tokio::test]
+    async fn a_table_keeps_its_first_offset_when_it_is_defined_again_and_not_when_it_is_new() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let persons = name("ref.persons");
+        store.put_table(&acme, &persons, &json!({"a": 1}), 7, Micros(1)).await.unwrap();
+        store.put_table(&acme, &persons, &json!({"a": 2}), 9, Micros(2)).await.unwrap();
+        let tables = store.tables(&acme).await.unwrap();
+        assert_eq!((tables[0].definition.clone(), tables[0].since_offset), (json!({"a": 2}), 7));
+        assert_eq!(store.all_tables().await.unwrap(), tables);
+        assert!(store.delete_table(&acme, &persons).await.unwrap());
+        assert!(!store.delete_table(&acme, &persons).await.unwrap());
+        store.put_table(&acme, &persons, &json!({}), 9, Micros(3)).await.unwrap();
+        assert_eq!(store.tables(&acme).await.unwrap()[0].since_offset, 9);
     }
 
     #[tokio::test]

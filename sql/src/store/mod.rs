@@ -33,7 +33,7 @@ pub use alerts::Alert;
 pub use audit::AuditEntry;
 pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
-pub use definitions::{AlertRule, MetricRow, Silence, StreamRow};
+pub use definitions::{AlertRule, MetricRow, Silence, StreamRow, TableRow};
 pub use keys::ApiKey;
 pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};

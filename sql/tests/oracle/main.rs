@@ -1,6 +1,7 @@
 //! The engine against batch SQL: whatever the order of events, the cuts into batches and the restarts in between,
 //! a metric's final rows are those of the same SQL run once over all events.
 
+mod join; // reference tables and streams joined to a stream
 mod random;
 
 use arrow::array::{
@@ -428,7 +429,7 @@ fn sql_that_cannot_be_a_metric_is_refused_with_its_place_and_what_to_write() {
         "SELECT a.price FROM market.trades a, market.quotes b GROUP BY tumble(ts, INTERVAL '1 minute')",
         1,
         38,
-        "a join is not supported",
+        "a comma in FROM is not supported",
     );
 }
 

@@ -1,0 +1,748 @@
+//! Joins against batch SQL: reference tables as of an event's time, two streams in one window or a band of time.
+
+use crate::{Rows, collect, metric};
+use arrow::array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt32Array};
+use arrow::compute::concat_batches;
+use arrow::datatypes::{Field, Schema, SchemaRef};
+use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
+use datafusion::prelude::SessionContext;
+use engine::event::{Micros, Span, StreamName};
+use engine::metric::Timing;
+use engine::program::Program;
+use engine::workspace::{Outputs, Saved, Workspace};
+use proptest::prelude::*;
+use sql::plan::Planner;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use streams::decode::{Bounds, Format, TsUnit, decode};
+use streams::schema::{Column, StreamSchema, UnknownFields};
+use streams::table::{Table, table_name};
+
+const SECOND: i64 = 1_000_000;
+
+fn column(text: &str) -> Column {
+    serde_json::from_str(text).unwrap()
+}
+
+fn stream(name: &str, columns: &[(&str, &str)]) -> StreamSchema {
+    let columns = columns.iter().map(|(name, kind)| column(&format!(r#"{{"name":"{name}","type":"{kind}"}}"#)));
+    StreamSchema::new(name.parse().unwrap(), columns.collect(), UnknownFields::Ignore).unwrap()
+}
+
+/// Two streams of the same columns, and a table by symbol and number of which a symbol has several rows.
+struct World {
+    streams: [StreamSchema; 2],
+    table: Table,
+}
+
+impl World {
+    fn new() -> World {
+        let columns = [("symbol", "utf8"), ("x", "float64")];
+        let of_table = [
+            column(r#"{"name":"symbol","type":"utf8","nullable":false}"#),
+            column(r#"{"name":"part","type":"utf8","nullable":false}"#),
+            column(r#"{"name":"factor","type":"float64"}"#),
+        ];
+        let key = vec!["symbol".to_owned(), "part".to_owned()];
+        World {
+            streams: [stream("a.events", &columns), stream("b.events", &columns)],
+            table: Table::new(table_name("factors").unwrap(), of_table.to_vec(), key).unwrap(),
+        }
+    }
+
+    fn schema(&self, name: &StreamName) -> Option<SchemaRef> {
+        if name == self.table.name() {
+            return Some(self.table.schema().relation().clone());
+        }
+        self.streams.iter().find(|s| s.stream == *name).map(|s| s.arrow().clone())
+    }
+
+    fn plan(&self, sql: &str) -> Arc<Program> {
+        futures::executor::block_on(Planner::default().program(sql, |name: &StreamName| self.schema(name)))
+            .unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
+
+    fn batch(&self, side: usize, rows: &[Event]) -> RecordBatch {
+        let none = || Arc::new(StringArray::new_null(rows.len())) as ArrayRef;
+        let ts = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.0)).with_timezone("+00:00");
+        let symbols: StringArray = rows.iter().map(|r| Some(r.1).filter(|s| *s != "NULL")).collect();
+        let x = Float64Array::from_iter_values(rows.iter().map(|r| r.2));
+        let columns: Vec<ArrayRef> = vec![Arc::new(ts), none(), Arc::new(symbols), Arc::new(x), none()];
+        RecordBatch::try_new(self.streams[side].arrow().clone(), columns).unwrap()
+    }
+
+    fn changes(&self, lines: &str, now: i64) -> RecordBatch {
+        let bounds = Bounds { ts_min: Micros::MIN, ..Bounds::default() };
+        let decoded =
+            self.table.decode(lines.as_bytes(), Format::Ndjson, TsUnit::Micros, &bounds, Micros(now)).unwrap();
+        assert_eq!(decoded.rejected, 0, "{:?}", decoded.errors);
+        decoded.batch
+    }
+}
+
+/// Event time, symbol (`NULL` for none) and a value.
+type Event = (i64, &'static str, f64);
+
+/// What happens in a workspace, in order: events of one of the streams, or changes of the table.
+enum Step {
+    Events(usize, RecordBatch),
+    Change(RecordBatch),
+}
+
+/// The engine over `steps`; saved and restored before each index in `restarts`.
+fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[Step], restarts: &[usize]) -> Rows {
+    let fresh = || {
+        let mut workspace = Workspace::default();
+        workspace.define_table(world.table.schema().clone()).unwrap();
+        workspace.define(metric(), 1, program.clone(), timing).unwrap();
+        workspace
+    };
+    let mut workspace = fresh();
+    let mut rows = Rows::new();
+    for (at, step) in steps.iter().enumerate() {
+        if restarts.contains(&at) {
+            let bytes = workspace.save().unwrap();
+            workspace = fresh();
+            assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+        }
+        match step {
+            Step::Events(side, batch) => keep(&mut rows, workspace.step(&world.streams[*side].stream, batch), program),
+            Step::Change(batch) => workspace.change_table(world.table.name(), batch, at as u64).unwrap(),
+        }
+        drop(workspace.tick(&metric())); // provisional rows come and go without a trace
+    }
+    for stream in &world.streams {
+        keep(&mut rows, workspace.idle(&stream.stream, Micros(i64::MAX / 2)), program);
+    }
+    let (_, state) = workspace.metrics().next().unwrap();
+    assert_eq!(state.waiting(), 0, "events wait behind the last window");
+    assert_eq!(state.bytes() / 2048, 0, "state is left behind after the last window");
+    rows
+}
+
+fn keep(rows: &mut Rows, outputs: Outputs, program: &Program) {
+    assert!(outputs.failures.is_empty(), "{:?}", outputs.failures);
+    for part in outputs.rows.iter().filter(|part| part.rows.revisions.is_some()) {
+        collect(rows, &part.rows.batch, program.key_count());
+    }
+}
+
+/// `events` once for each window that holds them, with its bounds behind.
+fn windowed(events: &RecordBatch, slide: i64, size: i64) -> RecordBatch {
+    use arrow::array::AsArray;
+    use arrow::datatypes::TimestampMicrosecondType;
+    let schema = sql::plan::with_bounds(events.schema_ref());
+    let ts = events.column(0).as_primitive::<TimestampMicrosecondType>();
+    let mut parts = vec![RecordBatch::new_empty(schema.clone())];
+    for k in 0..=(size - 1) / slide {
+        let start = |at: i64| at - at.rem_euclid(slide) - k * slide;
+        let inside: Vec<u32> =
+            (0..ts.len() as u32).filter(|&r| start(ts.value(r as usize)) + size > ts.value(r as usize)).collect();
+        let part = arrow::compute::take_record_batch(events, &UInt32Array::from(inside)).unwrap();
+        let ts = part.column(0).as_primitive::<TimestampMicrosecondType>();
+        let bound = |by: i64| -> ArrayRef {
+            let bounds = ts.values().iter().map(|&at| start(at) + by);
+            Arc::new(TimestampMicrosecondArray::from_iter_values(bounds).with_timezone("+00:00"))
+        };
+        let columns = part.columns().iter().cloned().chain([bound(0), bound(size)]).collect();
+        parts.push(RecordBatch::try_new(schema.clone(), columns).unwrap());
+    }
+    concat_batches(&schema, &parts).unwrap()
+}
+
+/// Plain DataFusion over tables in one schema each.
+fn batch_rows(sql: &str, tables: Vec<(&str, RecordBatch)>, keys: usize) -> Rows {
+    let context = SessionContext::new();
+    let catalog = context.catalog("datafusion").unwrap();
+    for (name, batch) in tables {
+        let (schema, table) = name.split_once('.').unwrap();
+        let provider = Arc::new(MemorySchemaProvider::new());
+        let batch_schema = batch.schema();
+        provider
+            .register_table(table.into(), Arc::new(MemTable::try_new(batch_schema, vec![vec![batch]]).unwrap()))
+            .unwrap();
+        catalog.register_schema(schema, provider).unwrap();
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let answers = runtime.block_on(async { context.sql(sql).await.unwrap().collect().await.unwrap() });
+    let mut rows = Rows::new();
+    answers.iter().for_each(|answer| collect(&mut rows, answer, keys));
+    rows
+}
+
+fn assert_same(ours: &Rows, truth: &Rows, what: &str) {
+    assert_eq!(ours.keys().collect::<Vec<_>>(), truth.keys().collect::<Vec<_>>(), "{what}");
+    for ((key, a), b) in ours.iter().zip(truth.values()) {
+        let close = |(a, b): (&Option<f64>, &Option<f64>)| match (a, b) {
+            (Some(a), Some(b)) => a == b || (a - b).abs() <= 1e-12 * a.abs().max(b.abs()),
+            (a, b) => a == b,
+        };
+        assert!(a.iter().zip(b).all(close), "{what}: {key:?}: {a:?} and {b:?}");
+    }
+}
+
+const SYMBOLS: [&str; 5] = ["A", "B", "C", "D", "NULL"];
+
+fn event(most: i64) -> impl Strategy<Value = Event> {
+    (-most..most, prop::sample::select(SYMBOLS.to_vec()), (1..100i32).prop_map(f64::from))
+        .prop_map(|(at, symbol, x)| (at * SECOND / 4, symbol, x))
+}
+
+/// A change: symbol, part, factor (none: a deletion), when it is valid from.
+type Change = (&'static str, &'static str, Option<i32>, i64);
+
+fn change(most: i64) -> impl Strategy<Value = Change> {
+    let symbols = prop::sample::select(SYMBOLS[..4].to_vec());
+    let parts = prop::sample::select(vec!["p", "q"]);
+    (symbols, parts, prop::option::weighted(0.8, 1..50i32), -most..most)
+        .prop_map(|(symbol, part, factor, at)| (symbol, part, factor, at * SECOND / 4))
+}
+
+fn line((symbol, part, factor, from): &Change) -> String {
+    let what = factor.map_or_else(|| r#""deleted":true"#.to_owned(), |factor| format!(r#""factor":{factor}"#));
+    format!(r#"{{"symbol":"{symbol}","part":"{part}",{what},"valid_from":{from}}}"#)
+}
+
+/// The versions of the table with the time each is valid for, as batch SQL joins them.
+fn versions(changes: &[Change]) -> RecordBatch {
+    let mut by_key: BTreeMap<(&str, &str), BTreeMap<i64, Option<i32>>> = BTreeMap::new();
+    for (symbol, part, factor, from) in changes {
+        by_key.entry((symbol, part)).or_default().insert(*from, *factor); // the last of one instant stays
+    }
+    let mut rows: Vec<(&str, &str, f64, i64, i64)> = Vec::new();
+    for ((symbol, part), versions) in &by_key {
+        let ends = versions.keys().skip(1).copied().chain([i64::MAX]);
+        for ((from, factor), to) in versions.iter().zip(ends) {
+            rows.extend(factor.map(|factor| (*symbol, *part, f64::from(factor), *from, to)));
+        }
+    }
+    let time = |f: fn(&(&str, &str, f64, i64, i64)) -> i64| -> ArrayRef {
+        Arc::new(TimestampMicrosecondArray::from_iter_values(rows.iter().map(f)).with_timezone("+00:00"))
+    };
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("symbol", Arc::new(StringArray::from_iter_values(rows.iter().map(|r| r.0)))),
+        ("part", Arc::new(StringArray::from_iter_values(rows.iter().map(|r| r.1)))),
+        ("factor", Arc::new(Float64Array::from_iter_values(rows.iter().map(|r| r.2)))),
+        ("lo", time(|r| r.3)),
+        ("hi", time(|r| r.4)),
+    ];
+    let fields: Vec<Field> = columns.iter().map(|(name, c)| Field::new(*name, c.data_type().clone(), true)).collect();
+    RecordBatch::try_new(Arc::new(Schema::new(fields)), columns.into_iter().map(|(_, c)| c).collect()).unwrap()
+}
+
+/// Cuts events into batches of the given sizes, over and over.
+fn cut(world: &World, side: usize, rows: &[Event], sizes: &[usize]) -> Vec<Step> {
+    let (mut steps, mut from, mut sizes) = (Vec::new(), 0, sizes.iter().cycle());
+    while from < rows.len() {
+        let size = (*sizes.next().unwrap()).min(rows.len() - from);
+        steps.push(Step::Events(side, world.batch(side, &rows[from..from + size])));
+        from += size;
+    }
+    steps
+}
+
+/// Events of both streams, those of one stream that follow each other in batches of at most `most`.
+fn interleaved(world: &World, events: &[(bool, Event)], most: usize) -> Vec<Step> {
+    let runs = events.chunk_by(|a, b| a.0 == b.0);
+    runs.flat_map(|run| {
+        let rows: Vec<Event> = run.iter().map(|(_, event)| *event).collect();
+        cut(world, usize::from(run[0].0), &rows, &[most])
+    })
+    .collect()
+}
+
+fn patient() -> Timing {
+    Timing { max_delay: Span::seconds(1_000_000), allowed_lateness: Span::ZERO }
+}
+
+fn sides(world: &World, events: &[(bool, Event)]) -> [RecordBatch; 2] {
+    [false, true].map(|side| {
+        let rows: Vec<Event> = events.iter().filter(|(s, _)| *s == side).map(|(_, event)| *event).collect();
+        world.batch(usize::from(side), &rows)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Every event sees the version of its time, whatever the order of events, the cuts and the restarts.
+    #[test]
+    fn a_table_is_joined_as_of_each_events_time(
+        events in prop::collection::vec(event(400), 1..60),
+        changes in prop::collection::vec(change(400), 0..40),
+        sizes in prop::collection::vec(1..20usize, 1..4),
+        restarts in prop::collection::vec(0..40usize, 0..3),
+        left in any::<bool>(),
+        hop in any::<bool>(),
+        residual in prop::sample::select(vec!["", "AND p.factor > 20", "AND p.factor > t.x"]),
+        filter in prop::sample::select(vec!["", "WHERE t.x > 30", "WHERE p.part = 'p'"]),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let select = "t.symbol, p.part, count(*) AS n, count(p.factor) AS matched, sum(t.x * p.factor) AS total, max(p.factor) AS most";
+        let (window, slide, size) = match hop {
+            true => ("hop(t.ts, INTERVAL '7 seconds', INTERVAL '20 seconds')", 7, 20),
+            false => ("tumble(t.ts, INTERVAL '10 seconds')", 10, 10),
+        };
+        let ours = format!(
+            "SELECT window_start, window_end, {select} FROM a.events t {kind} ref.factors p ON t.symbol = p.symbol {residual} {filter} \
+             GROUP BY {window}, t.symbol, p.part"
+        );
+        let truth = format!(
+            "SELECT window_start, window_end, {select} FROM a.events t {kind} ref.factors p ON t.symbol = p.symbol AND t.ts >= p.lo AND t.ts < p.hi \
+             {residual} {filter} GROUP BY window_start, window_end, t.symbol, p.part"
+        );
+        let lines: Vec<String> = changes.iter().map(line).collect();
+        let mut steps: Vec<Step> = lines.chunks(7).map(|lines| Step::Change(world.changes(&lines.join("\n"), 0))).collect();
+        steps.extend(cut(&world, 0, &events, &sizes));
+        let ours_rows = engine_rows(&world, &world.plan(&ours), patient(), &steps, &restarts);
+        let all = windowed(&world.batch(0, &events), slide * SECOND, size * SECOND);
+        let truth_rows = batch_rows(&truth, vec![("a.events", all), ("ref.factors", versions(&changes))], 2);
+        assert_same(&ours_rows, &truth_rows, &ours);
+    }
+
+    /// Two streams in the same window give what batch SQL gives that compares the windows.
+    #[test]
+    fn two_streams_are_joined_within_a_window(
+        events in prop::collection::vec((any::<bool>(), event(200)), 1..80),
+        most in 1..20usize,
+        restarts in prop::collection::vec(0..40usize, 0..3),
+        left in any::<bool>(),
+        seconds in 1..40i64,
+        filter in prop::sample::select(vec!["", "WHERE a.x > 30", "WHERE b.x > 30 AND a.x < 90"]),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let select = "a.symbol, count(*) AS n, count(b.x) AS matched, sum(a.x - b.x) AS total, count(DISTINCT a.x) AS different";
+        let ours = format!(
+            "SELECT window_start, window_end, {select} FROM a.events a {kind} b.events b ON a.symbol = b.symbol {filter} \
+             GROUP BY tumble(a.ts, INTERVAL '{seconds} seconds'), a.symbol"
+        );
+        let truth = format!(
+            "SELECT a.window_start, a.window_end, {select} FROM a.events a {kind} b.events b ON a.symbol = b.symbol AND a.window_start = b.window_start \
+             {filter} GROUP BY a.window_start, a.window_end, a.symbol"
+        );
+        let ours_rows = engine_rows(&world, &world.plan(&ours), patient(), &interleaved(&world, &events, most), &restarts);
+        let [a, b] = sides(&world, &events).map(|side| windowed(&side, seconds * SECOND, seconds * SECOND));
+        assert_same(&ours_rows, &batch_rows(&truth, vec![("a.events", a), ("b.events", b)], 1), &ours);
+    }
+
+    /// Two streams within a band of time give what the same SQL gives in batch.
+    #[test]
+    fn two_streams_are_joined_within_a_band_of_time(
+        events in prop::collection::vec((any::<bool>(), event(200)), 1..80),
+        most in 1..20usize,
+        restarts in prop::collection::vec(0..40usize, 0..3),
+        left in any::<bool>(),
+        hop in any::<bool>(),
+        (before, after) in (-10..30i64, 0..30i64),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let after = after.max(-before);
+        let select = "a.symbol, count(*) AS n, count(b.x) AS matched, sum(a.x * b.x) AS total";
+        let from = format!(
+            "FROM a.events a {kind} b.events b ON a.symbol = b.symbol AND b.ts BETWEEN a.ts - INTERVAL '{before} seconds' AND a.ts + INTERVAL '{after} seconds'"
+        );
+        let (window, slide, size) = match hop {
+            true => ("hop(a.ts, INTERVAL '7 seconds', INTERVAL '20 seconds')", 7, 20),
+            false => ("tumble(a.ts, INTERVAL '10 seconds')", 10, 10),
+        };
+        let ours = format!("SELECT window_start, window_end, {select} {from} GROUP BY {window}, a.symbol");
+        let truth = format!("SELECT window_start, window_end, {select} {from} GROUP BY window_start, window_end, a.symbol");
+        let ours_rows = engine_rows(&world, &world.plan(&ours), patient(), &interleaved(&world, &events, most), &restarts);
+        let [a, b] = sides(&world, &events);
+        let a = windowed(&a, slide * SECOND, size * SECOND);
+        assert_same(&ours_rows, &batch_rows(&truth, vec![("a.events", a), ("b.events", b)], 1), &ours);
+    }
+
+    /// What is late, and what stays without a match, depends on the order of events and not on their cut.
+    #[test]
+    fn the_cut_into_batches_never_decides_what_two_streams_give(
+        events in prop::collection::vec((any::<bool>(), event(120)), 1..100),
+        most in 2..30usize,
+        restarts in prop::collection::vec(0..20usize, 0..3),
+        left in any::<bool>(),
+        band in any::<bool>(),
+        (before, after) in (0..20i64, 0..20i64),
+        delay in 0..40i64,
+        lateness in prop::sample::select(vec![0i64, 0, 5, 30]),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let near = match band {
+            true => format!("AND b.ts BETWEEN a.ts - INTERVAL '{before} seconds' AND a.ts + INTERVAL '{after} seconds'"),
+            false => String::new(),
+        };
+        let sql = format!(
+            "SELECT a.symbol, count(*) AS n, count(b.x) AS matched, sum(a.x * b.x) AS total FROM a.events a {kind} b.events b \
+             ON a.symbol = b.symbol {near} GROUP BY tumble(a.ts, INTERVAL '10 seconds'), a.symbol"
+        );
+        let program = world.plan(&sql);
+        let timing = Timing { max_delay: Span::seconds(delay), allowed_lateness: Span::seconds(lateness) };
+        let one_by_one = engine_rows(&world, &program, timing, &interleaved(&world, &events, 1), &[]);
+        let cut_up = engine_rows(&world, &program, timing, &interleaved(&world, &events, most), &restarts);
+        assert_same(&cut_up, &one_by_one, &format!("{sql} delay {delay} lateness {lateness}"));
+    }
+
+    /// Versions that are forgotten are those that nobody sees: tables that forget early give the same rows.
+    #[test]
+    fn forgotten_versions_are_seen_by_no_event(
+        events in prop::collection::vec(event(200), 1..60),
+        changes in prop::collection::vec(change(200), 1..30),
+        delay in 0..60i64,
+        lateness in prop::sample::select(vec![0i64, 10, 60]),
+    ) {
+        let world = World::new();
+        let sql = "SELECT t.symbol, count(*) AS n, sum(t.x * p.factor) AS total FROM a.events t JOIN ref.factors p ON t.symbol = p.symbol \
+                   GROUP BY tumble(t.ts, INTERVAL '10 seconds'), t.symbol";
+        // event and change in turn, so that versions go while others come
+        let mut steps: Vec<Step> = Vec::new();
+        for at in 0..events.len().max(changes.len()) {
+            steps.extend(changes.get(at).map(|change| Step::Change(world.changes(&line(change), 0))));
+            steps.extend(events.get(at).map(|event| Step::Events(0, world.batch(0, &[*event]))));
+        }
+        let timing = Timing { max_delay: Span::seconds(delay), allowed_lateness: Span::seconds(lateness) };
+        let program = world.plan(sql);
+        let forgetting = engine_rows(&world, &program, timing, &steps, &[]);
+        // a second metric that never gets on keeps every version
+        let mut workspace = Workspace::default();
+        workspace.define_table(world.table.schema().clone()).unwrap();
+        workspace.define(metric(), 1, program.clone(), timing).unwrap();
+        let held = world.plan(&sql.replace("a.events", "b.events"));
+        workspace.define("held".parse().unwrap(), 1, held, timing).unwrap();
+        let mut keeping = Rows::new();
+        let of_metric = |mut outputs: Outputs| {
+            outputs.rows.retain(|rows| rows.metric == metric());
+            outputs
+        };
+        for (at, step) in steps.iter().enumerate() {
+            match step {
+                Step::Events(side, batch) => {
+                    keep(&mut keeping, of_metric(workspace.step(&world.streams[*side].stream, batch)), &program);
+                }
+                Step::Change(batch) => workspace.change_table(world.table.name(), batch, at as u64).unwrap(),
+            }
+        }
+        keep(&mut keeping, of_metric(workspace.idle(&world.streams[0].stream, Micros(i64::MAX / 2))), &program);
+        assert_same(&forgetting, &keeping, &format!("delay {delay} lateness {lateness}"));
+    }
+}
+
+#[test]
+fn a_change_without_a_date_is_valid_from_its_arrival_and_the_first_of_a_key_all_the_time() {
+    let world = World::new();
+    let sql = "SELECT sum(t.x * p.factor) AS total FROM a.events t JOIN ref.factors p ON t.symbol = p.symbol \
+               GROUP BY tumble(t.ts, INTERVAL '1 second')";
+    let change = |line: &str, now: i64| Step::Change(world.changes(line, now * SECOND));
+    let steps = [
+        change(r#"{"symbol":"A","part":"p","factor":2}"#, 100),
+        change(r#"{"symbol":"A","part":"p","factor":3}"#, 110),
+        change(r#"{"symbol":"A","part":"p","deleted":true}"#, 120),
+        change(r#"{"symbol":"B","part":"p","deleted":true}"#, 120),
+        Step::Events(0, world.batch(0, &[5, 109, 110, 119, 120].map(|at| (at * SECOND, "A", 1.0)))),
+    ];
+    let rows = engine_rows(&world, &world.plan(sql), patient(), &steps, &[3]);
+    let totals: Vec<(i64, Option<f64>)> = rows.iter().map(|(key, values)| (key.0 / SECOND, values[0])).collect();
+    assert_eq!(totals, [(5, Some(2.0)), (109, Some(2.0)), (110, Some(3.0)), (119, Some(3.0))]);
+}
+
+#[test]
+fn a_table_that_gains_a_column_keeps_its_rows_and_the_metrics_that_read_it() {
+    let world = World::new();
+    let sql = "SELECT sum(t.x * p.factor) AS total FROM a.events t JOIN ref.factors p ON t.symbol = p.symbol \
+               GROUP BY tumble(t.ts, INTERVAL '1 second')";
+    let mut workspace = Workspace::default();
+    workspace.define_table(world.table.schema().clone()).unwrap();
+    workspace.define(metric(), 1, world.plan(sql), patient()).unwrap();
+    let change = world.changes(r#"{"symbol":"A","part":"p","factor":2}"#, 0);
+    workspace.change_table(world.table.name(), &change, 0).unwrap();
+    let mut columns = vec![column(r#"{"name":"note","type":"utf8"}"#)];
+    columns.extend(world.table.columns.iter().cloned());
+    let wider = Table::new(world.table.name().clone(), columns, world.table.primary_key.clone()).unwrap();
+    world.table.check_evolution(&wider).unwrap();
+    workspace.define_table(wider.schema().clone()).unwrap();
+    drop(workspace.step(&world.streams[0].stream, &world.batch(0, &[(0, "A", 5.0)])));
+    let live = workspace.live(&metric()).unwrap();
+    let mut rows = Rows::new();
+    collect(&mut rows, &live[0].batch, 0);
+    assert_eq!(rows.into_values().next().unwrap(), [Some(10.0)]);
+    let rows = workspace.tables().rows(wider.name(), Micros(0)).unwrap().unwrap();
+    assert_eq!((rows.num_rows(), rows.num_columns()), (1, 5));
+}
+
+#[test]
+fn a_left_row_without_a_match_comes_when_no_match_can_come_any_more() {
+    let world = World::new();
+    let sql = "SELECT count(*) AS n, count(b.x) AS matched FROM a.events a LEFT JOIN b.events b \
+               ON a.symbol = b.symbol AND ABS(a.ts - b.ts) <= INTERVAL '5 seconds' GROUP BY tumble(a.ts, INTERVAL '10 seconds')";
+    let program = world.plan(sql);
+    let mut workspace = Workspace::default();
+    workspace
+        .define(metric(), 1, program.clone(), Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO })
+        .unwrap();
+    let mut step = |side: usize, at: i64| {
+        let mut rows = Rows::new();
+        let batch = world.batch(side, &[(at * SECOND, "A", 1.0)]);
+        keep(&mut rows, workspace.step(&world.streams[side].stream, &batch), &program);
+        rows.into_iter().map(|(key, values)| (key.0 / SECOND, values)).collect::<Vec<_>>()
+    };
+    assert_eq!(step(0, 1), []);
+    assert_eq!(step(0, 8), []);
+    assert_eq!(step(1, 3), []); // matches both: 1 and 8 are within 5 s
+    assert_eq!(step(0, 9), []); // waits
+    assert_eq!(step(0, 30), []);
+    assert_eq!(step(1, 14), [], "a match for 9 may still come at 14");
+    assert_eq!(
+        step(1, 15),
+        [(0, vec![Some(3.0), Some(3.0)])],
+        "14 was the match for 9; nothing can match before 10 now"
+    );
+    assert_eq!(step(1, 99), [], "30 waits for its own stream");
+    assert_eq!(step(0, 99), [(30, vec![Some(1.0), Some(0.0)])]);
+}
+
+fn refused(sql: &str, line: u64, column: u64, message: &str) {
+    let world = World::new();
+    let error = futures::executor::block_on(Planner::default().program(sql, |name: &StreamName| world.schema(name)));
+    let error = error.expect_err(sql);
+    assert!(error.to_string().contains(message), "{sql}\n{error}");
+    assert_eq!((error.line, error.column), (Some(line), Some(column)), "{sql}\n{error}");
+}
+
+#[test]
+fn joins_that_cannot_run_are_refused_with_their_place_and_what_to_write() {
+    let minute = "GROUP BY tumble(a.ts, INTERVAL '1 minute')";
+    let from = |rest: &str| format!("SELECT count(*) FROM a.events a {rest}");
+    refused(&from(&format!("JOIN ref.nothing p ON a.symbol = p.symbol {minute}")), 1, 38, "PUT …/tables/nothing");
+    refused(&from(&format!(", b.events b {minute}")), 1, 35, "write JOIN");
+    refused(&from(&format!("RIGHT JOIN b.events b ON a.symbol = b.symbol {minute}")), 1, 44, "swap the sides");
+    refused(&from(&format!("FULL JOIN b.events b ON a.symbol = b.symbol {minute}")), 1, 43, "write JOIN or LEFT JOIN");
+    refused(&from(&format!("CROSS JOIN b.events b {minute}")), 1, 44, "write JOIN or LEFT JOIN");
+    refused(&from(&format!("JOIN b.events b {minute}")), 1, 38, "ON a.key = b.key");
+    refused(&from(&format!("JOIN b.events b ON a.x > b.x {minute}")), 1, 38, "compares no columns");
+    refused(&from(&format!("JOIN a.events b ON a.symbol = b.symbol {minute}")), 1, 38, "with itself");
+    refused(
+        &from(&format!("JOIN ref.factors p ON a.symbol = p.symbol JOIN b.events b ON a.symbol = b.symbol {minute}")),
+        1,
+        80,
+        "a third stream",
+    );
+    refused(
+        &from("JOIN b.events b ON a.symbol = b.symbol GROUP BY tumble(b.ts, INTERVAL '1 minute')"),
+        1,
+        88,
+        "write a.ts",
+    );
+    refused(
+        &from("JOIN b.events b ON a.symbol = b.symbol GROUP BY tumble(ts, INTERVAL '1 minute')"),
+        1,
+        88,
+        "write a.ts",
+    );
+    refused(
+        &from("JOIN b.events b ON a.symbol = b.symbol GROUP BY hop(a.ts, INTERVAL '1 minute', INTERVAL '2 minutes')"),
+        1,
+        38,
+        "b.ts BETWEEN a.ts - INTERVAL",
+    );
+    refused(&from(&format!("JOIN b.events b ON a.symbol = b.symbol AND b.ts > a.ts {minute}")), 1, 76, "one end only");
+    refused(
+        &from(&format!(
+            "JOIN b.events b ON a.symbol = b.symbol AND b.ts BETWEEN a.ts AND a.ts - INTERVAL '1 second' {minute}"
+        )),
+        1,
+        38,
+        "no two events",
+    );
+    refused(
+        &from(&format!("LEFT JOIN b.events b ON a.symbol = b.symbol AND a.x > b.x {minute}")),
+        1,
+        43,
+        "put the rest in WHERE",
+    );
+    refused(
+        &format!("SELECT count(*) FROM ref.factors p JOIN a.events a ON a.symbol = p.symbol {minute}"),
+        1,
+        22,
+        "name the stream first",
+    );
+}
+
+#[test]
+fn a_band_may_be_written_in_every_usual_way() {
+    let world = World::new();
+    let symbols = "SELECT count(*) AS n FROM a.events a JOIN b.events b ON a.symbol = b.symbol";
+    let events: Vec<(bool, Event)> =
+        (0..40).map(|at| (at % 3 == 0, (at * SECOND, SYMBOLS[at as usize % 2], 1.0))).collect();
+    let steps = interleaved(&world, &events, 7);
+    let rows = |band: &str, place: &str| {
+        let sql = format!("{symbols} {place} {band} GROUP BY tumble(a.ts, INTERVAL '10 seconds')");
+        engine_rows(&world, &world.plan(&sql), patient(), &steps, &[])
+    };
+    let wanted = rows("b.ts BETWEEN a.ts - INTERVAL '5 seconds' AND a.ts + INTERVAL '5 seconds'", "AND");
+    assert!(wanted.len() > 3);
+    for band in [
+        "ABS(a.ts - b.ts) <= INTERVAL '5 seconds'",
+        "abs(b.ts - a.ts) < INTERVAL '5.000001 seconds'",
+        "a.ts BETWEEN b.ts - INTERVAL '5 seconds' AND b.ts + INTERVAL '5 seconds'",
+        "(a.ts - b.ts <= INTERVAL '5 seconds' AND b.ts - a.ts <= INTERVAL '5 seconds')",
+        "b.ts >= a.ts - INTERVAL '5 seconds' AND b.ts <= a.ts + INTERVAL '5 seconds'",
+        "a.ts + INTERVAL '5 seconds' >= b.ts AND a.ts < b.ts + INTERVAL '5.000001 seconds'",
+    ] {
+        assert_same(&rows(band, "AND"), &wanted, band);
+        assert_same(&rows(band, "WHERE"), &wanted, band);
+    }
+}
+
+/// Lines of a shared file as events of a stream; `None` where the folder is missing.
+fn shared(
+    path: &str,
+    schema: &StreamSchema,
+    keep: impl Fn(&serde_json::Value) -> bool,
+    ts: &str,
+) -> Option<RecordBatch> {
+    let path = Path::new("../../shared/data/truth").join(path);
+    let Ok(file) = std::fs::File::open(&path) else {
+        println!("skipped: the shared data folder is not beside the project");
+        return None;
+    };
+    let mut text = String::new();
+    let read: Box<dyn std::io::Read> = match path.extension().is_some_and(|end| end == "zst") {
+        true => Box::new(zstd::stream::read::Decoder::new(file).unwrap()),
+        false => Box::new(file),
+    };
+    std::io::Read::read_to_string(&mut { read }, &mut text).unwrap();
+    let mut lines = String::new();
+    for line in text.lines() {
+        let mut event: serde_json::Value = serde_json::from_str(line).unwrap();
+        if keep(&event) {
+            let at = event[ts].as_str().unwrap().replace(' ', "T");
+            event["ts"] = (if at.ends_with('Z') { at } else { at + "Z" }).into();
+            if let Some(id) = event.as_object_mut().unwrap().remove("id") {
+                event["number"] = id;
+            }
+            lines.push_str(&format!("{event}\n"));
+        }
+    }
+    let now = Micros(1_800_000_000_000_000);
+    let decoded = decode(schema, lines.as_bytes(), Format::Ndjson, TsUnit::Micros, &Bounds::default(), now).unwrap();
+    assert_eq!(decoded.rejected, 0, "{:?}", decoded.errors.first());
+    Some(decoded.batch)
+}
+
+fn run(program: Arc<Program>, table: Option<(&Table, RecordBatch)>, inputs: &[(&StreamSchema, RecordBatch)]) -> Rows {
+    let mut workspace = Workspace::default();
+    if let Some((table, changes)) = table {
+        workspace.define_table(table.schema().clone()).unwrap();
+        workspace.change_table(table.name(), &changes, 0).unwrap();
+    }
+    workspace.define(metric(), 1, program.clone(), patient()).unwrap();
+    let mut rows = Rows::new();
+    for (schema, batch) in inputs {
+        for from in (0..batch.num_rows()).step_by(64) {
+            let part = batch.slice(from, 64.min(batch.num_rows() - from));
+            keep(&mut rows, workspace.step(&schema.stream, &part), &program);
+        }
+    }
+    for (schema, _) in inputs {
+        keep(&mut rows, workspace.idle(&schema.stream, Micros(i64::MAX / 2)), &program);
+    }
+    rows
+}
+
+/// Arroyo's `windowed_inner_join`: drivers with a drop-off and drivers with a pick-up, hour by hour. Arroyo joins two
+/// aggregates on the hour; here every pair of the hour is counted.
+#[test]
+fn drivers_of_drop_offs_and_pick_ups_by_the_hour_are_those_of_arroyo() {
+    let columns = [("driver_id", "int64"), ("city", "utf8")];
+    let (offs, ups) = (stream("cars.dropoffs", &columns), stream("cars.pickups", &columns));
+    let path = "windows_arroyo/inputs/cars.json.zst";
+    let of = |schema: &StreamSchema, kind: &str| shared(path, schema, |event| event["event_type"] == kind, "timestamp");
+    let (Some(dropoffs), Some(pickups)) = (of(&offs, "dropoff"), of(&ups, "pickup")) else { return };
+    let sql = "SELECT count(DISTINCT d.driver_id) AS drivers, count(DISTINCT p.driver_id) AS pickups FROM cars.dropoffs d \
+               JOIN cars.pickups p ON coalesce(d.city, '') = coalesce(p.city, '') GROUP BY tumble(d.ts, INTERVAL '1 hour')";
+    let schemas = |name: &StreamName| [&offs, &ups].into_iter().find(|s| s.stream == *name).map(|s| s.arrow().clone());
+    let program = futures::executor::block_on(Planner::default().program(sql, schemas)).unwrap();
+    let rows = run(program, None, &[(&offs, dropoffs), (&ups, pickups)]);
+    let golden =
+        std::fs::read_to_string("../../shared/data/truth/windows_arroyo/golden/windowed_inner_join.json").unwrap();
+    let golden: Vec<serde_json::Value> = golden.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), golden.len());
+    for ((key, values), truth) in rows.iter().zip(&golden) {
+        let hour = chrono::DateTime::from_timestamp_micros(key.0).unwrap().format("%Y-%m-%dT%H:%M:%S").to_string();
+        let found = serde_json::json!({"hour": hour, "drivers": values[0].unwrap() as i64, "pickups": values[1].unwrap() as i64});
+        assert_eq!(&found, truth);
+    }
+}
+
+fn expected(query: &str) -> Vec<String> {
+    let text = std::fs::read_to_string("../../shared/data/truth/nexmark/expected.json").unwrap();
+    let all: serde_json::Value = serde_json::from_str(&text).unwrap();
+    all[query]["rows"].as_array().unwrap().iter().map(|row| row.as_str().unwrap().to_owned()).collect()
+}
+
+fn auctions() -> StreamSchema {
+    stream("nexmark.auctions", &[("number", "int64"), ("seller", "int64"), ("category", "int64")])
+}
+
+/// Nexmark q8: who registered and opened an auction within the same ten seconds.
+#[test]
+fn new_users_with_auctions_are_those_of_nexmark_q8() {
+    let (persons, auctions) = (stream("nexmark.persons", &[("number", "int64"), ("name", "utf8")]), auctions());
+    let Some(people) = shared("nexmark/person.ndjson", &persons, |_| true, "date_time") else { return };
+    let Some(sales) = shared("nexmark/auction.ndjson", &auctions, |_| true, "date_time") else { return };
+    let sql = "SELECT p.number, p.name, count(*) AS auctions FROM nexmark.persons p JOIN nexmark.auctions a ON p.number = a.seller \
+               GROUP BY tumble(p.ts, INTERVAL '10 seconds'), p.number, p.name";
+    let known = [&persons, &auctions];
+    let schemas = |name: &StreamName| known.into_iter().find(|s| s.stream == *name).map(|s| s.arrow().clone());
+    let program = futures::executor::block_on(Planner::default().program(sql, schemas)).unwrap();
+    let rows = run(program, None, &[(&persons, people), (&auctions, sales)]);
+    let found: Vec<String> = rows
+        .keys()
+        .map(|(start, _, key)| {
+            let start = chrono::DateTime::from_timestamp_micros(*start).unwrap().format("%Y-%m-%d %H:%M:%S");
+            format!("{}\t{start}", key.replace('|', "\t"))
+        })
+        .collect();
+    let mut truth = expected("q8");
+    truth.sort();
+    assert_eq!(found, truth);
+}
+
+/// Nexmark q3 with the persons as a reference table: who sells in category 10 in Oregon, Idaho or California.
+#[test]
+fn local_sellers_are_those_of_nexmark_q3() {
+    let auctions = auctions();
+    let Some(sales) = shared("nexmark/auction.ndjson", &auctions, |_| true, "date_time") else { return };
+    let columns = [("id", "int64"), ("name", "utf8"), ("city", "utf8"), ("state", "utf8")];
+    let columns = columns
+        .map(|(name, kind)| column(&format!(r#"{{"name":"{name}","type":"{kind}","nullable":{}}}"#, name != "id")));
+    let persons = Table::new(table_name("persons").unwrap(), columns.to_vec(), vec!["id".into()]).unwrap();
+    let people = std::fs::read_to_string("../../shared/data/truth/nexmark/person.ndjson").unwrap();
+    let changes: Vec<String> = people
+        .lines()
+        .map(|line| {
+            let person: serde_json::Value = serde_json::from_str(line).unwrap();
+            serde_json::json!({"id": person["id"], "name": person["name"], "city": person["city"], "state": person["state"]}).to_string()
+        })
+        .collect();
+    let now = Micros(1_800_000_000_000_000);
+    let changes =
+        persons.decode(changes.join("\n").as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), now).unwrap();
+    assert_eq!(changes.rejected, 0);
+    let sql = "SELECT p.name, p.city, p.state, a.number, count(*) AS n FROM nexmark.auctions a JOIN ref.persons p ON a.seller = p.id \
+               WHERE a.category = 10 AND p.state IN ('or', 'id', 'ca') \
+               GROUP BY tumble(a.ts, INTERVAL '1 day'), p.name, p.city, p.state, a.number";
+    let schemas = |name: &StreamName| match name.is_table() {
+        true => Some(persons.schema().relation().clone()),
+        false => Some(auctions.arrow().clone()),
+    };
+    let program = futures::executor::block_on(Planner::default().program(sql, schemas)).unwrap();
+    let rows = run(program, Some((&persons, changes.batch)), &[(&auctions, sales)]);
+    let found: Vec<String> = rows.keys().map(|(_, _, key)| key.replace('|', "\t")).collect();
+    let mut truth = expected("q3");
+    truth.sort();
+    assert_eq!(found, truth);
+}
