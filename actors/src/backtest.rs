@@ -10,7 +10,6 @@ use arrow::datatypes::TimestampMicrosecondType;
 use arrow::error::ArrowError;
 use engine::alert::{Change, Phase, Rule};
 use engine::event::{ItemName, Micros, WorkspaceId};
-use engine::workspace::Workspace;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -80,7 +79,7 @@ impl System {
             hold: definition.hold.unwrap_or_default(),
             severity: severity.clone(),
         };
-        let mut alone = Workspace::default();
+        let mut alone = self.empty_engine();
         let mut stream = metric.program.stream().clone();
         for MetricInfo { name, program, definition, .. } in chain.into_iter().rev() {
             alone.define(name.clone(), 0, program.clone(), timing(definition)).map_err(Fault::internal)?;
@@ -112,7 +111,7 @@ impl System {
                     found.take(change)?;
                 }
                 if let Some(failure) = outputs.failures.first().or(provisional.failures.first()) {
-                    return Err(Fault::invalid("metric_failed", failure.reason.clone()));
+                    return Err(Fault::invalid(failure.stop.cause.code(), failure.stop.reason.clone()));
                 }
             }
             let Found { episodes, events, seen, .. } = found;

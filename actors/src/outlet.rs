@@ -6,6 +6,7 @@ use engine::event::{ItemName, StreamName, WorkspaceId};
 use engine::metric::Rows;
 use engine::portfolio::Summary;
 use engine::program::Program;
+use engine::workspace::Stop;
 use sql::store::Alert;
 use std::sync::Arc;
 
@@ -33,7 +34,7 @@ pub enum What {
     /// A metric stopped.
     MetricFailed {
         metric: ItemName,
-        reason: String,
+        stop: Stop,
     },
     /// A metric is gone, or was defined anew: its rows so far say nothing about it any more.
     MetricRemoved {

@@ -15,6 +15,7 @@ use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use engine::event::{ItemName, METRICS, Micros, StreamName, WorkspaceId};
+use engine::limit::{StateLimits, StateSize};
 use engine::metric::Rows;
 use engine::program::Program;
 use parking_lot::{Mutex, RwLock};
@@ -25,8 +26,8 @@ use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
 use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, TableRow, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use streams::decode::{Decoded, EventError};
 use streams::log::{Body, Filter, Log, Offset};
@@ -60,6 +61,14 @@ pub struct Limits {
     pub tables: usize,
     /// Bytes of memory of the rows of a workspace's reference tables, earlier versions included.
     pub table_bytes: usize,
+    /// Bytes of state of one metric: windows, sessions, events that wait to be joined. Over it, or over any of the next
+    /// three, a metric stops as `state_limit`, and the others go on.
+    pub metric_state_bytes: usize,
+    /// Keys of GROUP BY that one metric holds state for.
+    pub metric_state_groups: usize,
+    /// The same for all metrics of a workspace; the one that holds most stops.
+    pub workspace_state_bytes: usize,
+    pub workspace_state_groups: usize,
 }
 
 impl Default for Limits {
@@ -76,6 +85,20 @@ impl Default for Limits {
             alert_rules: 1_000,
             tables: 100,
             table_bytes: 64 << 20,
+            metric_state_bytes: 256 << 20,
+            metric_state_groups: 2_000_000,
+            workspace_state_bytes: 1 << 30,
+            workspace_state_groups: 8_000_000,
+        }
+    }
+}
+
+impl Limits {
+    /// The most state of metrics.
+    pub fn state(&self) -> StateLimits {
+        StateLimits {
+            metric: StateSize { bytes: self.metric_state_bytes, groups: self.metric_state_groups },
+            workspace: StateSize { bytes: self.workspace_state_bytes, groups: self.workspace_state_groups },
         }
     }
 }
@@ -88,10 +111,17 @@ pub(crate) struct Deps {
     pub(crate) clock: Arc<dyn Clock>,
     /// See [`Limits::unsaved_bytes`].
     pub(crate) unsaved_bytes: usize,
+    state: StateLimits,
     planner: Planner,
 }
 
 impl Deps {
+    /// An engine without metrics, bounded as all are.
+    pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        engine::workspace::Workspace::new(self.state, || START.elapsed())
+    }
+
     /// The program of a metric's SQL; `metrics` gives those it may read.
     pub(crate) async fn program(
         &self,
@@ -259,8 +289,8 @@ impl System {
     /// Starts every workspace of the store and returns once all have replayed the log.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
         let Parts { store, log, outlet, clock, limits, agents } = parts;
-        let unsaved_bytes = limits.unsaved_bytes;
-        let deps = Arc::new(Deps { store, log, outlet, clock, unsaved_bytes, planner: Planner::default() });
+        let (unsaved_bytes, state) = (limits.unsaved_bytes, limits.state());
+        let deps = Arc::new(Deps { store, log, outlet, clock, unsaved_bytes, state, planner: Planner::default() });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
         let inner = Inner {
             sessions: Arc::new(Sessions::new(agents)),
@@ -401,6 +431,15 @@ impl System {
     /// The log, and the first offset in it that belongs to this workspace.
     pub fn log_of(&self, id: &WorkspaceId) -> Result<(Arc<dyn Log>, Offset), Fault> {
         Ok((self.0.deps.log.clone(), Offset(self.tenant(id)?.first)))
+    }
+
+    /// The bounds of this system.
+    pub fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
+        self.0.deps.empty_engine()
     }
 
     /// Processing time.

@@ -13,12 +13,13 @@ use crate::table::{Positions, StoredTable};
 use crate::tenant::Tenant;
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
+use engine::cost::Cost;
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
 use engine::reference::TableSize;
-use engine::workspace::{IDLE_TIMEOUT, Outputs, Saved, Workspace};
+use engine::workspace::{Failure, IDLE_TIMEOUT, Outputs, Saved, Stop, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
@@ -114,10 +115,14 @@ pub struct MetricInfo {
     pub definition: MetricDefinition,
     pub program: Arc<Program>,
     /// Why it stopped.
-    pub failure: Option<String>,
+    pub failure: Option<Stop>,
     pub state_bytes: usize,
     pub keys: usize,
     pub panes: usize,
+    /// Events that wait to be joined.
+    pub waiting: usize,
+    /// Since the process started.
+    pub cost: Cost,
     /// Greatest event time of the stream that its rows come from.
     pub frontier: Option<Micros>,
 }
@@ -248,8 +253,8 @@ impl Actor for WorkspaceActor {
         tenant.set_actor(Some(myself));
         Ok(State {
             tenant,
+            engine: deps.empty_engine(),
             deps,
-            engine: Workspace::default(),
             applied: 0,
             metrics: BTreeMap::new(),
             rules: BTreeMap::new(),
@@ -759,9 +764,10 @@ impl State {
             self.on_alert(&change, push);
         }
         for failure in outputs.failures {
-            tracing::warn!(workspace = %self.tenant.id, metric = %failure.metric, reason = failure.reason, "metric stopped");
+            let Failure { metric, stop } = failure;
+            tracing::warn!(workspace = %self.tenant.id, %metric, code = stop.cause.code(), reason = stop.reason, "metric stopped");
             if push {
-                self.publish(What::MetricFailed { metric: failure.metric, reason: failure.reason });
+                self.publish(What::MetricFailed { metric, stop });
             }
         }
     }
@@ -1034,12 +1040,15 @@ impl State {
         let now = self.deps.clock.now();
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         let (workspace, store) = (self.tenant.id.clone(), self.deps.store.clone());
-        if let Some(known) = self.metrics.get(&name)
-            && known.definition == definition
-        {
-            return Ok(()); // the same again changes nothing
+        // the same again changes nothing, but for a metric that stopped: it begins anew, behind the rows it has given
+        let is_again = self.metrics.get(&name).is_some_and(|known| known.definition == definition);
+        if is_again && self.engine.failure(&name).is_none() {
+            return Ok(());
         }
         self.check_chain(&name, &definition, &program)?;
+        if !is_again {
+            self.check_unread(&name, "define this one under another name, or delete them first")?;
+        }
         let since = match (&definition.backfill, program.stream().metric()) {
             (Some(_), None) => self.deps.log.head().0.max(self.tenant.first),
             _ => self.applied, // rows of another metric are not read from the log
@@ -1048,7 +1057,7 @@ impl State {
             (Some(span), Some(upstream)) => Some(self.history(&upstream, Some(span)).await?),
             _ => None,
         };
-        if self.metrics.contains_key(&name) {
+        if self.metrics.contains_key(&name) && !is_again {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
         }
@@ -1076,7 +1085,6 @@ impl State {
         if let Some(cycle) = self.engine.cycle(name, program) {
             return conflict("metric_cycle", engine::workspace::in_a_circle(&cycle));
         }
-        self.check_unread(name, "define this one under another name, or delete them first")?;
         let Some(upstream) = program.stream().metric() else { return Ok(()) };
         match self.metrics.get(&upstream) {
             Some(known) if program.fits(&known.program) => {}
@@ -1187,10 +1195,12 @@ impl State {
                     name: name.clone(),
                     definition: defined.definition.clone(),
                     program: defined.program.clone(),
-                    failure: self.engine.failure(name).map(str::to_owned),
+                    failure: self.engine.failure(name).cloned(),
                     state_bytes: metric.bytes(),
                     keys: metric.keys(),
                     panes: metric.panes(),
+                    waiting: metric.waiting(),
+                    cost: self.engine.cost(name).unwrap_or_default(),
                     frontier: self.engine.reached(name),
                 })
             })

@@ -8,7 +8,8 @@
 
 use crate::event::{Micros, Span, StreamName};
 use crate::key::{KeyId, KeyTable, batch_of};
-use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::limit::StateSize;
+use crate::metric::{Metric, RestoreError, Rows, Timing, times};
 use crate::program::Program;
 use crate::reference::{Tables, evaluate};
 use arrow::array::{
@@ -17,7 +18,7 @@ use arrow::array::{
 use arrow::compute;
 use arrow::datatypes::{DataType, Field, FieldRef, Int64Type, Schema, SchemaRef, TimestampMicrosecondType};
 use arrow::row::{RowConverter, SortField};
-use datafusion_common::Result;
+use datafusion_common::{DataFusionError, Result, exec_err};
 use datafusion_physical_expr::PhysicalExpr;
 use datafusion_physical_expr::utils::collect_columns;
 use hashbrown::{HashMap, HashSet};
@@ -354,15 +355,40 @@ impl Wide {
     }
 }
 
+/// Events that tables are joined to at once, which bounds the memory that a step takes.
+pub(crate) const ROWS_AT_ONCE: usize = 2_048;
+
+/// The most matches that the events of a batch may have on average: a join with more is one by too few columns, and
+/// would take the whole machine for itself.
+pub(crate) const MATCHES_MOST: usize = 1_000;
+
+/// Pairs of two streams that go into the metric at once.
+const PAIRS_AT_ONCE: usize = 65_536;
+
 /// A metric over events that reference tables or another stream are joined to.
 pub struct Joined {
     metric: Metric,
     streams: Option<StreamJoin>,
+    /// Rows that went into the metric since somebody asked.
+    rows: usize,
+    /// The most state it may hold in the middle of a batch.
+    most: StateSize,
 }
 
 impl Joined {
-    pub(crate) fn new(program: Arc<Program>, timing: Timing) -> Result<Joined> {
-        Ok(Joined { streams: StreamJoin::new(&program)?, metric: Metric::new(program, timing)? })
+    pub(crate) fn new(program: Arc<Program>, timing: Timing, most: StateSize) -> Result<Joined> {
+        Ok(Joined { streams: StreamJoin::new(&program, most)?, metric: Metric::new(program, timing)?, rows: 0, most })
+    }
+
+    /// The same metric without state.
+    pub(crate) fn emptied(&self) -> Result<Joined> {
+        Joined::new(self.metric.program().clone(), self.metric.timing(), self.most)
+    }
+
+    /// Joined rows that went into the metric since the last call.
+    pub(crate) fn take_rows(&mut self) -> usize {
+        let of_streams = self.streams.as_mut().map_or(0, |join| std::mem::take(&mut join.emitted));
+        of_streams + std::mem::take(&mut self.rows)
     }
 
     pub(crate) fn metric(&self) -> &Metric {
@@ -392,11 +418,15 @@ impl Joined {
                 join.absorb(&mut self.metric, side, batch, &around, out, dropped)
             }
             _ => {
-                let before = at(stream);
-                absorb_with_tables(&mut self.metric, batch, before, tables, out, dropped)?;
-                let ts = batch.column_by_name("ts").map(|c| c.as_primitive::<TimestampMicrosecondType>().values());
-                let highest = ts.and_then(|ts| ts.iter().max()).map_or(before, |&at| before.max(Micros(at)));
-                self.metric.advance(highest.minus(self.metric.timing().max_delay), out)
+                let mut frontier = at(stream);
+                for from in (0..batch.num_rows()).step_by(ROWS_AT_ONCE) {
+                    let part = batch.slice(from, ROWS_AT_ONCE.min(batch.num_rows() - from));
+                    let late = dropped.len();
+                    self.rows += absorb_with_tables(&mut self.metric, &part, frontier, tables, out, dropped)?;
+                    dropped[late..].iter_mut().for_each(|row| *row += from as u32);
+                    frontier = times(&part).iter().fold(frontier, |frontier, &at| frontier.max(Micros(at)));
+                }
+                self.metric.advance(frontier.minus(self.metric.timing().max_delay), out)
             }
         }
     }
@@ -444,7 +474,7 @@ impl Joined {
     /// The same metric with the state that [`Joined::save`] gave.
     pub(crate) fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Joined, RestoreError> {
         let program = self.metric.program().clone();
-        let mut streams = StreamJoin::new(&program)?;
+        let mut streams = StreamJoin::new(&program, self.most)?;
         let (panes, revisions) = match (&mut streams, state) {
             (None, [panes, revisions]) => (panes, revisions),
             (Some(join), [panes, revisions, left, right]) => {
@@ -454,7 +484,7 @@ impl Joined {
             (_, state) => return Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
         };
         let metric = Metric::restore(program, self.metric.timing(), closed, panes, revisions)?;
-        Ok(Joined { metric, streams })
+        Ok(Joined { metric, streams, rows: 0, most: self.most })
     }
 }
 
@@ -464,7 +494,7 @@ struct Around<'a> {
     tables: &'a Tables,
 }
 
-/// Takes in a batch of the only stream of a metric that joins tables to it.
+/// Takes in a batch of the only stream of a metric that joins tables to it: how many joined rows that makes.
 fn absorb_with_tables(
     metric: &mut Metric,
     batch: &RecordBatch,
@@ -472,17 +502,19 @@ fn absorb_with_tables(
     tables: &Tables,
     out: &mut Vec<Rows>,
     dropped: &mut Vec<u32>,
-) -> Result<()> {
+) -> Result<usize> {
     let program = metric.program().clone();
     let joins = program.joins().expect("called for a metric with joins");
     let rows = Wide::new(joins.from_stream(batch), batch.num_rows());
     let (rows, origin) = joins.join_tables(rows, 0, tables)?.finish(joins)?;
-    metric.absorb(&rows, frontier, out, dropped)?;
+    let mut late = Vec::new();
+    metric.absorb(&rows, frontier, out, &mut late)?;
     if let Some(origin) = origin {
-        dropped.iter_mut().for_each(|row| *row = origin[*row as usize]);
-        dropped.dedup();
+        late.iter_mut().for_each(|row| *row = origin[*row as usize]);
+        late.dedup();
     }
-    Ok(())
+    dropped.extend(late);
+    Ok(rows.num_rows())
 }
 
 const LEFT: usize = 0;
@@ -563,11 +595,43 @@ struct StreamJoin {
     sides: [Side; 2],
     /// Left events of a left join without a match so far.
     waiting: BTreeSet<(Micros, KeyId)>,
+    /// Pairs, and left events without a match, that went into the metric.
+    emitted: usize,
+    /// The most state of join and metric in the middle of a batch.
+    most: StateSize,
+}
+
+/// Pairs on their way to be joined rows, each of a row that came and an event that waited.
+#[derive(Default)]
+struct Pairs {
+    came: Vec<u32>,
+    /// Places in `found`; `None` for a row without a match.
+    waited: Vec<Option<u32>>,
+    /// The events that waited, each once.
+    found: Vec<Box<[u8]>>,
+    places: HashMap<(KeyId, usize), u32>,
+}
+
+impl Pairs {
+    fn push(&mut self, row: usize, id: KeyId, place: usize, other: &Stored) {
+        let Pairs { found, places, .. } = self;
+        let place = *places.entry((id, place)).or_insert_with(|| {
+            found.push(other.row.clone());
+            (found.len() - 1) as u32
+        });
+        self.came.push(row as u32);
+        self.waited.push(Some(place));
+    }
+
+    fn push_alone(&mut self, row: usize) {
+        self.came.push(row as u32);
+        self.waited.push(None);
+    }
 }
 
 impl StreamJoin {
     /// `None` for a metric without another stream.
-    fn new(program: &Arc<Program>) -> Result<Option<StreamJoin>> {
+    fn new(program: &Arc<Program>, most: StateSize) -> Result<Option<StreamJoin>> {
         let Some(joins) = program.joins().filter(|joins| joins.other().is_some()) else { return Ok(None) };
         let step = &joins.steps[0];
         let own = joins.stream.fields().len();
@@ -584,7 +648,7 @@ impl StreamJoin {
             .enumerate()
             .map(|(at, key)| Ok(Field::new(format!("key{at}"), key.data_type(&step.right)?, true)));
         let keys = KeyTable::new(&Arc::new(Schema::new(key_fields.collect::<Result<Vec<_>>>()?)))?;
-        Ok(Some(StreamJoin { program: program.clone(), keys, sides, waiting: BTreeSet::new() }))
+        Ok(Some(StreamJoin { program: program.clone(), keys, sides, waiting: BTreeSet::new(), emitted: 0, most }))
     }
 
     fn step(&self) -> (&Join, Near) {
@@ -692,38 +756,39 @@ impl StreamJoin {
         let encoded = self.sides[side].converter.convert_columns(&kept)?;
         let settled = near.settled(metric.closed());
         let pane = program.window().pane();
-        // pairs: the row that came and the one that waited, by its place among those found
-        let (mut came, mut waited): (Vec<u32>, Vec<Option<u32>>) = (Vec::new(), Vec::new());
-        let mut found: Vec<Box<[u8]>> = Vec::new();
-        let mut places: HashMap<(KeyId, usize), u32> = HashMap::new();
+        let mut pairs = Pairs::default();
         let mut unheld: Vec<KeyId> = Vec::new();
+        let emitted = self.emitted;
         for row in 0..events.num_rows() {
             let id = ids.next().expect("a key for each row");
             let at = Micros(ts[row]);
             if !whole(row) {
                 // NULL equals nothing
                 if side == LEFT && step.kind == JoinKind::Left {
-                    came.push(row as u32);
-                    waited.push(None);
+                    pairs.push_alone(row);
                 }
                 unheld.push(id);
                 continue;
             }
             let range = if side == LEFT { near.right_of(at) } else { near.left_of(at) };
             let mut matched = false;
-            for (at, other) in self.sides[1 - side].between(id, range) {
+            for (place, other) in self.sides[1 - side].between(id, range) {
                 (matched, other.matched) = (true, true);
-                let place = *places.entry((id, at)).or_insert_with(|| {
-                    found.push(other.row.clone());
-                    (found.len() - 1) as u32
-                });
-                came.push(row as u32);
-                waited.push(Some(place));
+                pairs.push(row, id, place, other);
+            }
+            if pairs.came.len() >= PAIRS_AT_ONCE {
+                self.emit_pairs(metric, side, &events, std::mem::take(&mut pairs), tables, out)?;
+                self.check(metric)?;
+                if self.emitted - emitted > MATCHES_MOST * events.num_rows().max(ROWS_AT_ONCE) {
+                    return exec_err!(
+                        "the events of a batch have more than {MATCHES_MOST} matches each in the other stream; compare \
+                         more columns in ON or narrow the band of time"
+                    );
+                }
             }
             if side == LEFT && step.kind == JoinKind::Left && !matched {
                 if at < settled {
-                    came.push(row as u32);
-                    waited.push(None);
+                    pairs.push_alone(row);
                     unheld.push(id);
                     continue;
                 }
@@ -734,18 +799,46 @@ impl StreamJoin {
             self.sides[side].add(id, stored, last.pane_start(pane), &mut self.keys);
         }
         self.keys.forget_unheld(&unheld);
+        self.emit_pairs(metric, side, &events, pairs, tables, out)
+    }
+
+    /// Stops in the middle of a batch whose pairs fill the metric beyond its bound.
+    fn check(&self, metric: &Metric) -> Result<()> {
+        let size = StateSize { bytes: self.bytes() + metric.bytes(), groups: metric.keys() };
+        match size.excess(self.most) {
+            Some(excess) => Err(DataFusionError::ResourcesExhausted(excess.of_metric())),
+            None => Ok(()),
+        }
+    }
+
+    fn emit_pairs(
+        &mut self,
+        metric: &mut Metric,
+        side: usize,
+        events: &RecordBatch,
+        pairs: Pairs,
+        tables: &Tables,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
+        let Pairs { came, waited, found, .. } = pairs;
         let count = came.len();
+        let width = self.schema_of(1 - side).fields().len();
         let mine = take_all(events.columns(), &came.into())?;
-        let width = if side == LEFT { step.right.fields().len() } else { joins.stream.fields().len() };
         let other = self.sides[1 - side].decode(found.iter().map(|row| &row[..]), found.len(), width)?;
         let other = take_all(&other, &UInt32Array::from(waited))?;
         let (left, right) = if side == LEFT { (mine, other) } else { (other, mine) };
         self.emit(metric, left, right, count, tables, out)
     }
 
+    /// The columns of one of the two streams.
+    fn schema_of(&self, side: usize) -> &SchemaRef {
+        let joins = self.program.joins().expect("a join has its program");
+        if side == LEFT { &joins.stream } else { &joins.steps[0].right }
+    }
+
     /// Pairs become joined rows and go into the metric.
     fn emit(
-        &self,
+        &mut self,
         metric: &mut Metric,
         left: Vec<ArrayRef>,
         right: Vec<ArrayRef>,
@@ -756,7 +849,8 @@ impl StreamJoin {
         if count == 0 {
             return Ok(());
         }
-        let joins = self.program.joins().expect("a join has its program");
+        let program = self.program.clone();
+        let joins = program.joins().expect("a join has its program");
         let columns = left.into_iter().chain([nothing(count), nothing(count)]).chain(right);
         let columns = columns.enumerate().map(|(at, column)| if joins.needed[at] { column } else { nothing(count) });
         let mut columns: Vec<ArrayRef> = columns.collect();
@@ -769,6 +863,7 @@ impl StreamJoin {
         }
         let rows = Wide::new(columns, count);
         let (rows, _) = joins.join_tables(rows, 1, tables)?.finish(joins)?;
+        self.emitted += rows.num_rows();
         let frontier = metric.closed().plus(metric.timing().max_delay);
         // pairs with an event whose window is past its lateness count no more
         metric.absorb(&rows, frontier, out, &mut Vec::new())
@@ -820,7 +915,8 @@ impl StreamJoin {
         for (at, side) in self.sides.iter_mut().enumerate() {
             while let Some(first) = side.panes.first_entry() {
                 let pane = *first.key();
-                if window.last_end(pane).plus(lateness) > watermark {
+                // of the last instant: sessions, unlike all other windows, do not end with their panes
+                if window.last_end(pane.plus(window.pane()).minus(Span(1))).plus(lateness) > watermark {
                     break;
                 }
                 for id in first.remove() {

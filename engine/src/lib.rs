@@ -3,10 +3,12 @@
 
 mod accumulate; // aggregate state, one column for all keys of a pane
 pub mod alert; // rules over metrics, and which of them are firing
+pub mod cost; // what metrics cost, by a stopwatch that is handed in
 pub mod event; // when something happened, in which workspace, on which stream
-pub mod join; // reference tables and another stream joined to a metric's stream
 pub mod indicator; // market and product indicators: formulas and their state
+pub mod join; // reference tables and another stream joined to a metric's stream
 mod key; // interned keys
+pub mod limit; // how much state metrics may hold
 mod merged; // panes merged into windows that overlap
 pub mod metric; // one metric of one workspace: events in, rows out
 pub mod over; // a metric over the rows of another one: OVER clauses

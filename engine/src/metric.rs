@@ -196,6 +196,20 @@ impl Metric {
         }
     }
 
+    /// Events before this are in windows past their lateness.
+    pub(crate) fn horizon(&self) -> Micros {
+        let Frame { program, timing, closed, .. } = &self.frame;
+        let settled = closed.minus(timing.allowed_lateness).minus(program.window().size());
+        match &self.state {
+            State::Panes(_) => settled,
+            // an event of an open session is not late, however long ago the session began
+            State::Sessions(sessions) => {
+                let gap = program.window().size();
+                settled.minus(gap).min(sessions.oldest().map_or(Micros::MAX, |first| first.minus(gap)))
+            }
+        }
+    }
+
     /// Keys that hold state now.
     pub fn keys(&self) -> usize {
         self.frame.keys.len()

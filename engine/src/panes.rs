@@ -84,7 +84,9 @@ impl Panes {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.panes.values().map(Pane::bytes).sum::<usize>() + self.running.as_ref().map_or(0, Running::bytes)
+        self.panes.values().map(Pane::bytes).sum::<usize>()
+            + self.running.as_ref().map_or(0, Running::bytes)
+            + self.revisions.values().map(|keys| keys.capacity() * 17).sum::<usize>()
     }
 
     /// As [`crate::metric::Metric::absorb`]; `keep`: the rows that WHERE takes.
@@ -295,8 +297,7 @@ impl Panes {
         let changed: Vec<(KeyId, bool)> =
             touched.iter().filter(|&&id| had(id) || has(id)).map(|&id| (id, had(id))).collect();
         let idle: Vec<KeyId> = touched.iter().copied().filter(|&id| !had(id) && !has(id)).collect();
-        idle.iter().for_each(|&id| frame.keys.hold(id)); // nobody holds what was only looked up: let it go again
-        idle.iter().for_each(|&id| frame.keys.release(id));
+        frame.keys.forget_unheld(&idle); // nobody holds what was only looked up
         if frame.program.window().first_end(start) <= frame.closed {
             self.emit_corrections(frame, BTreeMap::from([(start, changed)]), out)?;
         }

@@ -4,6 +4,7 @@
 //! event time and by the changes before it in the log, so a replay sees the same.
 
 use crate::event::{Micros, StreamName};
+use crate::join::{MATCHES_MOST, ROWS_AT_ONCE};
 use crate::key::batch_of;
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray, UInt64Array,
@@ -475,6 +476,11 @@ pub struct Tables {
 }
 
 impl Tables {
+    /// Whether no version waits for event time to pass it.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.tables.values().all(|table| table.successors.is_empty())
+    }
+
     /// Adds a table, or gives it other columns; the columns of the primary key stay.
     pub fn define(&mut self, schema: Arc<TableSchema>) -> Result<()> {
         let name = schema.name.clone();
@@ -592,7 +598,7 @@ impl Tables {
     }
 
     /// For each row of `keys` that is `asked` for: the rows of the table that have the same key in the version valid
-    /// at `ts`, as `relation` has them.
+    /// at `ts`, as `relation` has them. An error where that is more than [`MATCHES_MOST`] a row.
     pub(crate) fn probe(
         &self,
         table: &StreamName,
@@ -620,6 +626,12 @@ impl Tables {
             for &slot in index.entries[id as usize].slots.keys() {
                 let version = table.version_at(slot, Micros(ts[row])).filter(|v| v.joined[at] == Some(id));
                 let Some(version) = version else { continue };
+                if left.len() == MATCHES_MOST * ts.len().max(ROWS_AT_ONCE) {
+                    return exec_err!(
+                        "events have more than {MATCHES_MOST} rows of `{}` each; compare more columns in ON",
+                        table.schema.name
+                    );
+                }
                 left.push(row as u32);
                 right.push(*places.entry(version.id).or_insert_with(|| {
                     found.push(version);

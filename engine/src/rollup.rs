@@ -39,6 +39,11 @@ impl Rollup {
         Ok(Self { metric, upstream, keys, kept: BTreeMap::new() })
     }
 
+    /// The same metric without state.
+    pub(crate) fn emptied(&self) -> Result<Self> {
+        Self::new(self.metric.program().clone(), self.metric.timing(), self.upstream.clone())
+    }
+
     pub(crate) fn metric(&self) -> &Metric {
         &self.metric
     }

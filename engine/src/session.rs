@@ -77,6 +77,11 @@ impl Sessions {
         self.due.len()
     }
 
+    /// The first event of all sessions.
+    pub(crate) fn oldest(&self) -> Option<Micros> {
+        self.due.iter().map(|&(_, slot)| self.all[slot as usize].first).min()
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.columns.iter().map(Column::bytes).sum::<usize>()
             + self.all.capacity() * size_of::<Session>()

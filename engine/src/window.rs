@@ -107,6 +107,11 @@ impl Window {
         }
     }
 
+    /// How many windows an instant is in at most: those that share the state of its pane.
+    pub fn overlap(self) -> i64 {
+        (self.size().0 + self.slide().0 - 1) / self.slide().0
+    }
+
     /// Width of the panes that windows are put together from: the greatest common divisor of slide and size.
     /// Sessions have no panes.
     pub fn pane(self) -> Span {
@@ -160,6 +165,7 @@ mod tests {
         let hop = Window::hop(Span(10), Span(30)).unwrap();
         assert_eq!((hop.first_end(Micros(30)), hop.last_end(Micros(30))), (Micros(40), Micros(60)));
         assert_eq!((hop.first_end(Micros(-1)), hop.last_end(Micros(-1))), (Micros(0), Micros(20)));
+        assert_eq!((minute.overlap(), hop.overlap()), (1, 3));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! One workspace: event time of its streams, its metrics and alert rules, and the prices it has seen.
 
 use crate::alert::{Change, Rule, Standing, Watch};
+use crate::cost::{Cost, Stopwatch};
 use crate::event::{ItemName, Micros, Span, StreamName};
 use crate::join::Joined;
+use crate::limit::{Gauge, StateLimits, StateSize};
 use crate::metric::{Metric, RestoreError, Rows, Timing};
 use crate::over::{self, Produced, RowMetric};
 use crate::portfolio::Prices;
@@ -12,11 +14,12 @@ use crate::rollup::Rollup;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
-use datafusion_common::{Result, exec_err};
+use datafusion_common::{DataFusionError, Result, exec_err};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where event time stands on one stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,11 +45,39 @@ pub struct Late {
     pub metric: ItemName,
 }
 
-/// A metric that stopped, and why.
+/// What kind of thing stopped a metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// Its computation failed, or the metric it reads stopped.
+    #[default]
+    MetricFailed,
+    /// It held more state than it may.
+    StateLimit,
+}
+
+impl Cause {
+    /// As clients know it.
+    pub fn code(self) -> &'static str {
+        match self {
+            Cause::MetricFailed => "metric_failed",
+            Cause::StateLimit => "state_limit",
+        }
+    }
+}
+
+/// Why a metric stopped. It stays so, without state, until it is defined again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stop {
+    pub cause: Cause,
+    pub reason: String,
+}
+
+/// A metric that stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub metric: ItemName,
-    pub reason: String,
+    pub stop: Stop,
 }
 
 /// What came of a step.
@@ -102,6 +133,24 @@ impl Computation {
         }
     }
 
+    /// The same metric without state.
+    fn emptied(&self) -> Result<Computation> {
+        Ok(match self {
+            Computation::Windows(metric) => {
+                Computation::Windows(Metric::new(metric.program().clone(), metric.timing())?)
+            }
+            Computation::Joined(joined) => Computation::Joined(joined.emptied()?),
+            Computation::Rollup(rollup) => Computation::Rollup(rollup.emptied()?),
+            Computation::Rows(metric) => {
+                Computation::Rows(RowMetric::new(metric.program().clone(), metric.lateness())?)
+            }
+        })
+    }
+
+    fn size(&self) -> StateSize {
+        StateSize { bytes: self.bytes(), groups: self.keys() }
+    }
+
     /// The panes, where it has any.
     fn windows(&self) -> Option<&Metric> {
         match self {
@@ -153,9 +202,9 @@ impl Computation {
         }
     }
 
-    /// Versions of tables before this are seen by none of its events: those are in windows past their lateness.
+    /// Versions of tables before this are seen by none of its events.
     fn horizon(&self) -> Micros {
-        self.closed().minus(self.lateness()).minus(self.program().window().size())
+        self.windows().map_or(Micros::MIN, Metric::horizon)
     }
 
     fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
@@ -192,7 +241,9 @@ struct Entry {
     /// Of the metric it reads, the rows whose windows end later count.
     since: Micros,
     watches: BTreeMap<ItemName, Watch>,
-    failure: Option<String>,
+    failure: Option<Stop>,
+    gauge: Gauge,
+    cost: Cost,
 }
 
 /// The running state of one workspace. Deterministic: the same steps give the same outputs.
@@ -204,19 +255,27 @@ pub struct Workspace {
     chain: Vec<(ItemName, ItemName)>,
     tables: Tables,
     prices: Prices,
+    limits: StateLimits,
+    stopwatch: Option<Stopwatch>,
 }
 
 /// The stream whose trades set last prices.
 const TRADES: &str = "market.trades";
 
 impl Workspace {
+    /// A workspace whose metrics stop at these bounds, and by whose stopwatch their costs are told. The default has
+    /// neither.
+    pub fn new(limits: StateLimits, stopwatch: Stopwatch) -> Workspace {
+        Workspace { limits, stopwatch: Some(stopwatch), ..Workspace::default() }
+    }
+
     /// Starts a metric with empty state, or replaces its definition and state.
     ///
     /// A metric that reads another one takes its delay and lateness from there, and its rows from now on.
     pub fn define(&mut self, name: ItemName, version: i64, program: Arc<Program>, timing: Timing) -> Result<()> {
         let mut since = Micros::MIN;
         let metric = match program.stream().metric() {
-            None if program.joins().is_some() => Computation::Joined(Joined::new(program, timing)?),
+            None if program.is_joined() => Computation::Joined(Joined::new(program, timing, self.limits.metric)?),
             None => Computation::Windows(Metric::new(program, timing)?),
             Some(upstream) => {
                 if let Some(cycle) = self.cycle(&name, &program) {
@@ -236,7 +295,9 @@ impl Workspace {
                 }
             }
         };
-        self.metrics.insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None });
+        let (gauge, cost) = (Gauge::default(), Cost::default());
+        self.metrics
+            .insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None, gauge, cost });
         self.sort_chain();
         self.index_tables()
     }
@@ -274,7 +335,8 @@ impl Workspace {
 
     /// A workspace without metrics that has these tables as they were before `offset`.
     pub fn with_tables_before(&self, offset: u64) -> Result<Workspace> {
-        Ok(Workspace { tables: self.tables.before(offset)?, ..Workspace::default() })
+        let Workspace { limits, stopwatch, .. } = *self;
+        Ok(Workspace { tables: self.tables.before(offset)?, limits, stopwatch, ..Workspace::default() })
     }
 
     /// Metrics that join `table`.
@@ -286,7 +348,7 @@ impl Workspace {
     /// Tables forget versions that no metric can see any more. One that no metric reads keeps what the stream
     /// furthest behind may still ask for, should a metric come.
     fn prune_tables(&mut self) {
-        if self.tables.bytes() == 0 {
+        if self.tables.is_settled() {
             return;
         }
         let mut horizons: BTreeMap<StreamName, Micros> = BTreeMap::new();
@@ -415,7 +477,8 @@ impl Workspace {
         let after = before.max(highest);
         time.frontier = Some(after);
         let mut late: BTreeMap<u32, ItemName> = BTreeMap::new();
-        self.each(stream, &mut out, |name, metric, (streams, tables), rows| {
+        let came = Came { rows: batch.num_rows(), bytes: batch.get_array_memory_size() };
+        self.each(stream, Some(came), &mut out, |name, metric, (streams, tables), rows| {
             let mut dropped = Vec::new();
             match metric {
                 Computation::Windows(metric) => {
@@ -435,6 +498,7 @@ impl Workspace {
             Ok(())
         });
         self.prune_tables();
+        self.hold_to_limits(&mut out);
         if let Some(time) = self.streams.get_mut(stream) {
             time.late += late.len() as u64;
         }
@@ -448,7 +512,7 @@ impl Workspace {
         let time = self.streams.entry(stream.clone()).or_default();
         let after = time.frontier.map_or(frontier, |before| before.max(frontier));
         time.frontier = Some(after);
-        self.each(stream, &mut out, |_, metric, (streams, tables), rows| match metric {
+        self.each(stream, None, &mut out, |_, metric, (streams, tables), rows| match metric {
             Computation::Windows(metric) => metric.advance(after.minus(metric.timing().max_delay), rows),
             Computation::Joined(joined) => {
                 joined.advance(|name| streams.get(name).and_then(|time| time.frontier), tables, rows)
@@ -456,6 +520,7 @@ impl Workspace {
             Computation::Rollup(_) | Computation::Rows(_) => Ok(()),
         });
         self.prune_tables();
+        self.hold_to_limits(&mut out);
         out
     }
 
@@ -567,8 +632,46 @@ impl Workspace {
     }
 
     /// Why a metric stopped; `None` while it runs.
-    pub fn failure(&self, metric: &ItemName) -> Option<&str> {
-        self.metrics.get(metric)?.failure.as_deref()
+    pub fn failure(&self, metric: &ItemName) -> Option<&Stop> {
+        self.metrics.get(metric)?.failure.as_ref()
+    }
+
+    /// What a metric's batches took since the process started or the metric was defined.
+    pub fn cost(&self, metric: &ItemName) -> Option<Cost> {
+        Some(self.metrics.get(metric)?.cost)
+    }
+
+    /// The most state there may be.
+    pub fn limits(&self) -> StateLimits {
+        self.limits
+    }
+
+    /// Stops metrics that hold too much: each that is over its own bound, and where all together are over theirs, the
+    /// one that holds most.
+    fn hold_to_limits(&mut self, out: &mut Outputs) {
+        let StateLimits { metric: most, workspace: most_of_all } = self.limits;
+        let near = most.bytes.min(most_of_all.bytes);
+        for (name, entry) in self.metrics.iter_mut().filter(|(_, entry)| entry.failure.is_none()) {
+            let Entry { gauge, metric, .. } = entry;
+            gauge.measure(near, metric.keys(), || metric.bytes());
+            if let Some(excess) = gauge.size().excess(most) {
+                entry.stop(name, Cause::StateLimit, excess.of_metric(), out);
+            }
+        }
+        let all = |metrics: &BTreeMap<ItemName, Entry>| {
+            metrics.values().fold(StateSize::default(), |sum, entry| sum.plus(entry.gauge.size()))
+        };
+        if all(&self.metrics).excess(most_of_all).is_none() {
+            return;
+        }
+        // what was measured a while ago may be less by now
+        self.metrics.values_mut().for_each(|entry| entry.gauge.set(entry.metric.size()));
+        while let Some(excess) = all(&self.metrics).excess(most_of_all) {
+            let running = self.metrics.iter_mut().filter(|(_, entry)| entry.failure.is_none());
+            let Some((name, entry)) = running.max_by_key(|(_, entry)| excess.share(entry.gauge.size())) else { return };
+            let reason = excess.of_workspace(excess.share(entry.gauge.size()));
+            entry.stop(name, Cause::StateLimit, reason, out);
+        }
     }
 
     pub fn prices(&self) -> &Prices {
@@ -584,6 +687,7 @@ impl Workspace {
     fn each(
         &mut self,
         stream: &StreamName,
+        came: Option<Came>,
         out: &mut Outputs,
         mut work: impl FnMut(
             &ItemName,
@@ -592,7 +696,7 @@ impl Workspace {
             &mut Vec<Rows>,
         ) -> Result<()>,
     ) {
-        let Self { streams, metrics, tables, .. } = self;
+        let Self { streams, metrics, tables, stopwatch, .. } = self;
         let of = |stream: &StreamName| streams.get(stream).and_then(|time| time.frontier);
         let now = of(stream).unwrap_or(Micros::MIN);
         for (name, entry) in metrics {
@@ -601,7 +705,11 @@ impl Workspace {
             }
             let now = entry.metric.program().frontier(of).unwrap_or(Micros::MIN);
             let mut rows = Vec::new();
+            let began = stopwatch.map(|now| now());
             let result = work(name, &mut entry.metric, (streams, tables), &mut rows);
+            if let Some(came) = came {
+                entry.took(came, since(*stopwatch, began));
+            }
             entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, out);
         }
         self.pass_on(stream, now, out);
@@ -634,15 +742,21 @@ impl Workspace {
         if let Some(entry) = self.metrics.get_mut(name) {
             entry.watches = watches;
         }
+        self.hold_to_limits(&mut out);
         out
     }
 
     fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], now: Micros, out: &mut Outputs) {
         let Some(read) = self.metrics.get(upstream) else { return };
         let (closed, program, failure) = (read.metric.closed(), read.metric.program().clone(), read.failure.is_some());
+        let stopwatch = self.stopwatch;
         let Some(entry) = self.metrics.get_mut(name).filter(|entry| entry.failure.is_none()) else { return };
         let mut produced = Vec::new();
+        let began = stopwatch.map(|now| now());
         let mut result = entry.absorb(&program, closed, rows, &mut produced);
+        if !rows.is_empty() {
+            entry.took(Came::of(rows), since(stopwatch, began));
+        }
         if failure {
             result = result.and_then(|()| exec_err!("metric `{upstream}`, which it reads, stopped"));
         }
@@ -661,7 +775,8 @@ impl Workspace {
                 version: entry.version,
                 closed,
                 since: Some(entry.since),
-                failure: entry.failure.clone(),
+                failure: entry.failure.as_ref().map(|stop| stop.reason.clone()),
+                cause: entry.failure.as_ref().map(|stop| stop.cause).unwrap_or_default(),
                 lengths: state.iter().map(Vec::len).collect(),
                 standing: entry.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone())).collect(),
             });
@@ -699,14 +814,17 @@ impl Workspace {
                 continue;
             };
             match entry.metric.restored(state.closed, &batches) {
-                Ok(metric) => entry.metric = metric,
+                Ok(metric) => {
+                    entry.metric = metric;
+                    entry.gauge.set(entry.metric.size());
+                }
                 Err(RestoreError::Mismatch(_)) => {
                     fresh.push(name.clone());
                     continue;
                 }
                 Err(error) => return Err(error),
             }
-            entry.failure = state.failure;
+            entry.failure = state.failure.map(|reason| Stop { cause: state.cause, reason });
             entry.since = state.since.unwrap_or(Micros::MIN);
             for (rule, standing) in state.standing {
                 if let Some(watch) = entry.watches.get_mut(&rule) {
@@ -767,12 +885,50 @@ impl Entry {
             }
             out.rows.push(MetricRows { metric: name.clone(), rows });
         }
-        if let Err(error) = result {
-            let reason = error.to_string();
-            self.failure = Some(reason.clone());
-            out.failures.push(Failure { metric: name.clone(), reason });
+        match result {
+            Ok(()) => {}
+            Err(DataFusionError::ResourcesExhausted(reason)) => self.stop(name, Cause::StateLimit, reason, out),
+            Err(error) => self.stop(name, Cause::MetricFailed, error.to_string(), out),
         }
     }
+
+    /// Takes note of what a batch cost and may have added.
+    fn took(&mut self, came: Came, time: Duration) {
+        self.cost.add(came.rows, time);
+        let joined = match &mut self.metric {
+            Computation::Joined(joined) => joined.take_rows(),
+            _ => 0,
+        };
+        self.gauge.took(came.rows.max(joined), came.bytes);
+    }
+
+    fn stop(&mut self, name: &ItemName, cause: Cause, reason: String, out: &mut Outputs) {
+        match self.metric.emptied() {
+            Ok(metric) => (self.metric, self.gauge) = (metric, Gauge::default()),
+            Err(error) => debug_assert!(false, "{error}"), // it was made of the same parts before
+        }
+        let stop = Stop { cause, reason };
+        self.failure = Some(stop.clone());
+        out.failures.push(Failure { metric: name.clone(), stop });
+    }
+}
+
+/// The size of what a metric takes in at once.
+#[derive(Clone, Copy)]
+struct Came {
+    rows: usize,
+    bytes: usize,
+}
+
+impl Came {
+    fn of(rows: &[Rows]) -> Came {
+        let bytes = rows.iter().map(|rows| rows.batch.get_array_memory_size());
+        Came { rows: rows.iter().map(|rows| rows.batch.num_rows()).sum(), bytes: bytes.sum() }
+    }
+}
+
+fn since(stopwatch: Option<Stopwatch>, began: Option<Duration>) -> Duration {
+    stopwatch.zip(began).map_or(Duration::ZERO, |(now, began)| now().saturating_sub(began))
 }
 
 /// What is wrong with a circle of metrics that [`Workspace::cycle`] found.
@@ -802,6 +958,8 @@ struct SavedMetric {
     #[serde(default)]
     since: Option<Micros>,
     failure: Option<String>,
+    #[serde(default)]
+    cause: Cause,
     lengths: Vec<usize>,
     standing: BTreeMap<ItemName, HashMap<String, Standing>>,
 }

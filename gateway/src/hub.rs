@@ -363,8 +363,9 @@ impl Outlet for Hub {
             What::Rows { metric, program, rows } => {
                 self.rows(&self.listening(&workspace, Topic::Metric(metric.clone())), program, rows, &what);
             }
-            What::MetricFailed { metric, reason } => {
-                let event = custom("metric.failed", &json!({"metric": metric, "reason": reason}).to_string());
+            What::MetricFailed { metric, stop } => {
+                let said = json!({"metric": metric, "code": stop.cause.code(), "reason": stop.reason});
+                let event = custom("metric.failed", &said.to_string());
                 let channels = self.listening(&workspace, Topic::Metric(metric.clone()));
                 channels.iter().for_each(|channel| channel.event(&event));
             }

@@ -144,6 +144,8 @@ const OPERATIONS: &[Operation] = &[
         .takes("MetricDefinition")
         .gives(200, "Metric"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows. Permission `define`."),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds. Permission `read`.")
+        .gives(200, "MetricPlan"),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.")
         .query(&[
             ("from", "Windows that start then or later, RFC 3339."),
@@ -262,7 +264,11 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     (
         "Metric",
-        "name string, sql string, stream string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string",
+        "name string, sql string, stream string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string, failure_code? string",
+    ),
+    (
+        "MetricPlan",
+        "metric string, reads string[], read_by string[], window Object, panes Object null, state Object, shared Object, workspace Object, cost Object",
     ),
     ("Metrics", "metrics Metric[]"),
     ("Row", "window_start time, window_end time, final boolean, revision integer"),

@@ -165,6 +165,10 @@ pub struct Limits {
     pub alert_rules: usize,
     pub tables: usize,
     pub table_bytes: usize,
+    pub metric_state_bytes: usize,
+    pub metric_state_groups: usize,
+    pub workspace_state_bytes: usize,
+    pub workspace_state_groups: usize,
     pub body_bytes: usize,
     pub decompressed_bytes: usize,
     pub event_bytes: usize,
@@ -194,6 +198,10 @@ impl Default for Limits {
             alert_rules: system.alert_rules,
             tables: system.tables,
             table_bytes: system.table_bytes,
+            metric_state_bytes: system.metric_state_bytes,
+            metric_state_groups: system.metric_state_groups,
+            workspace_state_bytes: system.workspace_state_bytes,
+            workspace_state_groups: system.workspace_state_groups,
             body_bytes: wire.body_bytes,
             decompressed_bytes: wire.decompressed_bytes,
             event_bytes: wire.event_bytes,
@@ -224,6 +232,10 @@ impl Limits {
             alert_rules: self.alert_rules,
             tables: self.tables,
             table_bytes: self.table_bytes,
+            metric_state_bytes: self.metric_state_bytes,
+            metric_state_groups: self.metric_state_groups,
+            workspace_state_bytes: self.workspace_state_bytes,
+            workspace_state_groups: self.workspace_state_groups,
         }
     }
 

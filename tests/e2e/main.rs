@@ -5,5 +5,6 @@ mod command; // the commands of the binary against a real server
 mod chain; // metrics over metrics, live, in history and after a restart
 mod harness; // a server for one test, and a client of it
 mod join; // metrics that join reference tables or a second stream
+mod limit; // metrics that hold more state than they may, and how a metric runs
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining

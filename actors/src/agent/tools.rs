@@ -126,8 +126,8 @@ fn describe(metric: &MetricInfo) -> Value {
         "window": window(metric.program.window()),
         "sql": metric.definition.sql,
     });
-    if let Some(failure) = &metric.failure {
-        shown["failure"] = failure.as_str().into();
+    if let Some(stop) = &metric.failure {
+        shown["failure"] = stop.reason.as_str().into();
     }
     shown
 }

@@ -5,13 +5,14 @@ use crate::extract::{Json, Listing, Member, Path};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span::{Text, format};
-use actors::{MetricDefinition, MetricInfo, RowsQuery, Step};
+use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{get, put};
 use engine::event::{ItemName, Micros, StreamName};
+use engine::limit::{StateLimits, StateSize};
 use engine::window::Window;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -21,6 +22,7 @@ pub(super) fn routes() -> Router<AppState> {
         .route("/api/v1/workspaces/{ws}/metrics", get(list))
         .route("/api/v1/workspaces/{ws}/metrics/{metric}", put(define).delete(remove))
         .route("/api/v1/workspaces/{ws}/metrics/{metric}/rows", get(rows))
+        .route("/api/v1/workspaces/{ws}/metrics/{metric}/plan", get(plan))
 }
 
 /// A column's type in the words of the contract; Arrow's own where it has none.
@@ -72,10 +74,58 @@ fn shown(info: &MetricInfo) -> Value {
             shown[name] = format(span).into();
         }
     }
-    if let Some(failure) = &info.failure {
-        shown["failure"] = failure.as_str().into();
+    if let Some(stop) = &info.failure {
+        shown["failure"] = stop.reason.as_str().into();
+        shown["failure_code"] = stop.cause.code().into();
     }
     shown
+}
+
+/// How a metric runs: its panes, the state it holds and shares, and what its batches cost.
+fn planned(info: &MetricInfo, all: &[MetricInfo], tables: &[TableInfo], limits: &StateLimits) -> Value {
+    let (program, window_of_it) = (&info.program, info.program.window());
+    let panes = match window_of_it {
+        _ if program.is_row_wise() => Value::Null,
+        Window::Session { .. } => json!({"kind": "sessions", "held": info.panes}),
+        cut => {
+            let per_window = cut.size().0 / cut.pane().0;
+            json!({"kind": "panes", "held": info.panes, "width": format(cut.pane()), "per_window": per_window, "windows_per_pane": cut.overlap()})
+        }
+    };
+    let read_by = all.iter().filter(|other| other.program.stream().metric().as_ref() == Some(&info.name));
+    let size = |table: &StreamName| {
+        let bytes = tables.iter().find(|known| known.table.name() == table).map_or(0, |known| known.size.bytes);
+        let readers = all.iter().filter(|other| other.program.tables().any(|read| read == table)).count();
+        json!({"name": table, "bytes": bytes, "metrics": readers})
+    };
+    let bound = |size: StateSize| json!({"bytes": size.bytes, "groups": size.groups});
+    let sum = |of: fn(&MetricInfo) -> usize| all.iter().map(of).sum::<usize>();
+    json!({
+        "metric": info.name,
+        "reads": program.streams().collect::<Vec<_>>(),
+        "read_by": read_by.map(|other| &other.name).collect::<Vec<_>>(),
+        "window": window(window_of_it),
+        "panes": panes,
+        "state": {"bytes": info.state_bytes, "groups": info.keys, "waiting_events": info.waiting, "limit": bound(limits.metric)},
+        "shared": {"tables": program.tables().map(size).collect::<Vec<Value>>()},
+        "workspace": {"bytes": sum(|m| m.state_bytes), "groups": sum(|m| m.keys), "limit": bound(limits.workspace)},
+        "cost": {"batches": info.cost.batches, "rows": info.cost.rows, "micros_per_batch": info.cost.micros_per_batch()},
+    })
+}
+
+async fn plan(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, name)): Path<(String, String)>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::Read)?;
+    let name: ItemName = name.parse()?;
+    let all = state.system.metrics(&member.workspace).await?;
+    let Some(info) = all.iter().find(|info| info.name == name) else {
+        return Err(Problem::not_found("unknown_metric", format!("there is no metric `{name}`")));
+    };
+    let tables = state.system.tables(&member.workspace).await?;
+    Ok(axum::Json(planned(info, &all, &tables, &state.system.limits().state())))
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {

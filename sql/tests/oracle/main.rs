@@ -2,6 +2,7 @@
 //! a metric's final rows are those of the same SQL run once over all events.
 
 mod join; // reference tables and streams joined to a stream
+mod limit; // metrics that hold more state than they may
 mod random;
 
 use arrow::array::{
