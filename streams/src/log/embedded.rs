@@ -4,12 +4,13 @@
 //! and answers everybody: under load the cost of the disk is shared, when idle nothing is delayed.
 
 use super::batch::EncodedSchema;
-use super::record::Draft;
-use super::segment::{HEADER, Header, Reader, Segment, file_name};
+use super::places::Walk;
+use super::record::{Draft, workspace_in};
+use super::segment::{HEADER, Header, Reader, Segment, VERSION, Verified, file_name};
 use super::{AppendError, Body, Config, Filter, Log, Offset, OpenError, Pending, ReadError, Record, Room, Scan};
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
-use engine::event::Micros;
+use engine::event::{Micros, WorkspaceId};
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -25,6 +26,8 @@ use tokio::sync::oneshot;
 const GROUP_BYTES_MAX: usize = 8 << 20;
 /// A record's length is 32 bits in the file.
 const RECORD_BYTES_MAX: usize = 1 << 30;
+/// Positions are 32 bits too, and the last group comes on top of this.
+const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 /// Schemas kept encoded; a process with more encodes some of them again.
 const SCHEMAS_MAX: usize = 1 << 12;
 /// Held locked by the process that has the log open.
@@ -89,17 +92,31 @@ impl EmbeddedLog {
         Self::open_on(Box::new(Os), directory, config)
     }
 
-    fn open_on(mut disk: Box<dyn Disk>, directory: &Path, config: &Config) -> Result<EmbeddedLog, OpenError> {
+    fn open_on(disk: Box<dyn Disk>, directory: &Path, config: &Config) -> Result<EmbeddedLog, OpenError> {
+        let (mut log, writer) = Self::prepare(disk, directory, config)?;
+        let writer = thread::Builder::new()
+            .name("log-writer".to_owned())
+            .spawn(move || writer.run())
+            .map_err(|e| open_io(directory, e))?;
+        log.writer = Some(writer);
+        Ok(log)
+    }
+
+    /// An open log and what is to write it: on a thread, or step by step.
+    fn prepare(mut disk: Box<dyn Disk>, directory: &Path, config: &Config) -> Result<(EmbeddedLog, Writer), OpenError> {
+        if config.segment_bytes > SEGMENT_BYTES_MAX {
+            return Err(OpenError::Segment { asked: config.segment_bytes, limit: SEGMENT_BYTES_MAX });
+        }
         fs::create_dir_all(directory).and_then(|()| sync_parent(directory)).map_err(|e| open_io(directory, e))?;
         let lock = lock(directory)?;
         let mut segments = list(directory)?;
-        let (active, next) = match segments.last() {
+        let (active, next, sealed) = match segments.last() {
             Some(newest) => reopen(disk.as_mut(), newest)?,
             None => {
                 let (segment, file) = create(disk.as_mut(), directory, 0, Header::NO_FILE_BEFORE)
                     .map_err(|e| open_io(&directory.join(UNFINISHED), e))?;
                 segments.push(segment);
-                (file, 0)
+                (file, 0, true)
             }
         };
         let segment = segments.last().expect("there is a file by now").clone();
@@ -111,9 +128,10 @@ impl EmbeddedLog {
             used: AtomicU64::new(segments.iter().map(|segment| segment.length.load(Ordering::Relaxed)).sum()),
             segments: RwLock::new(segments),
         });
-        let writer = Writer {
+        let mut writer = Writer {
             shared: shared.clone(),
             disk,
+            sealed,
             segment_bytes: config.segment_bytes,
             max_bytes: config.max_bytes,
             position: segment.length.load(Ordering::Relaxed),
@@ -123,12 +141,9 @@ impl EmbeddedLog {
             schemas: HashMap::new(),
             buffer: Vec::new(),
         };
-        let writer = thread::Builder::new()
-            .name("log-writer".to_owned())
-            .spawn(move || writer.run())
-            .map_err(|e| open_io(directory, e))?;
+        writer.seal();
         let hours = config.retain_hours.map(|hours| i64::try_from(hours).unwrap_or(i64::MAX));
-        Ok(EmbeddedLog {
+        let log = EmbeddedLog {
             shared,
             queue_limit: config.queue_bytes,
             retention: Retention {
@@ -136,9 +151,10 @@ impl EmbeddedLog {
                 age_micros: hours.map(|hours| hours.saturating_mul(3_600_000_000)),
             },
             schemas: RwLock::default(),
-            writer: Some(writer),
+            writer: None,
             _lock: lock,
-        })
+        };
+        Ok((log, writer))
     }
 
     fn draft(&self, record: &Record) -> Result<Draft, AppendError> {
@@ -222,7 +238,7 @@ impl Log for EmbeddedLog {
             if next.header.first > from.0 || !self.retention.lets_go(oldest, used, now) {
                 return;
             }
-            if let Err(error) = fs::remove_file(&oldest.path) {
+            if let Err(error) = oldest.remove() {
                 tracing::warn!(file = %oldest.path.display(), %error, "a log file that is no longer needed stays");
                 return;
             }
@@ -250,7 +266,18 @@ impl Log for EmbeddedLog {
         let begin = segments.partition_point(|segment| segment.header.first <= from.0) - 1;
         let segments = segments[begin..].iter().cloned().collect();
         let shared = self.shared.clone();
-        Ok(Box::new(Cursor { shared, segments, open: None, next: from.0, end: tail.0, only }))
+        Ok(Box::new(Cursor { shared, segments, open: None, walk: None, next: from.0, end: tail.0, only }))
+    }
+
+    fn newest(&self) -> Result<HashMap<WorkspaceId, Offset>, ReadError> {
+        let segments = self.shared.segments.read().clone();
+        let mut newest = HashMap::new();
+        for segment in segments {
+            let at = segment.header.first;
+            segment.newest(&mut newest).map_err(|error| self.shared.gone_or(error, at))?;
+        }
+        let known = |(workspace, offset): (String, u64)| Some((workspace.parse().ok()?, Offset(offset)));
+        Ok(newest.into_iter().filter_map(known).collect())
     }
 }
 
@@ -286,6 +313,16 @@ trait Disk: Send {
     fn sync(&mut self, file: &File) -> io::Result<()> {
         file.sync_data()
     }
+
+    fn cut(&mut self, file: &File, length: u64) -> io::Result<()> {
+        file.set_len(length)
+    }
+
+    /// Gives a file its name, which is durable then.
+    fn publish(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)?;
+        sync_directory(to.parent().unwrap_or(to))
+    }
 }
 
 /// The disk as it is.
@@ -304,6 +341,8 @@ struct Writer {
     position: u64,
     /// Offset of the next record.
     next: u64,
+    /// A seal is the last in the file, or the file is empty.
+    sealed: bool,
     /// Where in the file each schema is that its records use.
     schemas: HashMap<Arc<[u8]>, u64>,
     buffer: Vec<u8>,
@@ -314,30 +353,35 @@ impl Writer {
         let shared = self.shared.clone();
         let _told = TellWhenGone(&shared);
         while let Some(group) = self.wait_for_group() {
-            let bytes: usize = group.iter().filter_map(|entry| entry.draft.as_ref()).map(Draft::len).sum();
-            let first = self.next;
-            let (drafts, answers): (Vec<_>, Vec<_>) =
-                group.into_iter().map(|entry| (entry.draft, entry.answer)).unzip();
-            let is_record: Vec<bool> = drafts.iter().map(Option::is_some).collect();
-            let result = self.commit(drafts.into_iter().flatten().collect());
-            let mut queue = shared.queue.lock();
-            queue.bytes -= bytes;
-            if let Err(error @ AppendError::Failed { .. }) = &result {
-                queue.failed = Some(error.clone());
-            }
-            drop(queue);
-            let mut offset = first;
-            for (answer, is_record) in answers.into_iter().zip(is_record) {
-                // a caller may have left
-                _ = match (&result, is_record) {
-                    (Err(AppendError::Full { .. }), false) | (Ok(()), false) => answer.send(Ok(Offset(offset))),
-                    (Err(error), _) => answer.send(Err(error.clone())),
-                    (Ok(()), true) => {
-                        offset += 1;
-                        answer.send(Ok(Offset(offset - 1)))
-                    }
-                };
-            }
+            self.answer(group);
+        }
+        self.seal();
+    }
+
+    /// Makes a group durable and tells all in it.
+    fn answer(&mut self, group: Vec<Entry>) {
+        let bytes: usize = group.iter().filter_map(|entry| entry.draft.as_ref()).map(Draft::len).sum();
+        let first = self.next;
+        let (drafts, answers): (Vec<_>, Vec<_>) = group.into_iter().map(|entry| (entry.draft, entry.answer)).unzip();
+        let is_record: Vec<bool> = drafts.iter().map(Option::is_some).collect();
+        let result = self.commit(drafts.into_iter().flatten().collect());
+        let mut queue = self.shared.queue.lock();
+        queue.bytes -= bytes;
+        if let Err(error @ AppendError::Failed { .. }) = &result {
+            queue.failed = Some(error.clone());
+        }
+        drop(queue);
+        let mut offset = first;
+        for (answer, is_record) in answers.into_iter().zip(is_record) {
+            // a caller may have left
+            _ = match (&result, is_record) {
+                (Err(AppendError::Full { .. }), false) | (Ok(()), false) => answer.send(Ok(Offset(offset))),
+                (Err(error), _) => answer.send(Err(error.clone())),
+                (Ok(()), true) => {
+                    offset += 1;
+                    answer.send(Ok(Offset(offset - 1)))
+                }
+            };
         }
     }
 
@@ -371,7 +415,9 @@ impl Writer {
         if drafts.is_empty() {
             return Ok(());
         }
-        if self.position >= self.segment_bytes && self.position > HEADER as u64 {
+        let grown = self.position >= self.segment_bytes && self.position > HEADER as u64;
+        // what this version writes has no place in a file that an earlier one may read
+        if grown || self.segment.header.version != VERSION {
             self.roll()?;
         }
         let count = drafts.len() as u64;
@@ -382,12 +428,11 @@ impl Writer {
             return result;
         }
         for (offset, position) in places {
-            self.segment.note(offset, position);
+            let workspace = workspace_in(&self.buffer[(position - self.position) as usize..]);
+            self.segment.note(workspace, offset, position);
         }
-        self.position += self.buffer.len() as u64;
+        self.grow(false);
         self.next += count;
-        self.segment.length.store(self.position, Ordering::Release);
-        self.shared.used.fetch_add(self.buffer.len() as u64, Ordering::Relaxed);
         // whoever sees this tail finds all before it in the files
         self.shared.tail.store(self.next, Ordering::Release);
         metrics::counter!("tidewatch_log_appends_total").increment(count);
@@ -403,14 +448,14 @@ impl Writer {
         let salt = self.segment.header.salt;
         let mut places = Vec::with_capacity(drafts.len());
         for (draft, offset) in drafts.into_iter().zip(self.next..) {
-            let place = self.position + self.buffer.len() as u64;
-            places.push((offset, place));
             let schema = draft.schema.as_ref().map_or(0, |schema| {
                 *self.schemas.entry(schema.ipc.clone()).or_insert_with(|| {
+                    let place = self.position + self.buffer.len() as u64;
                     Draft::schema(schema).seal(offset, 0, salt, &mut self.buffer);
                     place
                 })
             });
+            places.push((offset, self.position + self.buffer.len() as u64));
             draft.seal(offset, schema, salt, &mut self.buffer);
         }
         places
@@ -431,11 +476,36 @@ impl Writer {
         let Err(cause) = written else { return Ok(()) };
         // What was begun goes, so that no restart takes it for durable. After a full disk that is all there is
         // to do; this syncs a shorter file and does not try the failed sync again.
-        let cut = self.file.set_len(self.position).and_then(|()| self.disk.sync(&self.file));
+        let cut = self.disk.cut(&self.file, self.position).and_then(|()| self.disk.sync(&self.file));
         match cut {
             Ok(()) if is_disk_full(&cause) => Err(self.full(Room::Disk)),
             _ => Err(self.failed(self.segment.path.clone(), cause)),
         }
+    }
+
+    /// Says that all before is durable: a fault in it is no torn write then. When the disk is full, the log only
+    /// cannot tell the two apart in its last group.
+    fn seal(&mut self) {
+        let failed = self.shared.queue.lock().failed.is_some();
+        if failed || self.sealed || self.segment.header.version != VERSION {
+            return;
+        }
+        self.buffer.clear();
+        Draft::seal_of_all().seal(self.next, 0, self.segment.header.salt, &mut self.buffer);
+        match self.write() {
+            Ok(()) => self.grow(true),
+            Err(AppendError::Full { .. }) => {}
+            Err(error) => self.shared.queue.lock().failed = Some(error),
+        }
+    }
+
+    /// What is in the buffer is durable now.
+    fn grow(&mut self, sealed: bool) {
+        let bytes = self.buffer.len() as u64;
+        self.position += bytes;
+        self.sealed = sealed;
+        self.segment.length.store(self.position, Ordering::Release);
+        self.shared.used.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Goes on in a new file.
@@ -443,8 +513,10 @@ impl Writer {
         let before = (self.segment.header.first, self.position);
         match create(self.disk.as_mut(), &self.shared.directory, self.next, before) {
             Ok((segment, file)) => {
+                self.segment.complete();
                 (self.segment, self.file, self.position) = (segment.clone(), file, HEADER as u64);
                 self.schemas.clear();
+                self.sealed = true;
                 self.shared.used.fetch_add(HEADER as u64, Ordering::Relaxed);
                 self.shared.segments.write().push(segment);
                 Ok(())
@@ -487,6 +559,8 @@ struct Cursor {
     segments: VecDeque<Arc<Segment>>,
     /// Reads the first of them.
     open: Option<Reader>,
+    /// Where in it the records of the one workspace that is wanted are.
+    walk: Option<Walk>,
     /// Offset of the next record.
     next: u64,
     /// Where the scan ends.
@@ -509,7 +583,33 @@ impl Iterator for Cursor {
 impl Cursor {
     fn advance(&mut self) -> Result<Option<(Offset, Record)>, ReadError> {
         while self.next < self.end {
-            let segment = self.segments.front().expect("the newest file reaches up to the tail");
+            let Some(segment) = self.segments.front() else { break };
+            if let Some(workspace) = &self.only.workspace {
+                let walk = match &mut self.walk {
+                    Some(walk) => walk,
+                    closed => {
+                        let walk = segment.places_of(workspace.as_str());
+                        closed.insert(walk.map_err(|error| self.shared.gone_or(error, self.next))?)
+                    }
+                };
+                let Some((offset, position)) = walk.find(|(offset, _)| *offset >= self.next) else {
+                    self.segments.pop_front();
+                    (self.open, self.walk) = (None, None);
+                    continue;
+                };
+                if offset >= self.end {
+                    break;
+                }
+                self.next = offset;
+                let reader = match &mut self.open {
+                    Some(reader) => reader,
+                    closed => {
+                        let reader = segment.read_from(offset);
+                        closed.insert(reader.map_err(|error| self.shared.gone_or(error, offset))?)
+                    }
+                };
+                reader.jump(offset, position).map_err(|fault| segment.fault(fault))?;
+            }
             let reader = match &mut self.open {
                 Some(reader) => reader,
                 closed => {
@@ -529,7 +629,7 @@ impl Cursor {
                 continue;
             };
             // an index leads to some record before the first one wanted
-            if frame.is_schema() || frame.offset < self.next {
+            if frame.is_internal() || frame.offset < self.next {
                 continue;
             }
             let offset = frame.offset;
@@ -598,36 +698,38 @@ fn list(directory: &Path) -> Result<Vec<Arc<Segment>>, OpenError> {
     Ok(segments)
 }
 
-/// Checks the newest file whole and cuts its torn tail: the file to append to, the offset of its next record.
-fn reopen(disk: &mut dyn Disk, segment: &Segment) -> Result<(File, u64), OpenError> {
-    let (next, torn) = segment.verify()?;
+/// Checks the newest file whole and cuts its torn tail: the file to append to, the offset of its next record, and
+/// whether its end is sealed.
+fn reopen(disk: &mut dyn Disk, segment: &Segment) -> Result<(File, u64, bool), OpenError> {
+    let Verified { next, sealed, torn } = segment.verify()?;
     let io = |error| open_io(&segment.path, error);
     let file = OpenOptions::new().append(true).open(&segment.path).map_err(io)?;
     if let Some(torn) = torn {
         tracing::warn!(
             file = %segment.path.display(), position = torn.position, bytes = torn.bytes, reason = torn.reason,
-            "cut off a log record that was never completed",
+            "cut off log records that were never completed",
         );
-        file.set_len(torn.position).map_err(io)?;
+        disk.cut(&file, torn.position).map_err(io)?;
         segment.length.store(torn.position, Ordering::Release);
     }
     // a killed process can leave intact records that the disk does not have yet, and all will be told of them
     disk.sync(&file).map_err(io)?;
-    Ok((file, next))
+    Ok((file, next, sealed))
 }
 
 /// Makes the file whose first record will have offset `first`.
 fn create(disk: &mut dyn Disk, directory: &Path, first: u64, before: (u64, u64)) -> io::Result<(Arc<Segment>, File)> {
-    let header = Header { salt: rand::random(), first, before };
+    let header = Header { version: VERSION, salt: rand::random(), first, before };
     let unfinished = directory.join(UNFINISHED);
     let path = directory.join(file_name(first));
     _ = fs::remove_file(&unfinished); // left by a crash or a full disk
     let file = OpenOptions::new().create_new(true).append(true).open(&unfinished)?;
     disk.write(&file, &header.to_bytes())?;
     disk.sync(&file)?;
-    fs::rename(&unfinished, &path)?;
-    sync_directory(directory)?;
-    Ok((Arc::new(Segment::new(path, header, HEADER as u64)), file))
+    disk.publish(&unfinished, &path)?;
+    let segment = Segment::new(path, header, HEADER as u64);
+    segment.begin();
+    Ok((Arc::new(segment), file))
 }
 
 /// Makes the names in `directory` durable.
@@ -642,5 +744,7 @@ fn sync_parent(directory: &Path) -> io::Result<()> {
     }
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

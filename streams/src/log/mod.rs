@@ -4,6 +4,7 @@
 
 mod batch; // Arrow batches as bytes, without what their schema already says
 mod embedded; // one writer thread, group commit, retention, scans
+mod places; // where each workspace's records are in a file
 mod record; // one record as bytes, with its checksum
 mod segment; // one file of records: its header, reading it, finding its torn tail
 
@@ -13,6 +14,7 @@ use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use engine::event::{Micros, StreamName, WorkspaceId};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -103,7 +105,11 @@ pub trait Log: Send + Sync {
     fn protect(&self, from: Offset, now: Micros);
 
     /// Records from `from` up to the tail at this call that match `only`. Blocks on reading; empty at the tail.
+    /// Of one workspace it costs what that workspace wrote, whatever the others did.
     fn scan(&self, from: Offset, only: Filter) -> Result<Scan, ReadError>;
+
+    /// Every workspace that has records, with the offset of its newest. Blocks on reading.
+    fn newest(&self) -> Result<HashMap<WorkspaceId, Offset>, ReadError>;
 }
 
 /// An enqueued record on its way to the disk: its offset once durable.
@@ -182,6 +188,8 @@ pub enum OpenError {
          directory away to start with an empty log"
     )]
     Corrupt { file: PathBuf, position: u64, reason: String },
+    #[error("`log.segment_bytes` is {asked} and can be {limit} at most; lower it")]
+    Segment { asked: u64, limit: u64 },
     #[error("cannot use `{file}`: {source}")]
     Io { file: PathBuf, source: io::Error },
 }
@@ -190,7 +198,7 @@ pub enum OpenError {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// A file of records is followed by a new one at this size; retention drops whole files.
+    /// A file of records is followed by a new one at this size, 2 GiB at most; retention drops whole files.
     pub segment_bytes: u64,
     /// The most bytes that wait for the disk; over it appends are refused as busy.
     pub queue_bytes: usize,

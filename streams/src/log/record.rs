@@ -1,11 +1,12 @@
 //! One record as bytes, with its checksum.
 //!
 //! ```text
-//! prefix, the writer:  length u32 | crc32c u32 | offset u64 | schema u64
+//! prefix, the writer:  length u32 | crc32c u32 | offset u64 | schema u32 | group u32
 //! rest, the caller:    kind u8 | flags u8 | workspace | stream | least ts i64, greatest ts i64 | payload
 //! ```
 //! Little-endian. `length` counts all of it, `schema` is the position in the file of the schema record that a
-//! batch was written with, a name is its length in a byte and its text, the two `ts` are there when flagged.
+//! batch was written with, `group` is how many bytes before the record those begin that became durable with it,
+//! a name is its length in a byte and its text, the two `ts` are there when flagged.
 //! The checksum runs over the rest, then the prefix without itself, then the salt of the file: a caller can do
 //! the long part before the writer knows the place, and nobody outside can write an event whose bytes pass for
 //! a record where a reader looks for the next good one.
@@ -28,6 +29,8 @@ const REST_MIN: usize = 4;
 const SCHEMA: u8 = 0;
 const EVENTS: u8 = 1;
 const ADVANCE: u8 = 2;
+/// No record of a workspace: says that all before it is durable.
+const SEAL: u8 = 3;
 
 const HAS_IDS: u8 = 1;
 const HAS_TS: u8 = 2;
@@ -64,6 +67,12 @@ impl Draft {
         Self::new(bytes, None)
     }
 
+    /// Bears the offset of the record after it, as a schema does. What comes before it was told durable, so a
+    /// fault there is no torn write.
+    pub(super) fn seal_of_all() -> Draft {
+        Self::new(head(SEAL, false, "", "", None), None)
+    }
+
     fn new(bytes: Vec<u8>, schema: Option<Arc<EncodedSchema>>) -> Draft {
         let rest_crc = crc32c::crc32c(&bytes[PREFIX..]);
         Self { bytes, rest_crc, schema }
@@ -74,11 +83,14 @@ impl Draft {
     }
 
     /// Appends the record to `out`, at its place. A schema record bears the offset of the record after it.
+    /// All of `out` becomes durable together.
     pub(super) fn seal(mut self, offset: u64, schema: u64, salt: u32, out: &mut Vec<u8>) {
-        let length = u32::try_from(self.bytes.len()).expect("the limit of a record is below 4 GiB");
+        let half = |value: u64| u32::try_from(value).expect("records and files are below 4 GiB");
+        let length = half(self.bytes.len() as u64);
         self.bytes[..4].copy_from_slice(&length.to_le_bytes());
         self.bytes[8..16].copy_from_slice(&offset.to_le_bytes());
-        self.bytes[16..24].copy_from_slice(&schema.to_le_bytes());
+        self.bytes[16..20].copy_from_slice(&half(schema).to_le_bytes());
+        self.bytes[20..24].copy_from_slice(&half(out.len() as u64).to_le_bytes());
         let crc = seal_crc(self.rest_crc, &self.bytes, salt);
         self.bytes[4..8].copy_from_slice(&crc.to_le_bytes());
         out.extend_from_slice(&self.bytes);
@@ -128,14 +140,21 @@ pub(super) fn claims(bytes: &[u8]) -> Option<(usize, u64)> {
     (length >= PREFIX + REST_MIN).then(|| (length, u64_at(bytes, 8)))
 }
 
+/// The workspace of a record that a draft was sealed into.
+pub(super) fn workspace_in(record: &[u8]) -> &str {
+    name(&mut &record[PREFIX + 2..]).expect("a draft's name is whole")
+}
+
 /// One intact record in a buffer.
 pub(super) struct Frame<'a> {
     pub(super) offset: u64,
     /// Position in the file of the schema of a batch.
     pub(super) schema: u64,
+    /// How many bytes before it those begin that became durable together with it.
+    pub(super) group: u64,
     kind: u8,
     has_ids: bool,
-    workspace: &'a str,
+    pub(super) workspace: &'a str,
     stream: &'a str,
     ts: Option<(Micros, Micros)>,
     payload: &'a [u8],
@@ -162,7 +181,8 @@ impl<'a> Frame<'a> {
         }
         Some(Frame {
             offset: u64_at(prefix, 8),
-            schema: u64_at(prefix, 16),
+            schema: u64::from(u32_at(prefix, 16)),
+            group: u64::from(u32_at(prefix, 20)),
             kind,
             has_ids: flags & HAS_IDS != 0,
             workspace,
@@ -172,8 +192,13 @@ impl<'a> Frame<'a> {
         })
     }
 
-    pub(super) fn is_schema(&self) -> bool {
-        self.kind == SCHEMA
+    pub(super) fn is_seal(&self) -> bool {
+        self.kind == SEAL
+    }
+
+    /// Whether this is the log's own and no workspace's: a schema or a seal.
+    pub(super) fn is_internal(&self) -> bool {
+        matches!(self.kind, SCHEMA | SEAL)
     }
 
     /// Whether the record is a batch, which takes a schema to decode.
@@ -193,7 +218,7 @@ impl<'a> Frame<'a> {
 
     /// The schema that this schema record holds.
     pub(super) fn decode_schema(&self) -> Result<SchemaRef, String> {
-        if self.is_schema() {
+        if self.kind == SCHEMA {
             batch::decode_schema(self.payload).map_err(text)
         } else {
             Err("no schema here".to_owned())

@@ -6,18 +6,20 @@
 //! A file is written under another name and renamed when its header is durable, so a header is never torn. It
 //! names the file before it, so that a file gone or cut short is noticed when the log is opened.
 
+use super::places::{self, Places, Stored, Walk};
 use super::record::{Frame, PREFIX, claims};
 use super::{OpenError, ReadError};
 use arrow::datatypes::SchemaRef;
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const MAGIC: [u8; 8] = *b"tidelog\n";
-const VERSION: u32 = 1;
+/// Version 1 had no groups: there each record counts as one of its own, as its bytes say.
+pub(super) const VERSION: u32 = 2;
 /// Bytes in front of the first record.
 pub(super) const HEADER: usize = 44;
 /// Bytes between two entries of an index: what a scan that begins anywhere reads in vain at most.
@@ -32,6 +34,8 @@ pub(super) struct Segment {
     pub(super) length: AtomicU64,
     /// (offset, position) of some records, in order; empty for a file that was complete when the log was opened.
     index: Mutex<Vec<(u64, u64)>>,
+    /// Where each workspace's records are; `None` once they are in the file beside this one.
+    places: Mutex<Option<Places>>,
     /// Schemas by their position, shared by the batches of all scans.
     schemas: Mutex<HashMap<u64, SchemaRef>>,
 }
@@ -39,11 +43,20 @@ pub(super) struct Segment {
 impl Segment {
     pub(super) fn new(path: PathBuf, header: Header, length: u64) -> Self {
         let length = AtomicU64::new(length);
-        Self { path, header, length, index: Mutex::default(), schemas: Mutex::default() }
+        Self { path, header, length, index: Mutex::default(), places: Mutex::default(), schemas: Mutex::default() }
     }
 
-    /// Notes that the record with `offset` begins at `position`; later ones come later.
-    pub(super) fn note(&self, offset: u64, position: u64) {
+    /// The file is empty or read from its beginning, and what is in it will be noted.
+    pub(super) fn begin(&self) {
+        *self.places.lock() = Some(Places::default());
+        self.index.lock().clear();
+    }
+
+    /// Notes that the record of `workspace` with `offset` begins at `position`; later ones come later.
+    pub(super) fn note(&self, workspace: &str, offset: u64, position: u64) {
+        if let Some(places) = self.places.lock().as_mut() {
+            places.note(workspace, offset, position);
+        }
         let mut index = self.index.lock();
         if index.last().is_none_or(|(_, last)| position >= last + INDEX_STEP) {
             index.push((offset, position));
@@ -58,6 +71,80 @@ impl Segment {
             known.checked_sub(1).map_or((self.header.first, HEADER as u64), |i| index[i])
         };
         Reader::open(&self.path, self.header.salt, offset, position).map_err(|source| self.io(source))
+    }
+
+    /// Offset and position of the records of `workspace`, oldest first.
+    pub(super) fn places_of(&self, workspace: &str) -> Result<Walk, ReadError> {
+        self.with_places(|places| places.of(workspace), |stored| stored.of(workspace))
+    }
+
+    /// Puts into `newest` each workspace that has records here, with the offset of its newest.
+    pub(super) fn newest(&self, newest: &mut HashMap<String, u64>) -> Result<(), ReadError> {
+        fn put<'a>(newest: &mut HashMap<String, u64>, here: impl Iterator<Item = (&'a str, u64)>) {
+            for (workspace, offset) in here {
+                match newest.get_mut(workspace) {
+                    Some(known) => *known = offset.max(*known),
+                    None => _ = newest.insert(workspace.to_owned(), offset),
+                }
+            }
+        }
+        let newest = Mutex::new(newest); // only one of the two is called
+        self.with_places(
+            |places| put(&mut newest.lock(), places.newest()),
+            |stored| put(&mut newest.lock(), stored.newest()),
+        )
+    }
+
+    /// Asks memory while the file grows, the file beside it afterwards. When that one is of no use it is made again.
+    fn with_places<T>(
+        &self,
+        memory: impl FnOnce(&Places) -> T,
+        file: impl FnOnce(&Stored) -> T,
+    ) -> Result<T, ReadError> {
+        let mut places = self.places.lock();
+        if let Some(places) = places.as_ref() {
+            return Ok(memory(places));
+        }
+        let length = self.length.load(Ordering::Acquire);
+        let stored = fs::read(places::path_of(&self.path)).ok();
+        if let Some(stored) = stored.and_then(|bytes| Stored::read(bytes, self.header.salt, length)) {
+            return Ok(file(&stored));
+        }
+        let mut found = Places::default();
+        let mut reader = self.read_from(self.header.first)?;
+        loop {
+            let (offset, position) = (reader.expected, reader.position);
+            match reader.read() {
+                Ok(Some(frame)) if frame.is_internal() => {}
+                Ok(Some(frame)) => found.note(frame.workspace, offset, position),
+                Ok(None) => break,
+                Err(fault) => return Err(self.fault(fault)),
+            }
+        }
+        let answer = memory(&found);
+        *places = Some(found);
+        drop(places);
+        self.complete();
+        Ok(answer)
+    }
+
+    /// The file grows no more: writes the places beside it and forgets them. What cannot be written stays in memory.
+    pub(super) fn complete(&self) {
+        let mut places = self.places.lock();
+        let Some(complete) = places.as_ref() else { return };
+        let path = places::path_of(&self.path);
+        match fs::write(&path, complete.encode(self.header.salt, self.length.load(Ordering::Acquire))) {
+            Ok(()) => *places = None,
+            Err(error) => tracing::warn!(file = %path.display(), %error, "an index of the log stays in memory"),
+        }
+    }
+
+    /// Removes the file and what is beside it.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(places::path_of(&self.path)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => fs::remove_file(&self.path),
+        }
     }
 
     /// The schema whose record is at `position`.
@@ -93,6 +180,8 @@ impl Segment {
 /// The beginning of a file of records.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Header {
+    /// Format of the file.
+    pub(super) version: u32,
     /// Part of every checksum of the file; random.
     pub(super) salt: u32,
     /// Offset of the first record, also the file's name.
@@ -107,7 +196,7 @@ impl Header {
     pub(super) fn to_bytes(self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.version.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.salt.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.first.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.before.0.to_le_bytes());
@@ -143,7 +232,7 @@ impl Header {
         if path.file_name() != file_name(number(16)).file_name() {
             return Err(corrupt(16, &format!("the first offset is {}, the file's name says another", number(16))));
         }
-        Ok(Header { salt: half(12), first: number(16), before: (number(24), number(32)) })
+        Ok(Header { version: found, salt: half(12), first: number(16), before: (number(24), number(32)) })
     }
 }
 
@@ -216,12 +305,20 @@ impl Reader {
         let frame =
             Frame::read(&self.record, self.salt).ok_or_else(|| bad("the checksum of a record is wrong".to_owned()))?;
         self.position += length as u64;
-        self.expected = if frame.is_schema() { frame.offset } else { frame.offset + 1 };
+        self.expected = if frame.is_internal() { frame.offset } else { frame.offset + 1 };
         Ok(Some(frame))
+    }
+
+    /// Goes on at the record with this offset, which begins at this position.
+    pub(super) fn jump(&mut self, offset: u64, position: u64) -> Result<(), Fault> {
+        // within what is buffered this costs nothing
+        self.file.seek_relative(position as i64 - self.position as i64).map_err(Fault::Io)?;
+        (self.expected, self.position) = (offset, position);
+        Ok(())
     }
 }
 
-/// A record at the end of a file that a crash left incomplete, and with it the end of the file.
+/// Records at the end of a file that a crash left incomplete, and with them the end of the file.
 #[derive(Debug)]
 pub(super) struct TornTail {
     pub(super) position: u64,
@@ -229,47 +326,75 @@ pub(super) struct TornTail {
     pub(super) reason: String,
 }
 
+/// What a whole file turned out to hold.
+pub(super) struct Verified {
+    /// Offset after the last record before any fault.
+    pub(super) next: u64,
+    /// A seal is the last, or there is no record.
+    pub(super) sealed: bool,
+    pub(super) torn: Option<TornTail>,
+}
+
 impl Segment {
-    /// Reads the whole file: the offset after its last intact record, and what is torn behind it. A bad record
-    /// with a good one behind it was not torn by a crash but changed later: that is corruption.
-    pub(super) fn verify(&self) -> Result<(u64, Option<TornTail>), OpenError> {
+    /// Reads the whole file.
+    ///
+    /// A disk that loses power keeps any of the blocks that it was given since the last sync, so that good records
+    /// can stand behind a torn one. All of these belong to the group that was on its way then. A good record of a
+    /// later group means that the bad one was durable and changed afterwards: that is corruption.
+    pub(super) fn verify(&self) -> Result<Verified, OpenError> {
         let io = |source| OpenError::Io { file: self.path.clone(), source };
         let Header { salt, first, .. } = self.header;
+        self.begin();
         let mut reader = Reader::open(&self.path, salt, first, HEADER as u64).map_err(io)?;
+        let mut sealed = true;
         loop {
             let (expected, position) = (reader.expected, reader.position);
             let (position, reason) = match reader.read() {
-                Ok(Some(_)) => {
-                    self.note(expected, position);
+                Ok(Some(frame)) => {
+                    sealed = frame.is_seal();
+                    if !frame.is_internal() {
+                        self.note(frame.workspace, expected, position);
+                    }
                     continue;
                 }
-                Ok(None) => return Ok((expected, None)),
+                Ok(None) => return Ok(Verified { next: expected, sealed, torn: None }),
                 Err(Fault::Io(source)) => return Err(io(source)),
                 Err(Fault::Bad { position, reason }) => (position, reason),
             };
             let mut rest = Vec::new();
             let mut file = File::open(&self.path).map_err(io)?;
             file.seek(SeekFrom::Start(position)).and_then(|_| file.read_to_end(&mut rest)).map_err(io)?;
-            return match good_record_in(&rest[1..], expected, salt) {
+            return match later_group_in(&rest, expected, salt) {
                 Some(after) => {
-                    let good = position + 1 + after as u64;
-                    let reason = format!("{reason}, and a good record follows at byte {good}");
+                    let good = position + after as u64;
+                    let reason = format!("{reason}, and what was written after it is intact at byte {good}");
                     Err(OpenError::Corrupt { file: self.path.clone(), position, reason })
                 }
-                None => Ok((expected, Some(TornTail { position, bytes: rest.len() as u64, reason }))),
+                None => {
+                    let torn = Some(TornTail { position, bytes: rest.len() as u64, reason });
+                    Ok(Verified { next: expected, sealed, torn })
+                }
             };
         }
     }
 }
 
-/// Where in `bytes` the first intact record begins whose offset is `expected` or one that could follow it here.
-fn good_record_in(bytes: &[u8], expected: u64, salt: u32) -> Option<usize> {
+/// Where in `bytes`, which begin with a bad record, the first intact one begins that was written after the bad one
+/// was durable. Its offset is `expected` or one that could follow it here.
+fn later_group_in(bytes: &[u8], expected: u64, salt: u32) -> Option<usize> {
     let offsets = expected..=expected.saturating_add((bytes.len() / PREFIX) as u64 + 1);
-    (0..bytes.len().saturating_sub(PREFIX)).find(|&at| {
+    let mut at = 1;
+    while at + PREFIX < bytes.len() {
         // the offset sorts out nearly all places, so a checksum is hardly ever computed in vain
-        claims(&bytes[at..]).is_some_and(|(length, offset)| {
-            offsets.contains(&offset)
-                && bytes.get(at..at + length).is_some_and(|record| Frame::read(record, salt).is_some())
-        })
-    })
+        let frame = claims(&bytes[at..])
+            .filter(|(_, offset)| offsets.contains(offset))
+            .and_then(|(length, _)| bytes.get(at..at + length))
+            .and_then(|record| Some((record.len(), Frame::read(record, salt)?.group)));
+        match frame {
+            Some((_, group)) if group < at as u64 => return Some(at),
+            Some((length, _)) => at += length,
+            None => at += 1,
+        }
+    }
+    None
 }
