@@ -3,8 +3,11 @@
 
 pub mod agent; // AI agent sessions and the built-in analyst
 pub mod clock; // where the time comes from
+mod commit; // results of many workspaces in one transaction
 mod definition; // what users define in a workspace
 mod fault; // why a request could not be served
+#[cfg(test)]
+mod fault_point; // where a test makes this crate fail
 pub mod outlet; // what actors push
 mod portfolio; // a portfolio's actor
 mod query; // the pool of query workers

@@ -1,7 +1,7 @@
 //! The root supervisor: starts a workspace's actor, and starts it again when it failed.
 
 use crate::system::Deps;
-use crate::tenant::Tenant;
+use crate::tenant::{Phase, Tenant};
 use crate::workspace::WorkspaceActor;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent, async_trait};
 use std::collections::HashMap;
@@ -59,6 +59,7 @@ impl Actor for RootActor {
         match Actor::spawn_linked(None, WorkspaceActor, start, myself.get_cell()).await {
             Ok((actor, _)) => _ = state.children.insert(actor.get_id(), tenant),
             Err(error) => {
+                tenant.set_phase(Phase::Failed);
                 tracing::error!(workspace = %tenant.id, %error, "workspace could not be started; trying again");
                 drop(myself.send_after(BACKOFF_MAX, || RootMsg::Start(tenant)));
             }
@@ -75,8 +76,8 @@ impl Actor for RootActor {
         match event {
             SupervisionEvent::ActorFailed(cell, error) => {
                 let Some(tenant) = state.children.remove(&cell.get_id()) else { return Ok(()) };
-                tenant.set_actor(None);
-                tenant.ready.send_replace(false);
+                tenant.left(cell.get_id(), Phase::Failed);
+                tenant.accuse();
                 tenant.counters.restarts.fetch_add(1, Relaxed);
                 *tenant.counters.last_failure.lock() = Some(error.to_string());
                 let wait = state.backoff(&tenant);
@@ -85,7 +86,7 @@ impl Actor for RootActor {
             }
             SupervisionEvent::ActorTerminated(cell, ..) => {
                 if let Some(tenant) = state.children.remove(&cell.get_id()) {
-                    tenant.set_actor(None);
+                    tenant.left(cell.get_id(), Phase::Resting);
                 }
             }
             _ => {}

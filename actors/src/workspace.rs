@@ -9,7 +9,7 @@ use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::rows;
 use crate::system::Deps;
-use crate::tenant::Tenant;
+use crate::tenant::{Phase as Life, Resting, Tenant};
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
 use engine::event::{ItemName, Micros, Span, StreamName};
@@ -20,7 +20,9 @@ use engine::workspace::{IDLE_TIMEOUT, Outputs, Saved, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, StoreError};
+use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -41,13 +43,18 @@ pub(crate) enum WorkspaceMsg {
         stream: StreamName,
         frontier: Micros,
     },
-    DeadLetters(Vec<DeadLetter>),
+    DeadLetters {
+        letters: Vec<DeadLetter>,
+        _awake: crate::tenant::Held,
+    },
     /// Provisional rows are due.
     Tick,
     /// Time to look for streams that idle.
     Idle,
     /// Time to commit.
     Save,
+    /// Time to see whether there is nothing to do any more.
+    Rest,
     Saved(Result<u64, Unsaved>),
     Define {
         name: ItemName,
@@ -145,6 +152,9 @@ struct Held {
     symbols: HashSet<String>,
 }
 
+/// What tells firings that are open at the same time from each other: the rule, and the labels as JSON.
+type Episode = (ItemName, String);
+
 /// Where a stream stood when its newest event came.
 #[derive(Clone, Copy)]
 struct Arrival {
@@ -160,7 +170,9 @@ pub(crate) struct State {
     metrics: BTreeMap<ItemName, Defined>,
     rules: BTreeMap<ItemName, RuleDefinition>,
     portfolios: BTreeMap<ItemName, Held>,
-    firing: HashMap<String, Alert>,
+    firing: HashMap<Episode, Alert>,
+    untold: Vec<(AlertPhase, Alert)>,  // told once they are in the store
+    telling: Vec<(AlertPhase, Alert)>, // in the commit under way
     arrivals: BTreeMap<StreamName, Arrival>,
     unsaved: Unsaved,
     in_store: Arc<[FinalRow]>, // rows of the commit under way
@@ -170,6 +182,7 @@ pub(crate) struct State {
     tick_planned: bool,
     idle_planned: bool,
     next_state: Instant, // the whole state is not written more often than pays
+    used: Instant,       // when it last had something to do
     draining: Option<RpcReplyPort<()>>,
 }
 
@@ -178,6 +191,12 @@ const SAVE_EVERY: Duration = Duration::from_millis(500);
 
 /// Writing the state may take this share of the time, and is spread accordingly.
 const STATE_SHARE: u32 = 20;
+
+/// But a restart shall not have to compute more than this again.
+const REPLAY_MOST: Duration = Duration::from_secs(5);
+
+/// A batch at which the actor failed so often is searched for the events that do it.
+const POISON_AFTER: u32 = 2;
 
 /// Rejected events held for the next commit; the ones over it are only counted.
 const DEAD_LETTERS_HELD: usize = 1_000;
@@ -196,7 +215,7 @@ impl Actor for WorkspaceActor {
         (tenant, deps): Self::Arguments,
     ) -> Result<State, ActorProcessingErr> {
         tenant.counters.queued_batches.store(0, Relaxed);
-        tenant.set_actor(Some(myself));
+        tenant.set_phase(Life::Restoring(myself));
         Ok(State {
             tenant,
             deps,
@@ -206,6 +225,8 @@ impl Actor for WorkspaceActor {
             rules: BTreeMap::new(),
             portfolios: BTreeMap::new(),
             firing: HashMap::new(),
+            untold: Vec::new(),
+            telling: Vec::new(),
             arrivals: BTreeMap::new(),
             unsaved: Unsaved::default(),
             in_store: Arc::new([]),
@@ -215,6 +236,7 @@ impl Actor for WorkspaceActor {
             tick_planned: false,
             idle_planned: false,
             next_state: Instant::now(),
+            used: Instant::now(),
             draining: None,
         })
     }
@@ -222,7 +244,8 @@ impl Actor for WorkspaceActor {
     // restoring here and not in `pre_start` leaves the supervisor free meanwhile
     async fn post_start(&self, myself: ActorRef<WorkspaceMsg>, state: &mut State) -> Result<(), ActorProcessingErr> {
         state.restore(&myself).await?;
-        state.tenant.ready.send_replace(true);
+        state.tenant.set_phase(Life::Running(myself.clone()));
+        drop(myself.send_after(state.deps.rest_after, || WorkspaceMsg::Rest));
         Ok(())
     }
 
@@ -232,21 +255,28 @@ impl Actor for WorkspaceActor {
         message: WorkspaceMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        if !matches!(
+            message,
+            WorkspaceMsg::Tick | WorkspaceMsg::Idle | WorkspaceMsg::Save | WorkspaceMsg::Saved(_) | WorkspaceMsg::Rest
+        ) {
+            state.used = Instant::now();
+        }
         match message {
             WorkspaceMsg::Events { offset, stream, batch, permit } => {
                 state.tenant.counters.queued_batches.fetch_sub(1, Relaxed);
                 if offset >= state.applied {
-                    state.on_events(&myself, offset, &stream, &batch);
+                    state.on_events(&myself, offset, &stream, &batch)?;
                 }
                 drop(permit); // the mailbox has room again only now
             }
             WorkspaceMsg::Advance { offset, stream, frontier } if offset >= state.applied => {
                 let outputs = state.engine.idle(&stream, frontier);
                 state.applied = offset + 1;
-                state.after(&myself, &stream, outputs, None);
+                state.after(&myself, &stream, outputs);
             }
             WorkspaceMsg::Advance { .. } => {}
-            WorkspaceMsg::DeadLetters(letters) => {
+            WorkspaceMsg::Rest => state.on_rest(&myself),
+            WorkspaceMsg::DeadLetters { letters, .. } => {
                 let room = DEAD_LETTERS_HELD.saturating_sub(state.unsaved.dead_letters.len());
                 state.unsaved.dead_letters.extend(letters.into_iter().take(room));
                 state.plan_save(&myself);
@@ -276,7 +306,7 @@ impl Actor for WorkspaceActor {
         {
             state.drain().await;
             _ = reply.send(());
-            state.tenant.set_actor(None);
+            state.tenant.left(myself.get_id(), Life::Resting);
             myself.stop(Some("drained".to_owned()));
         }
         Ok(())
@@ -325,7 +355,7 @@ impl State {
         let known: Vec<ItemName> = self.metrics.keys().cloned().collect();
         known.iter().for_each(|metric| self.start_rules(metric));
         let (open, _) = store.alerts(&id, Some("firing"), 10_000, None).await?;
-        self.firing = open.into_iter().map(|alert| (alert.id.clone(), alert)).collect();
+        self.firing = open.into_iter().map(|alert| ((alert.rule.clone(), alert.labels.to_string()), alert)).collect();
         let fresh = match checkpoint.and_then(|c| c.state) {
             Some(bytes) => match Saved::read(&bytes).and_then(|saved| self.engine.restore(saved)) {
                 Ok(fresh) => fresh,
@@ -342,24 +372,45 @@ impl State {
                 self.compute(&name, since).await?;
             }
         }
-        self.replay(later).await?;
         let now = self.deps.clock.now();
-        let stood = self.engine.streams().filter_map(|(name, time)| Some((name.clone(), time.frontier?)));
-        self.arrivals = stood.map(|(name, frontier)| (name, Arrival { at: now, frontier })).collect();
+        // a workspace that rested did not stop the time of its idle streams
+        let rested = self.tenant.resting.lock().take().filter(|resting| resting.offset >= self.applied);
+        let rested = rested.map(|resting| resting.arrivals).unwrap_or_default();
+        let before: BTreeMap<StreamName, Option<Micros>> = self.times();
+        self.replay(later, myself).await?;
+        for (name, frontier) in self.times() {
+            let Some(frontier) = frontier else { continue };
+            let stood = rested.get(&name).filter(|_| before.get(&name) == Some(&Some(frontier)));
+            let (at, frontier) = stood.copied().unwrap_or((now, frontier));
+            self.arrivals.insert(name, Arrival { at, frontier });
+        }
         for portfolio in store.portfolios(&id).await? {
             if let Ok(name) = portfolio.id.parse() {
                 self.hold(myself, name).await?;
             }
         }
-        self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+        if rested.is_empty() {
+            self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+        } else {
+            self.plan_idle(myself, Duration::ZERO);
+        }
         if self.dirty || !self.unsaved.is_empty() {
             self.plan_save(myself);
         }
         Ok(())
     }
 
-    /// Applies what the log holds behind the checkpoint. Nothing is pushed: clients that resume ask for a snapshot.
-    async fn replay(&mut self, mut later: Vec<(ItemName, Defined)>) -> Result<(), ActorProcessingErr> {
+    /// Where event time stands on each stream.
+    fn times(&self) -> BTreeMap<StreamName, Option<Micros>> {
+        self.engine.streams().map(|(name, time)| (name.clone(), time.frontier)).collect()
+    }
+
+    /// Applies what the log holds behind the checkpoint, and pushes what was not pushed before.
+    async fn replay(
+        &mut self,
+        mut later: Vec<(ItemName, Defined)>,
+        myself: &ActorRef<WorkspaceMsg>,
+    ) -> Result<(), ActorProcessingErr> {
         later.sort_by_key(|(_, defined)| std::cmp::Reverse(defined.since));
         let mut records = self.scan(self.applied);
         let mut count = 0u64;
@@ -371,16 +422,18 @@ impl State {
                     self.start_rules(&name);
                 }
             }
+            let push = offset.0 >= self.tenant.counters.pushed.load(Relaxed);
             let outputs = match record.body {
-                Body::Events { stream, batch } => {
-                    let outputs = self.engine.step(&stream, &batch);
-                    self.late(&stream, &batch, &outputs);
-                    outputs
-                }
-                Body::Advance { stream, frontier } => self.engine.idle(&stream, frontier),
+                Body::Events { stream, batch } => self.step(offset.0, &stream, &batch)?,
+                Body::Advance { stream, frontier } => vec![self.engine.idle(&stream, frontier)],
             };
-            self.keep(outputs, false);
+            for outputs in outputs {
+                self.recall(&outputs.alerts).await?;
+                self.keep(outputs, push);
+            }
+            self.tenant.end();
             self.applied = offset.0 + 1;
+            self.tenant.counters.pushed.fetch_max(self.applied, Relaxed);
             count += 1;
             if count.is_multiple_of(64) {
                 tokio::task::yield_now().await;
@@ -392,6 +445,8 @@ impl State {
         }
         if count > 0 {
             self.dirty = true;
+            self.metrics.values_mut().for_each(|metric| metric.changed = true);
+            self.plan_tick(myself, Instant::now());
             tracing::info!(workspace = %self.tenant.id, records = count, "replayed the log");
         }
         Ok(())
@@ -454,28 +509,126 @@ impl State {
         self.engine.watch(rule).map_err(Fault::internal)
     }
 
-    fn on_events(&mut self, myself: &ActorRef<WorkspaceMsg>, offset: u64, stream: &StreamName, batch: &RecordBatch) {
-        let outputs = self.engine.step(stream, batch);
+    fn on_events(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        offset: u64,
+        stream: &StreamName,
+        batch: &RecordBatch,
+    ) -> Result<(), ActorProcessingErr> {
+        let outputs = self.step(offset, stream, batch)?;
         self.applied = offset + 1;
         if let Some(frontier) = self.engine.frontier(stream) {
             self.arrivals.insert(stream.clone(), Arrival { at: self.deps.clock.now(), frontier });
         }
-        self.after(myself, stream, outputs, Some(batch));
+        for outputs in outputs {
+            self.after(myself, stream, outputs);
+        }
+        self.tenant.end();
+        if !self.unsaved.is_empty() {
+            self.plan_save(myself); // also of what could not be computed
+        }
         self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+        Ok(())
     }
 
-    fn after(
+    /// Computes a batch: what comes of it, in several parts when some of its events cannot be computed.
+    ///
+    /// A batch that made the actor fail before is cut in halves until the events that do it are found. They go to the
+    /// dead letters and the rest is computed, so that one event does not stop a workspace for good.
+    fn step(
         &mut self,
-        myself: &ActorRef<WorkspaceMsg>,
+        offset: u64,
         stream: &StreamName,
-        outputs: Outputs,
-        batch: Option<&RecordBatch>,
-    ) {
-        if let Some(batch) = batch {
+        batch: &RecordBatch,
+    ) -> Result<Vec<Outputs>, ActorProcessingErr> {
+        self.tenant.begin(offset);
+        if self.tenant.failures_at(offset) < POISON_AFTER {
+            let outputs = self.compute_batch(stream, batch);
             self.late(stream, batch, &outputs);
+            return Ok(vec![outputs]);
         }
+        let mut parts = vec![batch.clone()];
+        let mut all = Vec::new();
+        while let Some(part) = parts.pop() {
+            let before = self.engine.save()?;
+            match catch_unwind(AssertUnwindSafe(|| self.compute_batch(stream, &part))) {
+                Ok(outputs) => {
+                    self.late(stream, &part, &outputs);
+                    all.push(outputs);
+                }
+                Err(panic) => {
+                    self.rebuild(&before)?;
+                    let half = part.num_rows() / 2;
+                    if half > 0 {
+                        parts.extend([part.slice(half, part.num_rows() - half), part.slice(0, half)]);
+                    } else {
+                        self.poison(offset, stream, &part, &reason(panic.as_ref()));
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    fn compute_batch(&mut self, stream: &StreamName, batch: &RecordBatch) -> Outputs {
+        #[cfg(test)]
+        crate::fault_point::step(&self.tenant.id, batch);
+        self.engine.step(stream, batch)
+    }
+
+    /// The engine as it was when `saved` was written.
+    fn rebuild(&mut self, saved: &[u8]) -> Result<(), ActorProcessingErr> {
+        self.engine = Workspace::default();
+        for (name, defined) in &self.metrics {
+            let timing = timing(&defined.definition);
+            self.engine.define(name.clone(), defined.version, defined.program.clone(), timing)?;
+        }
+        let names: Vec<ItemName> = self.metrics.keys().cloned().collect();
+        names.iter().for_each(|metric| self.start_rules(metric));
+        self.engine.restore(Saved::read(saved)?)?;
+        self.metrics.values_mut().for_each(|metric| metric.changed = true);
+        Ok(())
+    }
+
+    /// An event that cannot be computed goes to the dead letters.
+    fn poison(&mut self, offset: u64, stream: &StreamName, event: &RecordBatch, panic: &str) {
+        tracing::error!(workspace = %self.tenant.id, %stream, offset, panic, "an event cannot be computed; it is left out");
+        self.unsaved.dead_letters.push(DeadLetter {
+            stream: stream.clone(),
+            at: self.deps.clock.now(),
+            code: "poison".to_owned(),
+            detail: format!("the computation of this event failed with: {panic}"),
+            payload: rows::json_lines(event).ok().and_then(|mut lines| lines.pop()).unwrap_or_default(),
+        });
+        self.dirty = true;
+    }
+
+    /// Looks up which of the alerts that a replay shows were told before the restart, so that none is told twice.
+    async fn recall(&mut self, changes: &[Change]) -> Result<(), ActorProcessingErr> {
+        for change in changes.iter().filter(|change| change.phase == Phase::Firing) {
+            let labels = labels(change).to_string();
+            let id = self.alert_id(change, &labels);
+            let episode = (change.rule.clone(), labels);
+            if !self.firing.contains_key(&episode)
+                && let Some(known) = self.deps.store.alert(&self.tenant.id, &id).await?
+            {
+                self.firing.insert(episode, known);
+            }
+        }
+        Ok(())
+    }
+
+    fn alert_id(&self, change: &Change, labels: &str) -> String {
+        // the same episode has the same id in every replay
+        let cause = format!("{}\n{}\n{labels}\n{}", self.tenant.id, change.rule, change.since.0);
+        Uuid::new_v5(&Uuid::NAMESPACE_OID, cause.as_bytes()).to_string()
+    }
+
+    fn after(&mut self, myself: &ActorRef<WorkspaceMsg>, stream: &StreamName, outputs: Outputs) {
         let prices_changed = outputs.prices_changed;
         self.keep(outputs, true);
+        self.tenant.counters.pushed.fetch_max(self.applied, Relaxed);
         self.dirty = true;
         self.plan_save(myself);
         if prices_changed {
@@ -507,7 +660,7 @@ impl State {
             }
         }
         for change in outputs.alerts {
-            self.on_alert(&change, push);
+            self.on_alert(&change);
         }
         for failure in outputs.failures {
             tracing::warn!(workspace = %self.tenant.id, metric = %failure.metric, reason = failure.reason, "metric stopped");
@@ -517,12 +670,12 @@ impl State {
         }
     }
 
-    fn on_alert(&mut self, change: &Change, push: bool) {
-        let labels: Map<String, Value> = change.labels.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
-        let labels = Value::Object(labels);
-        // the same episode has the same id in every replay
-        let cause = format!("{}\n{}\n{labels}\n{}", self.tenant.id, change.rule, change.since.0);
-        let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, cause.as_bytes()).to_string();
+    /// A firing counts once it is in the store, and is told then: a crash before leaves no trace of it, and a replay
+    /// after it finds the firing there.
+    fn on_alert(&mut self, change: &Change) {
+        let labels = labels(change);
+        let episode = (change.rule.clone(), labels.to_string());
+        let id = self.alert_id(change, &episode.1);
         let now = self.deps.clock.now();
         let (alert, phase) = match change.phase {
             Phase::Firing => {
@@ -543,23 +696,24 @@ impl State {
                     acked_at: None,
                     acked_by: None,
                 };
-                if self.firing.contains_key(&id) {
+                if self.firing.contains_key(&episode) {
                     return; // fired before the restart, and told then
                 }
-                self.firing.insert(id, alert.clone());
+                self.firing.insert(episode, alert.clone());
                 (alert, AlertPhase::Firing)
             }
             Phase::Resolved => {
-                let Some(mut alert) = self.firing.remove(&id) else { return };
+                let Some(mut alert) = self.firing.remove(&episode) else { return };
+                if alert.state == "resolved" {
+                    return; // before the restart, and told then
+                }
                 alert.state = "resolved".to_owned();
                 alert.resolved_at = Some(now);
                 (alert, AlertPhase::Resolved)
             }
         };
         self.unsaved.alerts.push(alert.clone());
-        if push {
-            self.publish(What::Alert { phase, alert });
-        }
+        self.untold.push((phase, alert));
     }
 
     /// Events too late for a metric go to the dead letters.
@@ -653,7 +807,41 @@ impl State {
         }
     }
 
+    /// When the next window closes that waits for time alone, if any.
+    fn next_wake(&self) -> Option<Micros> {
+        let closes = self.arrivals.iter().filter_map(|(stream, arrival)| {
+            let wait = self.engine.next_close(stream)?.since(arrival.frontier);
+            Some(arrival.at.plus(wait.max(IDLE_TIMEOUT)))
+        });
+        closes.min()
+    }
+
+    /// What to keep of a workspace that needs no actor until something comes or the time is there.
+    fn resting(&self) -> Resting {
+        let arrivals = self.arrivals.iter().map(|(stream, a)| (stream.clone(), (a.at, a.frontier))).collect();
+        Resting { offset: self.applied, wake: self.next_wake(), arrivals, noted: false }
+    }
+
+    /// Stops the actor when it had nothing to do for long and will have nothing for long.
+    fn on_rest(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+        let after = self.deps.rest_after;
+        let left = after.saturating_sub(self.used.elapsed());
+        let resting = self.resting();
+        let soon = self.deps.clock.now().plus(Span(2 * after.as_micros() as i64));
+        let settled = !self.saving && !self.dirty && self.unsaved.is_empty() && self.draining.is_none();
+        let may = left.is_zero() && settled && resting.wake.is_none_or(|wake| wake > soon);
+        if may && self.tenant.rest(self.applied, resting) {
+            tracing::debug!(workspace = %self.tenant.id, "goes to rest");
+            myself.stop(Some("nothing to do".to_owned())); // all that can be in the mailbox are timers
+        } else {
+            drop(myself.send_after(left.max(after / 4), || WorkspaceMsg::Rest));
+        }
+    }
+
     fn plan_save(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+        if !self.untold.is_empty() && !self.saving {
+            _ = myself.send_message(WorkspaceMsg::Save); // somebody waits to be told
+        }
         if !self.saving && !std::mem::replace(&mut self.save_planned, true) {
             drop(myself.send_after(SAVE_EVERY, || WorkspaceMsg::Save));
         }
@@ -666,21 +854,15 @@ impl State {
         }
         let Some(commit) = self.commit() else { return };
         self.saving = true;
-        let (store, myself) = (self.deps.store.clone(), myself.clone());
+        let (committer, myself) = (self.deps.committer.clone(), myself.clone());
         tokio::spawn(async move {
-            let mut commits = [commit];
-            let result = store.commit(&commits).await;
-            let [commit] = &mut commits;
+            let Some((commit, result)) = committer.commit(commit).await else { return };
             let result = match result {
                 Ok(()) => Ok(commit.offset),
-                Err(StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
+                Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
                 Err(error) => {
                     tracing::warn!(workspace = %commit.workspace, %error, "commit failed; results wait for the next one");
-                    Err(Unsaved {
-                        rows: std::mem::take(&mut commit.rows),
-                        alerts: std::mem::take(&mut commit.alerts),
-                        dead_letters: std::mem::take(&mut commit.dead_letters),
-                    })
+                    Err(Unsaved { rows: commit.rows, alerts: commit.alerts, dead_letters: commit.dead_letters })
                 }
             };
             _ = myself.send_message(WorkspaceMsg::Saved(result)); // the actor may have stopped
@@ -700,12 +882,13 @@ impl State {
                 }
                 Err(error) => tracing::error!(workspace = %self.tenant.id, %error, "the state cannot be saved"),
             }
-            self.next_state = Instant::now() + began.elapsed() * STATE_SHARE;
+            self.next_state = Instant::now() + (began.elapsed() * STATE_SHARE).min(REPLAY_MOST);
         }
         if state.is_none() && self.unsaved.is_empty() {
             return None;
         }
         let Unsaved { rows, alerts, dead_letters } = std::mem::take(&mut self.unsaved);
+        self.telling = std::mem::take(&mut self.untold);
         self.in_store = rows.as_slice().into();
         Some(Commit { workspace: self.tenant.id.clone(), offset, state, rows, alerts, dead_letters })
     }
@@ -716,17 +899,26 @@ impl State {
         match result {
             Ok(offset) => {
                 self.tenant.counters.saved.fetch_max(offset, Relaxed);
+                self.tell();
                 if let Some(retained) = self.expired() {
                     tokio::spawn(retained);
                 }
             }
             Err(unsaved) => {
                 self.unsaved.put_back(unsaved);
+                self.untold.splice(0..0, self.telling.drain(..));
                 self.dirty = true;
             }
         }
         if self.dirty || !self.unsaved.is_empty() {
             self.plan_save(myself);
+        }
+    }
+
+    /// Tells of the alerts that are in the store now.
+    fn tell(&mut self) {
+        for (phase, alert) in std::mem::take(&mut self.telling) {
+            self.publish(What::Alert { phase, alert });
         }
     }
 
@@ -755,14 +947,21 @@ impl State {
 
     async fn drain(&mut self) {
         self.next_state = Instant::now();
-        let Some(commit) = self.commit() else { return };
-        let offset = commit.offset;
-        match self.deps.store.commit(&[commit]).await {
-            Ok(()) => _ = self.tenant.counters.saved.fetch_max(offset, Relaxed),
-            Err(error) => {
-                tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
+        if let Some(commit) = self.commit() {
+            let offset = commit.offset;
+            match self.deps.committer.commit(commit).await {
+                Some((_, Ok(()))) => {
+                    self.tenant.counters.saved.fetch_max(offset, Relaxed);
+                    self.tell();
+                }
+                Some((_, Err(error))) => {
+                    tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
+                    return;
+                }
+                None => return,
             }
         }
+        *self.tenant.resting.lock() = Some(self.resting());
     }
 
     async fn define(
@@ -974,6 +1173,18 @@ impl State {
             tracing::error!(workspace = %self.tenant.id, %fault, "portfolio could not be started again");
         }
     }
+}
+
+/// The key of the row that made a rule change its mind.
+fn labels(change: &Change) -> Value {
+    let labels: Map<String, Value> = change.labels.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
+    Value::Object(labels)
+}
+
+/// What a panic says.
+fn reason(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
 }
 
 fn timing(definition: &MetricDefinition) -> Timing {

@@ -22,6 +22,8 @@ pub struct Config {
     /// Holds the log and the embedded store.
     pub data_dir: PathBuf,
     pub log: LogConfig,
+    /// How repeats of events are found.
+    pub dedup: streams::dedup::Config,
     pub store: StoreConfig,
     pub auth: gateway::AuthConfig,
     pub limits: Limits,
@@ -37,6 +39,7 @@ impl Default for Config {
             cors_origins: Vec::new(),
             data_dir: PathBuf::from("data"),
             log: LogConfig::default(),
+            dedup: streams::dedup::Config::default(),
             store: StoreConfig::default(),
             auth: gateway::AuthConfig::default(),
             limits: Limits::default(),
@@ -111,7 +114,7 @@ pub struct StoreConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     pub mailbox_bytes: usize,
-    pub remembered_ids: usize,
+    pub rest_ms: u64,
     pub query_rows: usize,
     pub query_memory: usize,
     pub query_ms: u64,
@@ -134,7 +137,7 @@ impl Default for Limits {
         let (system, wire) = (actors::Limits::default(), gateway::Limits::default());
         Self {
             mailbox_bytes: system.mailbox_bytes,
-            remembered_ids: system.remembered_ids,
+            rest_ms: system.rest_ms,
             query_rows: system.query_rows,
             query_memory: system.query_memory,
             query_ms: system.query_ms,
@@ -158,7 +161,7 @@ impl Limits {
     pub(crate) fn system(&self) -> actors::Limits {
         actors::Limits {
             mailbox_bytes: self.mailbox_bytes,
-            remembered_ids: self.remembered_ids,
+            rest_ms: self.rest_ms,
             query_rows: self.query_rows,
             query_memory: self.query_memory,
             query_ms: self.query_ms,

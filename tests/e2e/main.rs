@@ -3,3 +3,4 @@
 mod bad_input; // each kind of bad input: its problem, its code, and the process stays up
 mod harness; // a server for one test, and a client of it
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart
+mod kill; // the real binary killed under load: nothing acknowledged is lost, nothing counts twice
