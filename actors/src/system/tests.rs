@@ -230,7 +230,7 @@ async fn repeats_are_known_after_kills_and_counted_once() {
     for round in 0..4 {
         let first = world.trades("acme", "A", 0, 20, "same").await.unwrap();
         assert_eq!((first.accepted, first.duplicates), if round == 0 { (20, 0) } else { (0, 20) });
-        let fresh = world.trades("acme", "A", 0, 10, &format!("round-{round}")).await.unwrap();
+        let fresh = world.trades("acme", "A", 20, 10, &format!("round-{round}")).await.unwrap();
         assert_eq!((fresh.accepted, fresh.duplicates), (10, 0));
         if round == 2 {
             let (dedup, tail) = (world.system.0.shared.dedup.clone(), world.system.0.deps.log.tail());

@@ -142,7 +142,7 @@ impl Segment {
     /// Removes the file and what is beside it.
     pub(super) fn remove(&self) -> io::Result<()> {
         match fs::remove_file(places::path_of(&self.path)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => fs::remove_file(&self.path),
         }
     }
