@@ -5,4 +5,5 @@ mod command; // the commands of the binary against a real server
 mod chain; // metrics over metrics, live, in history and after a restart
 mod harness; // a server for one test, and a client of it
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart
+mod kill; // the real binary killed under load: nothing acknowledged is lost, nothing counts twice
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining
