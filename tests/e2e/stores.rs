@@ -7,10 +7,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-#[path = "../support/database.rs"]
-mod database;
+use crate::database::Database;
 use crate::harness::BINARY;
-use database::Database;
 
 const EMAIL: &str = "owner@example.com";
 const PASSWORD: &str = "correct horse battery staple";
