@@ -222,6 +222,19 @@ mod tests {
     }
 
     #[test]
+    fn a_column_that_is_called_as_a_field_of_events_holds_what_was_sent() {
+        let columns = ["name! utf8", "ts timestamp", "id utf8"].map(Column::built_in).to_vec();
+        let table = Table::new(table_name("t").unwrap(), columns, vec!["name".into()]).unwrap();
+        let now = Micros(1_800_000_000_000_000);
+        let line = br#"{"name":"a","ts":"2026-01-01T00:00:00Z","id":"x"}"#;
+        let batch = table.decode(line, Format::Ndjson, TsUnit::Millis, &Bounds::default(), now).unwrap().batch;
+        let time = |at: usize| batch.column(at).as_primitive::<TimestampMicrosecondType>().value(0);
+        assert_eq!((time(0), time(3)), (now.0, 1_767_225_600_000_000));
+        assert!(batch.column(1).is_null(0), "no id of the change itself, which would make later ones repeats");
+        assert_eq!(batch.column(4).as_string::<i32>().value(0), "x");
+    }
+
+    #[test]
     fn a_primary_key_is_some_columns_that_are_never_null() {
         let table = |key: &[&str]| {
             let columns = ["id! utf8", "name utf8"].map(Column::built_in).to_vec();

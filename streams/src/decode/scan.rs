@@ -15,6 +15,8 @@ const UNKNOWN_MAX: usize = 64;
 /// Reads lines of one stream from one body.
 pub(super) struct Scanner<'s, 'de> {
     columns: &'s [Column],
+    /// No column is called as a field that every event has: those of reference tables may be.
+    is_plain: bool,
     unknown_fields: UnknownFields,
     unit: TsUnit,
     bounds: Bounds,
@@ -42,6 +44,7 @@ impl<'s, 'de> Scanner<'s, 'de> {
         cells.resize_with(slots, || Cell::Missing);
         Scanner {
             columns: &schema.columns,
+            is_plain: !schema.columns.iter().any(|column| column.name == "ts" || column.name == "id"),
             unknown_fields: schema.unknown_fields,
             unit,
             bounds,
@@ -55,7 +58,7 @@ impl<'s, 'de> Scanner<'s, 'de> {
 
     /// The event in `line`, if it is a usual one.
     pub(super) fn scan<'a>(&'a mut self, line: &'de str) -> Option<Scanned<'a, 'de>> {
-        if line.len() > self.bounds.event_bytes {
+        if line.len() > self.bounds.event_bytes || !self.is_plain {
             return None;
         }
         self.cells.iter_mut().for_each(|cell| *cell = Cell::Missing);
