@@ -854,18 +854,13 @@ impl State {
         engine.step(stream, batch)
     }
 
-    /// An engine with the reference tables, without rows.
-    fn engine_with_tables(&self) -> Result<Workspace, ActorProcessingErr> {
-        let mut engine = self.deps.empty_engine();
-        for table in self.tables.values() {
-            engine.define_table(table.schema.clone())?;
-        }
-        Ok(engine)
+    fn table_schemas(&self) -> Vec<Arc<TableSchema>> {
+        self.tables.values().map(|table| table.schema.clone()).collect()
     }
 
     /// The metrics `names`, each behind the one it reads, and their rules, without state.
     fn empty_engine(&self, names: &[ItemName]) -> Result<Workspace, ActorProcessingErr> {
-        let mut engine = self.engine_with_tables()?;
+        let mut engine = engine_with(&self.deps, &self.table_schemas())?;
         for name in names {
             let defined = &self.metrics[name];
             let timing = timing(&defined.definition);
@@ -1393,8 +1388,9 @@ impl State {
         let (program, version, timing) = (defined.program.clone(), defined.version, timing(&defined.definition));
         let oldest =
             defined.definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
+        let (deps, tables) = (self.deps.clone(), self.table_schemas());
         let empty = || -> Result<Workspace, ActorProcessingErr> {
-            let mut alone = self.engine_with_tables()?;
+            let mut alone = engine_with(&deps, &tables)?;
             alone.define(name.clone(), version, program.clone(), timing)?;
             Ok(alone)
         };
@@ -1665,6 +1661,15 @@ fn sift(
         }
     }
     Ok(Sifted { engine, computed, poison })
+}
+
+/// An engine with these reference tables, without rows.
+fn engine_with(deps: &Deps, tables: &[Arc<TableSchema>]) -> Result<Workspace, ActorProcessingErr> {
+    let mut engine = deps.empty_engine();
+    for table in tables {
+        engine.define_table(table.clone())?;
+    }
+    Ok(engine)
 }
 
 /// The events at `oldest` or later.
