@@ -85,6 +85,8 @@ pub(crate) async fn take_body(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Value, Problem> {
+    let tier = state.tier(&member.workspace).await?;
+    state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
     // before the body is read: a stream that is not there needs none
     state.system.schema(&member.workspace, stream).await?;
@@ -93,7 +95,14 @@ pub(crate) async fn take_body(
     let large = body.len() > if encoding == Encoding::Identity { INLINE_BYTES } else { INLINE_COMPRESSED_BYTES };
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
-    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+    let done = state.system.ingest(&member.workspace, stream, decoded).await?;
+    state.quotas.ingested(
+        &member.workspace,
+        &tier,
+        done.accepted + done.duplicates + done.rejected,
+        state.system.now(),
+    );
+    Ok(answer(&done))
 }
 
 /// Takes in events that came in a frame: one JSON object or an array of them.
@@ -103,10 +112,19 @@ pub(crate) async fn take_frame(
     stream: &StreamName,
     events: Bytes,
 ) -> Result<Value, Problem> {
+    let tier = state.tier(&member.workspace).await?;
+    state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let large = events.len() > INLINE_BYTES;
     let (format, encoding) = (Format::Json, Encoding::Identity);
     let decoded = decode_body(state, member, stream, TsUnit::default(), format, encoding, events, large).await?;
-    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+    let done = state.system.ingest(&member.workspace, stream, decoded).await?;
+    state.quotas.ingested(
+        &member.workspace,
+        &tier,
+        done.accepted + done.duplicates + done.rejected,
+        state.system.now(),
+    );
+    Ok(answer(&done))
 }
 
 #[expect(clippy::too_many_arguments, reason = "how a body is packed, written and counted are different things")]

@@ -28,6 +28,7 @@ pub(crate) struct Problem {
     retry_after: Option<Duration>,
     line: Option<u64>,
     column: Option<u64>,
+    run: Option<String>,
 }
 
 /// One of several errors in one answer.
@@ -46,7 +47,7 @@ pub(crate) struct Code(pub(crate) &'static str);
 impl Problem {
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         let detail = detail.into();
-        Self { status, code, detail, errors: Vec::new(), retry_after: None, line: None, column: None }
+        Self { status, code, detail, errors: Vec::new(), retry_after: None, line: None, column: None, run: None }
     }
 
     pub(crate) fn invalid(code: &'static str, detail: impl Into<String>) -> Self {
@@ -106,8 +107,19 @@ impl Problem {
         self
     }
 
+    /// Names the run that is in the way.
+    pub(crate) fn run(mut self, run: Option<String>) -> Self {
+        self.run = run;
+        self
+    }
+
     pub(crate) fn is_unauthorized(&self) -> bool {
         self.status == StatusCode::UNAUTHORIZED
+    }
+
+    /// Whether it was refused for want of a right.
+    pub(crate) fn is_denial(&self) -> bool {
+        self.status == StatusCode::FORBIDDEN || self.code == "workspace_not_found"
     }
 
     /// Whether the same request would be refused again: it is not for want of a part of ours.
@@ -137,6 +149,9 @@ struct Document<'a> {
     line: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     column: Option<u64>,
+    /// The run that is in the way.
+    #[serde(rename = "runId", skip_serializing_if = "Option::is_none")]
+    run: Option<&'a str>,
 }
 
 const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -152,6 +167,7 @@ impl IntoResponse for Problem {
             errors: &self.errors,
             line: self.line,
             column: self.column,
+            run: self.run.as_deref(),
         };
         let mut response = (self.status, Json(document)).into_response();
         response.headers_mut().insert(CONTENT_TYPE, PROBLEM_JSON);
@@ -207,6 +223,12 @@ impl From<DecodeError> for Problem {
             DecodeError::Unreadable(_) => "unreadable_body",
         };
         Self::invalid(code, error.to_string())
+    }
+}
+
+impl From<crate::permission::BadScope> for Problem {
+    fn from(error: crate::permission::BadScope) -> Self {
+        Self::invalid("unknown_scope", error.to_string())
     }
 }
 

@@ -2,7 +2,8 @@
 //! holds the client to its credentials for as long as it stays.
 
 use crate::AppState;
-use crate::agui::{self, Asker};
+use crate::agents::asker;
+use crate::agui;
 use crate::auth::{By, Caller};
 use crate::extract::Member;
 use crate::hub::{ChannelName, Outbox, Request as Wish, Since, Subscription, Taken, Topic};
@@ -371,8 +372,7 @@ impl Connection {
             (_, None) => Err(Problem::invalid("bad_request", "`workspace` is missing")),
             (topic, Some(workspace)) => {
                 let member = Member::of(&self.state, caller, workspace.as_str()).await?;
-                let is_query = matches!(topic, Topic::Query { .. });
-                member.may(if is_query { Permission::Query } else { Permission::Read })
+                member.may_listen(topic)
             }
         }
     }
@@ -400,6 +400,8 @@ impl Connection {
             return Err(Close::Unauthenticated);
         };
         let caller = signed_in.caller.clone();
+        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
+        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
         let done = match incoming.kind {
             "subscribe" => self.subscribe(&caller, incoming).await,
             "unsubscribe" => self.unsubscribe(incoming),
@@ -417,6 +419,8 @@ impl Connection {
             }
         };
         if let Err(problem) = done {
+            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
+            crate::edge::audit_frame(&self.state, &caller.name, kind, on, &problem).await;
             self.refuse(reference, &problem);
         }
         Ok(())
@@ -451,6 +455,9 @@ impl Connection {
             None => None,
         };
         self.may_listen(caller, workspace.as_ref(), &channel).await?;
+        if let (Some(sql), Some(workspace)) = (&sql, &workspace) {
+            Member::of(&self.state, caller, workspace.as_str()).await?.may_ask(sql)?;
+        }
         let key = (workspace.clone(), channel);
         // a second subscription takes the place of the first
         if let Some(old) = self.subscriptions.remove(&key) {
@@ -488,8 +495,8 @@ impl Connection {
 
     async fn publish(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
         let member = Member::of(&self.state, caller, &required(incoming.workspace, "workspace")?).await?;
-        member.may(Permission::Ingest)?;
         let stream: StreamName = required(incoming.stream, "stream")?.parse()?;
+        member.may_on(Permission::StreamIngest, &format!("streams/{stream}"))?;
         let events = required(incoming.events, "events")?;
         let events = Bytes::copy_from_slice(events.get().as_bytes());
         let answer = take_frame(&self.state, &member, &stream, events).await?;
@@ -501,16 +508,16 @@ impl Connection {
     async fn run(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
         let workspace = required(incoming.workspace, "workspace")?;
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::Chat)?;
+        member.may(Permission::AiUse)?;
         let agent: ItemName = required(incoming.agent, "agent")?.parse()?;
-        let may_hold = member.role.may(Permission::Hold);
-        let asker = Asker { agent, user: member.user.clone(), may_hold };
+        let asker = asker(&member, agent);
         let request = agui::read_input(asker, required(incoming.input, "input")?)?;
         let channel = format!("thread/{}", request.thread);
         if !self.subscriptions.contains_key(&(Some(member.workspace.clone()), channel.clone())) {
             let name = ChannelName::parse(&channel, self.id)?;
             self.listen(caller, Some(workspace), channel.clone(), name, None, None, None, None).await?;
         }
+        member.count_run(&self.state).await?;
         let run = self.state.system.start_run(&member.workspace, request).await?;
         if self.runs.len() >= RUNS_MAX {
             self.runs.clear();
@@ -535,7 +542,7 @@ impl Connection {
             }
         };
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::Chat)?;
+        member.may(Permission::AiUse)?;
         self.state.system.cancel_run(&member.workspace, &run).await?;
         self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
         Ok(())
@@ -687,7 +694,8 @@ mod tests {
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();
-            let tokens = auth.login(system.store(), "root@example.com", password, None, system.now()).await.unwrap();
+            let tokens =
+                auth.login(system.store(), "root@example.com", password, None, None, system.now()).await.unwrap();
             let token = json!(tokens)["access_token"].as_str().unwrap().to_owned();
             let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
             let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);

@@ -13,6 +13,8 @@ mod alerts; // firings and acknowledgement
 mod audit;
 mod checkpoints; // state, results and log offset in one transaction
 mod dead_letters; // events that could not be used
+mod factors; // second factors, and identities of other issuers
+mod grants; // what members may do beyond their role
 mod definitions; // streams, metrics, alert rules and silences
 mod keys; // API keys
 mod portfolios; // portfolios and positions
@@ -22,10 +24,12 @@ mod users; // users and the refresh tokens of their sign-ins
 mod workspaces; // workspaces and their members // who did what
 
 pub use alerts::Alert;
-pub use audit::AuditEntry;
+pub use audit::{AuditCheck, AuditEntry};
 pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
 pub use definitions::{AlertRule, MetricRow, Silence, StreamRow};
+pub use factors::Totp;
+pub use grants::Grant;
 pub use keys::ApiKey;
 pub use open::migrate;
 pub use portfolios::{Portfolio, Position};

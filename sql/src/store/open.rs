@@ -28,6 +28,7 @@ migrations! {
     4 "0004_portfolios",
     5 "0005_agents",
     6 "0006_operations",
+    7 "0007_security",
 }
 
 impl Store {

@@ -267,6 +267,7 @@ mod tests {
             workspace: ws.clone(),
             name: "key".into(),
             role: "editor".into(),
+            scopes: None,
             key_hash: format!("hash of {ws}"),
             prefix: "tw_".into(),
             created_by: ws.to_string(),
@@ -275,6 +276,14 @@ mod tests {
             revoked_at: None,
         };
         store.create_api_key(&key).await.unwrap();
+        let grant = Grant {
+            user: ws.to_string(),
+            email: format!("{ws}@example.com"),
+            scope: "portfolio:read".into(),
+            created_by: ws.to_string(),
+            created_at: at,
+        };
+        store.put_grant(&ws, &grant).await.unwrap();
         let stream = StreamRow {
             workspace: ws.clone(),
             stream: name("shop.orders"),
@@ -353,7 +362,16 @@ mod tests {
     /// Rows of the workspace in each table of the database.
     async fn rows_of(store: &Store, workspace: &WorkspaceId) -> BTreeMap<String, i64> {
         // Tables that belong to no workspace. A new table is either named here or has a column `workspace`.
-        let shared = ["users", "refresh_families", "refresh_tokens", "meta", "_sqlx_migrations", "sqlite_sequence"];
+        let shared = [
+            "users",
+            "refresh_families",
+            "refresh_tokens",
+            "totp",
+            "identities",
+            "meta",
+            "_sqlx_migrations",
+            "sqlite_sequence",
+        ];
         let tables: Vec<String> = query_scalar("SELECT name FROM sqlite_master WHERE type = 'table'")
             .fetch_all(&store.readers)
             .await
