@@ -197,7 +197,7 @@ const OPERATIONS: &[Operation] = &[
         .gives(200, "AlertRule"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Removes an alert rule.").needs(Permission::AlertDefine),
     Operation::new("post", "/api/v1/workspaces/{ws}/backtest", "alerts", "Which alerts a rule would have raised over the events still kept; nothing changes.")
-        .needs(Permission::AlertDefine)
+        .needs(Permission::AlertRead)
         .takes("NewBacktest")
         .gives(200, "Backtest"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alerts", "alerts", "Firings, the last first.").needs(Permission::AlertRead)
