@@ -9,6 +9,7 @@ use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
+use crate::silence;
 use crate::tenant::Tenant;
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, Workspace};
+use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, Workspace};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -54,6 +55,8 @@ pub struct Limits {
     pub streams: usize,
     /// Alert rules in a workspace.
     pub alert_rules: usize,
+    /// Queries of one workspace that run or wait.
+    pub queries: usize,
 }
 
 impl Default for Limits {
@@ -68,6 +71,7 @@ impl Default for Limits {
             metrics: 1_000,
             streams: 200,
             alert_rules: 1_000,
+            queries: 16,
         }
     }
 }
@@ -241,6 +245,23 @@ fn first_offset(id: &WorkspaceId) -> String {
     format!("first_offset/{id}")
 }
 
+/// A query's place among those of its workspace.
+struct Place(Arc<Tenant>);
+
+impl Place {
+    /// Nothing where `most` are taken.
+    fn take(tenant: &Arc<Tenant>, most: usize) -> Option<Place> {
+        let grow = |taken: usize| (taken < most).then_some(taken + 1);
+        tenant.queries.fetch_update(Relaxed, Relaxed, grow).ok().map(|_| Place(tenant.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.queries.fetch_sub(1, Relaxed);
+    }
+}
+
 /// How long a request waits for an actor's answer.
 const ASK: u64 = 30_000;
 
@@ -265,10 +286,15 @@ impl System {
         for row in deps.store.all_streams().await? {
             schemas.entry(row.workspace.clone()).or_default().push(row);
         }
+        let mut silences: HashMap<WorkspaceId, Vec<Silence>> = HashMap::new();
+        for silence in deps.store.all_silences().await? {
+            silences.entry(silence.workspace.clone()).or_default().push(silence);
+        }
         for workspace in deps.store.all_workspaces().await? {
             let rows = schemas.remove(&workspace.id).unwrap_or_default();
             let first = deps.store.meta(&first_offset(&workspace.id)).await?.and_then(|text| text.parse().ok());
-            system.adopt(workspace.id, first.unwrap_or(0), &rows)?;
+            let silences = silences.remove(&workspace.id).unwrap_or_default();
+            *system.adopt(workspace.id, first.unwrap_or(0), &rows)?.silences.write() = silences;
         }
         system.remember_ids().await?;
         let offsets: HashMap<_, _> = deps.store.checkpoints_offsets().await?.into_iter().collect();
@@ -598,9 +624,32 @@ impl System {
         Ok((recent.program, recent.live, recent.frontier))
     }
 
-    /// Answers read-only SQL over the workspace's streams and metrics.
+    /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
+    /// together.
     pub async fn query(&self, id: &WorkspaceId, request: QueryRequest) -> Result<QueryAnswer, Fault> {
+        let limits = &self.0.limits;
+        let most = Duration::from_millis(limits.query_ms);
+        let timeout = request.timeout.map_or(most, |asked| asked.min(most));
+        let deadline = tokio::time::Instant::now() + timeout;
+        let tenant = self.tenant(id)?;
+        let Some(_place) = Place::take(&tenant, limits.queries) else {
+            let detail = format!(
+                "{} queries of this workspace run or wait already, the most of limits.queries; wait for one of them",
+                limits.queries
+            );
+            let kind = FaultKind::Limit { retry_after: Duration::from_secs(1) };
+            return Err(Fault::new(kind, "too_many_queries", detail));
+        };
         let question = Question::parse(&request.sql)?;
+        let tables = tokio::time::timeout_at(deadline, self.tables(id, &question));
+        let tables = tables.await.map_err(|_| crate::query::too_late(timeout))??;
+        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
+        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout, deadline).await?;
+        Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
+    }
+
+    /// The tables a question reads, within `limits.query_memory`.
+    async fn tables(&self, id: &WorkspaceId, question: &Question) -> Result<Vec<Table>, Fault> {
         let mut tables = Vec::new();
         let mut bytes = 0;
         for name in question.tables()? {
@@ -613,12 +662,7 @@ impl System {
             }
             tables.push(table);
         }
-        let limits = &self.0.limits;
-        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
-        let most = Duration::from_millis(limits.query_ms);
-        let timeout = request.timeout.map_or(most, |asked| asked.min(most));
-        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout).await?;
-        Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
+        Ok(tables)
     }
 
     async fn table(&self, id: &WorkspaceId, name: Vec<String>) -> Result<Table, Fault> {
@@ -711,11 +755,45 @@ impl System {
             .collect()
     }
 
+    /// Alerts that match are not told from its start to its end.
+    pub async fn put_silence(&self, silence: Silence) -> Result<(), Fault> {
+        let tenant = self.tenant(&silence.workspace)?;
+        self.store().put_silence(&silence).await?;
+        let mut silences = tenant.silences.write();
+        silences.retain(|known| known.id != silence.id);
+        silences.push(silence);
+        Ok(())
+    }
+
+    pub async fn remove_silence(&self, id: &WorkspaceId, silence: &str) -> Result<(), Fault> {
+        let tenant = self.tenant(id)?;
+        let existed = self.store().delete_silence(id, silence).await?;
+        tenant.silences.write().retain(|known| known.id != silence);
+        if existed { Ok(()) } else { Err(unknown("silence", "unknown_silence", silence)) }
+    }
+
+    /// The silence that keeps this alert from being told, if any: one in force when it fired, or now.
+    pub fn silenced_by(&self, alert: &Alert) -> Option<String> {
+        let tenant = self.tenant(&alert.workspace).ok()?;
+        let found = tenant
+            .silences
+            .read()
+            .iter()
+            .find(|silence| {
+                silence::covers(silence, alert, alert.fired_at) || silence::covers(silence, alert, self.now())
+            })?
+            .id
+            .clone();
+        Some(found)
+    }
+
     pub async fn ack_alert(&self, id: &WorkspaceId, alert: &str, by: &str) -> Result<Alert, Fault> {
         let acked = self.store().ack_alert(id, alert, by, self.now()).await?;
         let alert = acked.ok_or_else(|| unknown("alert", "unknown_alert", alert))?;
-        let what = What::Alert { phase: AlertPhase::Acked, alert: alert.clone() };
-        self.outlet().publish(Update { workspace: id.clone(), what });
+        if !self.tenant(id)?.is_silenced(&alert) {
+            let what = What::Alert { phase: AlertPhase::Acked, alert: alert.clone() };
+            self.outlet().publish(Update { workspace: id.clone(), what });
+        }
         Ok(alert)
     }
 
@@ -772,6 +850,11 @@ impl System {
     /// Follows a run from behind its event `after`, 0 for all of it.
     pub async fn attach_run(&self, id: &WorkspaceId, run: &str, after: u64) -> Result<RunHandle, Fault> {
         self.0.sessions.attach(self, id, run, after).await
+    }
+
+    /// The run that a thread is busy with.
+    pub fn active_run(&self, id: &WorkspaceId, thread: &str) -> Option<String> {
+        self.0.sessions.active_run(id, thread)
     }
 
     /// Stops a run's model and tools; it ends as cancelled.

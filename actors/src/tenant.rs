@@ -8,10 +8,11 @@ use arrow::compute::filter_record_batch;
 use engine::event::{Micros, StreamName, WorkspaceId};
 use parking_lot::{Mutex, RwLock};
 use ractor::ActorRef;
+use sql::store::Silence;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 use streams::log::{AppendError, Body, Log, Pending, Record};
 use streams::schema::StreamSchema;
@@ -30,6 +31,9 @@ pub(crate) struct Tenant {
     /// Becomes true once the state is restored and the log replayed.
     pub(crate) ready: watch::Sender<bool>,
     pub(crate) gone: AtomicBool,
+    /// Queries that run or wait.
+    pub(crate) queries: AtomicUsize,
+    pub(crate) silences: RwLock<Vec<Silence>>,
     actor: RwLock<Option<ActorRef<WorkspaceMsg>>>,
     order: Mutex<Seen>,
     lane: mpsc::UnboundedSender<Ordered>, // as long as the mailbox has permits
@@ -162,6 +166,8 @@ impl Tenant {
             counters: Counters::default(),
             ready: watch::Sender::new(false),
             gone: AtomicBool::new(false),
+            queries: AtomicUsize::new(0),
+            silences: RwLock::default(),
             actor: RwLock::new(None),
             order: Mutex::new(Seen::new(remembered_ids)),
             lane,

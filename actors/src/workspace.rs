@@ -667,7 +667,7 @@ impl State {
             }
         };
         self.unsaved.alerts.push(alert.clone());
-        if push {
+        if push && !self.tenant.is_silenced(&alert) {
             self.publish(What::Alert { phase, alert });
         }
     }
