@@ -232,8 +232,8 @@ async fn what_is_withdrawn_ends_before_the_next_message() {
     };
     let is_stream = |message: &Value| message["channel"] == "streams/market.trades";
     send().await;
-    while !is_stream(&hear(&mut socket).await) {}
-    while !is_stream(&events.next().await.unwrap()) {}
+    while hear(&mut socket).await["event"]["name"] != "stream.events" {}
+    while events.next().await.unwrap()["event"]["name"] != "stream.events" {}
 
     let at = format!("/api/v1/workspaces/acme/grants?email=bob@example.com&scope={scope}");
     assert_eq!(listening.server.call("DELETE", &at, &root, Value::Null).await.status, 204);
