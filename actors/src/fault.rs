@@ -3,6 +3,7 @@
 use sql::SqlError;
 use sql::store::StoreError;
 use std::time::Duration;
+use streams::dedup::DedupError;
 use streams::log::AppendError;
 
 /// What kind of answer a fault is.
@@ -75,6 +76,12 @@ impl From<StoreError> for Fault {
             _ => FaultKind::Internal,
         };
         Self::new(kind, "store_unavailable", error.to_string())
+    }
+}
+
+impl From<DedupError> for Fault {
+    fn from(error: DedupError) -> Self {
+        Self::new(FaultKind::Busy { retry_after: Duration::from_secs(30) }, "dedup_unavailable", error.to_string())
     }
 }
 

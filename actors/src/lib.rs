@@ -4,8 +4,11 @@
 pub mod agent; // AI agent sessions and the built-in analyst
 mod backtest; // which alerts a rule would have raised
 pub mod clock; // where the time comes from
+mod commit; // results of many workspaces in one transaction
 mod definition; // what users define in a workspace
 mod fault; // why a request could not be served
+#[cfg(test)]
+mod fault_point; // where a test makes this crate fail
 mod history; // rows of store and memory as one table
 pub mod outlet; // what actors push
 mod portfolio; // a portfolio's actor

@@ -1,9 +1,10 @@
 //! The root supervisor: starts a workspace's actor, and starts it again when it failed.
 
 use crate::system::Deps;
-use crate::tenant::Tenant;
+use crate::tenant::{Phase, Tenant};
 use crate::workspace::WorkspaceActor;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent, async_trait};
+use sql::store::StoreError;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -32,6 +33,9 @@ pub(crate) struct State {
 const BACKOFF: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
+/// The wait while the store that has the state cannot be reached.
+const STORE_AGAIN: Duration = Duration::from_secs(1);
+
 /// A workspace that ran this long without failing starts over at the shortest wait.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
@@ -59,6 +63,7 @@ impl Actor for RootActor {
         match Actor::spawn_linked(None, WorkspaceActor, start, myself.get_cell()).await {
             Ok((actor, _)) => _ = state.children.insert(actor.get_id(), tenant),
             Err(error) => {
+                tenant.set_phase(Phase::Failed);
                 tracing::error!(workspace = %tenant.id, %error, "workspace could not be started; trying again");
                 drop(myself.send_after(BACKOFF_MAX, || RootMsg::Start(tenant)));
             }
@@ -75,17 +80,23 @@ impl Actor for RootActor {
         match event {
             SupervisionEvent::ActorFailed(cell, error) => {
                 let Some(tenant) = state.children.remove(&cell.get_id()) else { return Ok(()) };
-                tenant.set_actor(None);
-                tenant.ready.send_replace(false);
+                tenant.left(cell.get_id(), Phase::Failed);
                 tenant.counters.restarts.fetch_add(1, Relaxed);
                 *tenant.counters.last_failure.lock() = Some(error.to_string());
-                let wait = state.backoff(&tenant);
+                let wait = match error.downcast_ref::<StoreError>() {
+                    // its state is there, and nothing of its own is to blame
+                    Some(StoreError::Unreachable { .. } | StoreError::Busy { .. }) => STORE_AGAIN,
+                    _ => {
+                        tenant.accuse();
+                        state.backoff(&tenant)
+                    }
+                };
                 tracing::error!(workspace = %tenant.id, %error, ?wait, "workspace failed; starting it again from its checkpoint");
                 drop(myself.send_after(wait, || RootMsg::Start(tenant)));
             }
             SupervisionEvent::ActorTerminated(cell, ..) => {
                 if let Some(tenant) = state.children.remove(&cell.get_id()) {
-                    tenant.set_actor(None);
+                    tenant.left(cell.get_id(), Phase::Resting);
                 }
             }
             _ => {}

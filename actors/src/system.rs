@@ -2,6 +2,7 @@
 
 use crate::agent::{AgentInfo, RunHandle, RunRequest, Sessions};
 use crate::clock::Clock;
+use crate::commit::Committer;
 use crate::definition::{MetricDefinition, RuleDefinition};
 use crate::fault::{Fault, FaultKind};
 use crate::history;
@@ -10,25 +11,29 @@ use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
 use crate::silence;
-use crate::tenant::Tenant;
+use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use engine::event::{ItemName, METRICS, Micros, StreamName, WorkspaceId};
+use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
+use engine::workspace::IDLE_TIMEOUT;
+use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
-use ractor::{Actor, ActorRef};
+use ractor::{Actor, ActorRef, RpcReplyPort};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
 use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, Workspace};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 use streams::decode::{Decoded, EventError};
+use streams::dedup::Dedup;
 use streams::log::{Body, Filter, Log, Offset};
 use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 
@@ -41,8 +46,10 @@ pub struct Limits {
     /// Bytes of results of one workspace that may wait for a store that cannot be reached. Over it, events stay in the
     /// mailbox, and once that is full too, ingest is refused.
     pub unsaved_bytes: usize,
-    /// Event ids remembered for each workspace, to find repeats.
-    pub remembered_ids: usize,
+    /// A workspace without work for this long, in milliseconds, rests: its state is in the store and it has no actor.
+    pub rest_ms: u64,
+    /// A stream without events for this long, in milliseconds, is idle: its event time goes on by processing time.
+    pub idle_timeout_ms: u64,
     /// Rows of a query's answer.
     pub query_rows: usize,
     /// Bytes of memory of one query, and of the events it reads.
@@ -64,7 +71,8 @@ impl Default for Limits {
         Self {
             mailbox_bytes: 64 << 20,
             unsaved_bytes: 256 << 20,
-            remembered_ids: 1_000_000,
+            rest_ms: 60_000,
+            idle_timeout_ms: IDLE_TIMEOUT.0 as u64 / 1_000,
             query_rows: 100_000,
             query_memory: 256 << 20,
             query_ms: 10_000,
@@ -84,6 +92,11 @@ pub(crate) struct Deps {
     pub(crate) clock: Arc<dyn Clock>,
     /// See [`Limits::unsaved_bytes`].
     pub(crate) unsaved_bytes: usize,
+    pub(crate) committer: Arc<Committer>,
+    /// See [`Limits::rest_ms`].
+    pub(crate) rest_after: Duration,
+    /// See [`Limits::idle_timeout_ms`].
+    pub(crate) idle_timeout: Span,
     planner: Planner,
 }
 
@@ -105,12 +118,15 @@ impl Deps {
 
 struct Inner {
     deps: Arc<Deps>,
+    shared: Arc<Shared>,
     limits: Limits,
     tenants: RwLock<HashMap<WorkspaceId, Arc<Tenant>>>,
     root: ActorRef<RootMsg>,
     queries: QueryPool,
     sessions: Arc<Sessions>,
     rates: Mutex<Rates>,
+    /// Workspaces that have something to compute since before the start.
+    behind: AtomicUsize,
 }
 
 /// The running system. A clone is another handle to it.
@@ -188,13 +204,15 @@ pub struct ActorInfo {
     /// From the root on, `/`-separated.
     pub path: String,
     pub kind: String,
-    /// `running`, `restoring` or `restarting`.
+    /// `running`, `restoring` or `restarting`. A workspace that rests has no actor.
     pub state: String,
     pub mailbox_batches: u64,
     pub mailbox_bytes: u64,
     pub restarts: u64,
     pub last_failure: Option<String>,
     pub state_bytes: u64,
+    /// Over the last second or two.
+    pub batches_per_second: f64,
 }
 
 /// Rates over the last seconds.
@@ -207,6 +225,8 @@ pub struct Throughput {
     pub events_total: u64,
     /// Events per second of the workspaces that have some, the busiest first.
     pub workspaces: Vec<(WorkspaceId, f64)>,
+    /// Batches per second of the workspaces that have some.
+    pub batches: HashMap<WorkspaceId, f64>,
 }
 
 #[derive(Default)]
@@ -234,16 +254,19 @@ struct StoredSchema {
 pub struct Parts {
     pub store: Store,
     pub log: Arc<dyn Log>,
+    pub dedup: Arc<Dedup>,
     pub outlet: Arc<dyn Outlet>,
     pub clock: Arc<dyn Clock>,
     pub limits: Limits,
     pub agents: BTreeMap<ItemName, crate::agent::AgentConfig>,
 }
 
-/// Where the store keeps [`Tenant::first`].
-fn first_offset(id: &WorkspaceId) -> String {
-    format!("first_offset/{id}")
-}
+/// Where the store keeps [`Tenant::first`], by workspace.
+const FIRST_OFFSET: &str = "first_offset/";
+/// Where it keeps what is to be known of a workspace at rest.
+const RESTING: &str = "resting/";
+/// Workspaces that read state and log at the same time after a start.
+const CATCHING_UP: usize = 16;
 
 /// A query's place among those of its workspace.
 struct Place(Arc<Tenant>);
@@ -262,52 +285,50 @@ impl Drop for Place {
     }
 }
 
-/// How long a request waits for an actor's answer.
+/// How long a request waits for an actor's answer, in milliseconds.
 const ASK: u64 = 30_000;
+/// How long it waits for an actor that failed: longer than the first few restarts take, which are what a bad event costs.
+const RESTART: Duration = Duration::from_secs(5);
 
 impl System {
-    /// Starts every workspace of the store and returns once all have replayed the log.
+    /// Makes every workspace of the store known and returns at once: those that were at work when the last process
+    /// ended are woken one after the other, every other when it is needed.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
-        let Parts { store, log, outlet, clock, limits, agents } = parts;
-        let unsaved_bytes = limits.unsaved_bytes;
-        let deps = Arc::new(Deps { store, log, outlet, clock, unsaved_bytes, planner: Planner::default() });
+        let Parts { store, log, dedup, outlet, clock, limits, agents } = parts;
+        let committer = Committer::start(store.clone());
+        let mailbox_bytes = limits.mailbox_bytes;
+        let shared = Shared { log: log.clone(), dedup, outlet: outlet.clone(), root: OnceLock::new(), mailbox_bytes };
+        let deps = Arc::new(Deps {
+            store,
+            log,
+            outlet,
+            clock,
+            unsaved_bytes: limits.unsaved_bytes,
+            committer,
+            rest_after: Duration::from_millis(limits.rest_ms),
+            idle_timeout: Span::millis(i64::try_from(limits.idle_timeout_ms).unwrap_or(i64::MAX / 1_000)),
+            planner: Planner::default(),
+        });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
+        _ = shared.root.set(root.clone());
         let inner = Inner {
             sessions: Arc::new(Sessions::new(agents)),
             deps: deps.clone(),
+            shared: Arc::new(shared),
             limits,
             tenants: RwLock::default(),
             root,
             queries: QueryPool::start()?,
             rates: Mutex::default(),
+            behind: AtomicUsize::new(0),
         };
         let system = System(Arc::new(inner));
-        let mut schemas: HashMap<WorkspaceId, Vec<StreamRow>> = HashMap::new();
-        for row in deps.store.all_streams().await? {
-            schemas.entry(row.workspace.clone()).or_default().push(row);
-        }
-        let mut silences: HashMap<WorkspaceId, Vec<Silence>> = HashMap::new();
-        for silence in deps.store.all_silences().await? {
-            silences.entry(silence.workspace.clone()).or_default().push(silence);
-        }
-        for workspace in deps.store.all_workspaces().await? {
-            let rows = schemas.remove(&workspace.id).unwrap_or_default();
-            let first = deps.store.meta(&first_offset(&workspace.id)).await?.and_then(|text| text.parse().ok());
-            let silences = silences.remove(&workspace.id).unwrap_or_default();
-            *system.adopt(workspace.id, first.unwrap_or(0), &rows)?.silences.write() = silences;
-        }
+        let behind = system.know_all().await?;
         system.remember_ids().await?;
-        let offsets: HashMap<_, _> = deps.store.checkpoints_offsets().await?.into_iter().collect();
-        let tenants = system.tenants();
-        for tenant in &tenants {
-            tenant.counters.saved.store(offsets.get(&tenant.id).copied().unwrap_or(0), Relaxed);
-            system.launch(tenant)?;
-        }
-        for tenant in &tenants {
-            let mut ready = tenant.ready.subscribe();
-            _ = ready.wait_for(|ready| *ready).await; // the sender lives in the tenant
-        }
+        system.0.behind.store(behind.len(), Relaxed);
+        tokio::spawn(catch_up(Arc::downgrade(&system.0), behind));
         tokio::spawn(retain(Arc::downgrade(&system.0)));
+        tokio::spawn(rouse(Arc::downgrade(&system.0)));
         system.0.sessions.clone().recover(&system).await?;
         Ok(system)
     }
@@ -321,18 +342,23 @@ impl System {
         if tokio::time::timeout(within, futures::future::join_all(drains)).await.is_err() {
             tracing::warn!(?within, "not all workspaces committed in time; their log will be replayed at start");
         }
+        if let Err(error) = self.note_resting().await {
+            tracing::warn!(%error, "who rests could not be noted; those workspaces are woken at the next start");
+        }
+        let (dedup, log, now) = (self.0.shared.dedup.clone(), self.0.deps.log.clone(), self.now());
+        let flushed = tokio::task::spawn_blocking(move || dedup.flush(log.tail().0, now)).await;
+        if let Ok(Err(error)) = flushed {
+            tracing::warn!(%error, "event ids were not written; they will be read from the log at the next start");
+        }
         self.0.root.stop(None);
         _ = self.0.deps.log.barrier().await; // a log that failed has said so already
     }
 
     fn adopt(&self, id: WorkspaceId, first: u64, rows: &[StreamRow]) -> Result<Arc<Tenant>, Fault> {
-        let Deps { log, outlet, .. } = self.0.deps.as_ref();
-        let limits = &self.0.limits;
-        let tenant =
-            Tenant::new(id.clone(), first, log.clone(), outlet.clone(), limits.mailbox_bytes, limits.remembered_ids);
-        {
+        let tenant = Tenant::new(id.clone(), first, self.0.shared.clone());
+        if !rows.is_empty() {
             let mut schemas = tenant.schemas.write();
-            schemas.extend(built_in_schemas());
+            let schemas = Arc::make_mut(&mut schemas);
             for row in rows {
                 let stored: StoredSchema = serde_json::from_str(&row.schema_json).map_err(Fault::internal)?;
                 let schema = StreamSchema::new(row.stream.clone(), stored.columns, stored.unknown_fields);
@@ -343,27 +369,100 @@ impl System {
         Ok(tenant)
     }
 
-    fn launch(&self, tenant: &Arc<Tenant>) -> Result<(), Fault> {
-        self.0.root.send_message(RootMsg::Start(tenant.clone())).map_err(Fault::internal)
+    /// Makes every workspace of the store known: those that have something to compute.
+    async fn know_all(&self) -> Result<Vec<Arc<Tenant>>, Fault> {
+        let deps = self.0.deps.clone();
+        let store = &deps.store;
+        let log = deps.log.clone();
+        let newest = tokio::task::spawn_blocking(move || log.newest());
+        let mut schemas: HashMap<WorkspaceId, Vec<StreamRow>> = HashMap::new();
+        for row in store.all_streams().await? {
+            schemas.entry(row.workspace.clone()).or_default().push(row);
+        }
+        let mut silences: HashMap<WorkspaceId, Vec<Silence>> = HashMap::new();
+        for silence in store.all_silences().await? {
+            silences.entry(silence.workspace.clone()).or_default().push(silence);
+        }
+        let firsts: HashMap<String, String> = store.metas(FIRST_OFFSET).await?.into_iter().collect();
+        let mut restings: HashMap<String, String> = store.metas(RESTING).await?.into_iter().collect();
+        let saved: HashMap<_, _> = store.checkpoints_offsets().await?.into_iter().collect();
+        let newest = newest.await.map_err(Fault::internal)?.map_err(Fault::internal)?;
+        let tail = deps.log.tail().0;
+        let mut behind = Vec::new();
+        for workspace in store.all_workspaces().await? {
+            let id = workspace.id;
+            let rows = schemas.remove(&id).unwrap_or_default();
+            let first = firsts.get(id.as_str()).and_then(|text| text.parse().ok()).unwrap_or(0);
+            let resting: Option<Resting> =
+                restings.remove(id.as_str()).and_then(|text| serde_json::from_str(&text).ok());
+            let saved_at = saved.get(&id).copied();
+            let appended = newest.get(&id).map_or(0, |offset| offset.next().0);
+            if let Some(offset) = saved_at.filter(|offset| *offset > tail) {
+                let detail = format!(
+                    "the store has workspace `{id}` up to log offset {offset}, and the log ends at {tail}: it is not \
+                     the log that belongs to this store, or it lost data; restore the log from a copy"
+                );
+                return Err(Fault::new(FaultKind::Internal, "log_behind_store", detail));
+            }
+            let silences = silences.remove(&id).unwrap_or_default();
+            let tenant = self.adopt(id, first, &rows)?;
+            *tenant.silences.write() = silences;
+            let from = saved_at.unwrap_or(0).max(first);
+            tenant.counters.saved.store(from, Relaxed);
+            tenant.counters.appended.store(appended, Relaxed);
+            let resting = resting.filter(|resting| resting.offset >= from);
+            let was_at_rest = resting.is_some() || saved_at.is_none();
+            let done = resting.as_ref().map_or(from, |resting| resting.offset.max(from));
+            *tenant.resting.lock() = resting;
+            if appended > done || !was_at_rest {
+                behind.push(tenant);
+            }
+        }
+        Ok(behind)
     }
 
-    /// Reads the ids in the log, so that a repeat is known as one also after a restart.
+    /// Reads the ids that only the log has, so that a repeat is known as one also after a restart.
     async fn remember_ids(&self) -> Result<(), Fault> {
-        let (log, system) = (self.0.deps.log.clone(), self.clone());
+        let (log, dedup, system) = (self.0.deps.log.clone(), self.0.shared.dedup.clone(), self.clone());
         let read = move || -> Result<(), Fault> {
             let filter = Filter { with_ids: true, ..Filter::default() };
-            for record in log.scan(log.head(), filter).map_err(Fault::internal)? {
+            let from = Offset(dedup.covered()).max(log.head());
+            let now = system.now();
+            for record in log.scan(from, filter).map_err(Fault::internal)? {
                 let (offset, record) = record.map_err(Fault::internal)?;
                 if let Body::Events { stream, batch } = record.body
                     && let Ok(tenant) = system.tenant(&record.workspace)
                     && offset.0 >= tenant.first
                 {
-                    tenant.remember(&stream, &batch);
+                    let ids: Vec<_> = tenant.ids(&stream, &batch).into_iter().flatten().collect();
+                    dedup.confirm(dedup.begin(offset.0), &ids);
+                    if dedup.is_full() {
+                        dedup.flush(offset.next().0, now)?;
+                    }
                 }
             }
             Ok(())
         };
         tokio::task::spawn_blocking(read).await.map_err(Fault::internal)?
+    }
+
+    /// Puts into the store who went to rest since the last call.
+    async fn note_resting(&self) -> Result<(), Fault> {
+        let mut values = Vec::new();
+        for tenant in self.tenants() {
+            let mut resting = tenant.resting.lock();
+            if let Some(resting) = resting.as_mut().filter(|resting| !resting.noted) {
+                resting.noted = true;
+                values.push((
+                    format!("{RESTING}{}", tenant.id),
+                    serde_json::to_string(resting).map_err(Fault::internal)?,
+                ));
+            }
+        }
+        if values.is_empty() {
+            return Ok(());
+        }
+        Ok(self.store().put_metas(&values).await?)
     }
 
     fn tenants(&self) -> Vec<Arc<Tenant>> {
@@ -376,17 +475,46 @@ impl System {
         })
     }
 
+    /// Has the actor of a workspace change something.
     async fn ask<T: Send + 'static>(
         &self,
         id: &WorkspaceId,
         message: impl FnOnce(Reply<T>) -> WorkspaceMsg,
     ) -> Result<T, Fault> {
-        let actor = self.actor(id).await?;
+        let (actor, _awake) = self.actor(id).await?;
         ractor::call_t!(actor, message, ASK).map_err(|error| restarting(id, error))?
     }
 
-    async fn actor(&self, id: &WorkspaceId) -> Result<ActorRef<WorkspaceMsg>, Fault> {
-        self.tenant(id)?.actor().ok_or_else(|| restarting(id, "it is being started"))
+    /// Asks the actor of a workspace; again when it failed over what was in its mailbox before the question.
+    async fn read<T: Send + 'static>(
+        &self,
+        id: &WorkspaceId,
+        message: impl Fn(RpcReplyPort<T>) -> WorkspaceMsg,
+    ) -> Result<T, Fault> {
+        let (tenant, begun) = (self.tenant(id)?, Instant::now());
+        loop {
+            let (actor, _awake) = self.actor(id).await?;
+            let error = match ractor::call_t!(actor, message, ASK) {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let left = RESTART.saturating_sub(begun.elapsed());
+            if !tenant.lost(actor.get_id(), left).await {
+                return Err(restarting(id, error));
+            }
+        }
+    }
+
+    /// The actor of a workspace, woken where it rested. It stays while the second value is held.
+    async fn actor(&self, id: &WorkspaceId) -> Result<(ActorRef<WorkspaceMsg>, Held), Fault> {
+        let tenant = self.tenant(id)?;
+        let held = tenant.hold();
+        let patience = match tenant.phase() {
+            Phase::Failed => RESTART,
+            _ => Duration::from_millis(ASK),
+        };
+        let actor = tenant.awake(patience).await;
+        Ok((actor.ok_or_else(|| restarting(id, "it failed and is being started again"))?, held))
     }
 
     /// Users, members, tokens, keys, listings and the audit log.
@@ -413,11 +541,9 @@ impl System {
         self.store().create_workspace(&workspace, owner).await?;
         // what the log holds of an earlier workspace of this name is not this one's
         let first = self.0.deps.log.tail().0;
-        self.store().put_meta(&first_offset(&id), &first.to_string()).await?;
+        self.store().put_meta(&format!("{FIRST_OFFSET}{id}"), &first.to_string()).await?;
         let tenant = self.adopt(id, first, &[])?;
         tenant.counters.saved.store(first, Relaxed);
-        self.launch(&tenant)?;
-        _ = tenant.ready.subscribe().wait_for(|ready| *ready).await;
         Ok(())
     }
 
@@ -428,6 +554,7 @@ impl System {
         if let Some(actor) = tenant.actor() {
             actor.stop_and_wait(None, Some(Duration::from_secs(5))).await.map_err(Fault::internal)?;
         }
+        tenant.set_phase(Phase::Failed); // who still looks for the actor is told at once
         self.0.sessions.forget(id);
         self.store().delete_workspace(id).await?;
         self.0.tenants.write().remove(id);
@@ -440,8 +567,7 @@ impl System {
 
     pub async fn streams(&self, id: &WorkspaceId) -> Result<Vec<StreamInfo>, Fault> {
         let tenant = self.tenant(id)?;
-        let actor = self.actor(id).await?;
-        let times = ractor::call_t!(actor, WorkspaceMsg::Streams, ASK).map_err(|error| restarting(id, error))?;
+        let times = self.read(id, WorkspaceMsg::Streams).await?;
         let events = tenant.counters.by_stream.lock().clone();
         let mut schemas: Vec<_> = tenant.schemas.read().values().cloned().collect();
         schemas.sort_by(|a, b| a.stream.cmp(&b.stream));
@@ -488,7 +614,7 @@ impl System {
             updated_at: now,
         };
         self.store().put_stream(&row).await?;
-        tenant.schemas.write().insert(stream, Arc::new(schema));
+        Arc::make_mut(&mut tenant.schemas.write()).insert(stream, Arc::new(schema));
         Ok(())
     }
 
@@ -508,9 +634,7 @@ impl System {
         } else {
             crate::tenant::Appended { accepted: 0, duplicates: 0, offset: None }
         };
-        if !errors.is_empty()
-            && let Some(actor) = tenant.actor()
-        {
+        if !errors.is_empty() {
             let at = self.now();
             let letter = |error: &EventError| DeadLetter {
                 stream: stream.clone(),
@@ -519,7 +643,14 @@ impl System {
                 detail: error.detail.clone(),
                 payload: error.payload.clone(),
             };
-            _ = actor.send_message(WorkspaceMsg::DeadLetters(errors.iter().map(letter).collect()));
+            let (letters, tenant) = (errors.iter().map(letter).collect(), tenant.clone());
+            let held = tenant.hold();
+            // the answer does not wait until the workspace is awake
+            tokio::spawn(async move {
+                if let Some(actor) = tenant.awake(Duration::from_millis(ASK)).await {
+                    _ = actor.send_message(WorkspaceMsg::DeadLetters { letters, _awake: held });
+                }
+            });
         }
         metrics::counter!("tidewatch_events_accepted_total").increment(appended.accepted);
         metrics::counter!("tidewatch_events_rejected_total").increment(rejected as u64);
@@ -555,8 +686,7 @@ impl System {
     }
 
     pub async fn metrics(&self, id: &WorkspaceId) -> Result<Vec<MetricInfo>, Fault> {
-        let actor = self.actor(id).await?;
-        ractor::call_t!(actor, WorkspaceMsg::Metrics, ASK).map_err(|error| restarting(id, error))
+        self.read(id, WorkspaceMsg::Metrics).await
     }
 
     /// A page of rows, the store's and memory's as one table.
@@ -571,7 +701,7 @@ impl System {
             query.to = query.to.map(|to| step.bucket_after(to));
         }
         // memory first: what moves to the store meanwhile is then seen twice and counted once, never missed
-        let recent = self.ask(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await?;
+        let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
         self.check_keys(&recent.program, &query.keys)?;
         let (after, live_done) = match query.after.as_deref().map(|after| after.split_once('~')) {
             None => (None, None),
@@ -620,7 +750,7 @@ impl System {
 
     /// Provisional rows as they stand now, and the event time that their metric has reached.
     pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
-        let recent = self.ask(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await?;
+        let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
         Ok((recent.program, recent.live, recent.frontier))
     }
 
@@ -678,7 +808,7 @@ impl System {
             _ => None,
         };
         let Some(metric) = metric else { return Err(unknown("table", "unknown_table", &text)) };
-        let recent = match self.ask(id, |reply| WorkspaceMsg::Rows { metric: metric.clone(), reply }).await {
+        let recent = match self.read(id, |reply| WorkspaceMsg::Rows { metric: metric.clone(), reply }).await? {
             Ok(recent) => recent,
             Err(fault) if fault.code == "unknown_metric" => return Err(unknown("table", "unknown_table", &text)),
             Err(fault) => return Err(fault),
@@ -838,7 +968,7 @@ impl System {
         id: &WorkspaceId,
         portfolio: &ItemName,
     ) -> Result<Arc<PortfolioSummary>, Fault> {
-        self.ask(id, |reply| WorkspaceMsg::Summary { id: portfolio.clone(), reply }).await
+        self.read(id, |reply| WorkspaceMsg::Summary { id: portfolio.clone(), reply }).await?
     }
 
     /// Starts an agent run, or attaches to it where thread and run are known.
@@ -870,12 +1000,14 @@ impl System {
     /// The supervision tree, workspaces first.
     pub async fn actors(&self) -> Vec<ActorInfo> {
         let mut all: Vec<ActorInfo> = Vec::new();
+        let batches = self.throughput().batches;
         for tenant in self.tenants() {
             let counters = &tenant.counters;
-            let state = match (tenant.actor(), *tenant.ready.borrow()) {
-                (Some(_), true) => "running",
-                (Some(_), false) => "restoring",
-                (None, _) => "restarting",
+            let state = match tenant.phase() {
+                Phase::Running(_) => "running",
+                Phase::Restoring(_) => "restoring",
+                Phase::Failed => "restarting",
+                Phase::Resting => continue,
             };
             all.push(ActorInfo {
                 path: format!("root/{}", tenant.id),
@@ -886,6 +1018,7 @@ impl System {
                 restarts: counters.restarts.load(Relaxed),
                 last_failure: counters.last_failure.lock().clone(),
                 state_bytes: counters.state_bytes.load(Relaxed),
+                batches_per_second: batches.get(&tenant.id).copied().unwrap_or(0.0),
             });
         }
         all.sort_by(|a, b| a.path.cmp(&b.path));
@@ -917,7 +1050,7 @@ impl System {
         };
         let seconds = now.duration_since(then).as_secs_f64().max(1e-3);
         let mut sums = [0.0; 3];
-        let mut workspaces = Vec::new();
+        let (mut workspaces, mut batches) = (Vec::new(), HashMap::new());
         for (id, count) in &counts {
             let before = before.get(id).copied().unwrap_or_default();
             let rate: [f64; 3] = std::array::from_fn(|i| count[i].saturating_sub(before[i]) as f64 / seconds);
@@ -925,12 +1058,21 @@ impl System {
             if rate[0] > 0.0 {
                 workspaces.push((id.clone(), rate[0]));
             }
+            if rate[1] > 0.0 {
+                batches.insert(id.clone(), rate[1]);
+            }
         }
         workspaces.sort_by(|a, b| b.1.total_cmp(&a.1));
         rates.taken = Some((now, counts));
         let [events_per_second, batches_per_second, bytes_per_second] = sums;
-        rates.current =
-            Throughput { events_per_second, batches_per_second, bytes_per_second, events_total: total, workspaces };
+        rates.current = Throughput {
+            events_per_second,
+            batches_per_second,
+            bytes_per_second,
+            events_total: total,
+            workspaces,
+            batches,
+        };
         rates.current.clone()
     }
 
@@ -958,9 +1100,10 @@ impl System {
         };
         let (store, disk) = tokio::join!(store, disk);
         let tenants = self.tenants();
-        let down: BTreeSet<String> =
-            tenants.iter().filter(|t| t.actor().is_none() || !*t.ready.borrow()).map(|t| t.id.to_string()).collect();
-        let actors = match down.len() {
+        let down = tenants.iter().filter(|t| matches!(t.phase(), Phase::Failed)).count();
+        let behind = self.0.behind.load(Relaxed);
+        let actors = match down {
+            0 if behind > 0 => Ok(format!("{} workspaces, {behind} of them still read the log", tenants.len())),
             0 => Ok(format!("{} workspaces", tenants.len())),
             // one workspace that restarts is no reason to take the others away
             n if n < tenants.len() => Ok(format!("{n} of {} workspaces are restarting", tenants.len())),
@@ -968,10 +1111,6 @@ impl System {
         };
         vec![part("log", disk), part("store", store), part("actors", actors)]
     }
-}
-
-fn built_in_schemas() -> impl Iterator<Item = (StreamName, Arc<StreamSchema>)> {
-    built_in().iter().map(|schema| (schema.stream.clone(), Arc::new(schema.clone())))
 }
 
 fn restarting(id: &WorkspaceId, error: impl std::fmt::Display) -> Fault {
@@ -1010,20 +1149,72 @@ fn with_state(output: &SchemaRef) -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
-/// Tells the log from time to time what no restart needs any more.
-async fn retain(system: std::sync::Weak<Inner>) {
-    loop {
-        tokio::time::sleep(Duration::from_secs(10)).await;
+/// Tells the log from time to time what no restart needs any more, and sees to it that ids do not fill the memory.
+async fn retain(system: Weak<Inner>) {
+    for second in 1_u64.. {
+        tokio::time::sleep(Duration::from_secs(1)).await;
         let Some(inner) = system.upgrade() else { return };
-        let tail = inner.deps.log.tail();
-        let tenants: Vec<Arc<Tenant>> = inner.tenants.read().values().cloned().collect();
-        let needed = tenants.iter().filter_map(|tenant| {
+        let system = System(inner);
+        let (log, dedup) = (system.0.deps.log.clone(), system.0.shared.dedup.clone());
+        let tail = log.tail(); // before the look at the tenants: what comes later is kept
+        let tidy = second.is_multiple_of(10);
+        if !tidy && !dedup.is_full() {
+            continue;
+        }
+        let needed = system.tenants().into_iter().filter_map(|tenant| {
             let (appended, saved) = (tenant.counters.appended.load(Relaxed), tenant.counters.saved.load(Relaxed));
             (appended > saved).then_some(saved)
         });
         let low = needed.min().map_or(tail, |low| Offset(low).min(tail));
-        let (log, now) = (inner.deps.log.clone(), inner.deps.clock.now());
-        drop(inner);
-        _ = tokio::task::spawn_blocking(move || log.protect(low, now)).await;
+        if let Err(error) = system.note_resting().await {
+            tracing::warn!(%error, "who rests could not be noted; trying again");
+        }
+        let now = system.now();
+        drop(system);
+        let work = move || {
+            if let Err(error) = dedup.flush(tail.0, now) {
+                tracing::warn!(%error, "event ids could not be written; trying again");
+            }
+            // nor is dropped what a repeat is known by before the index has it
+            log.protect(low.min(Offset(dedup.covered())), now);
+        };
+        _ = tokio::task::spawn_blocking(work).await;
     }
 }
+
+/// Wakes those that have something to compute since before the start, a few at a time.
+async fn catch_up(system: Weak<Inner>, behind: Vec<Arc<Tenant>>) {
+    let one = |tenant: Arc<Tenant>| {
+        let system = system.clone();
+        async move {
+            let _awake = tenant.hold();
+            if tenant.awake(Duration::from_millis(ASK)).await.is_some() {
+                let mut phase = tenant.phase.subscribe();
+                _ = phase.wait_for(|phase| !matches!(phase, Phase::Restoring(_))).await; // the sender lives in the tenant
+            }
+            if let Some(inner) = system.upgrade() {
+                inner.behind.fetch_sub(1, Relaxed);
+            }
+        }
+    };
+    futures::stream::iter(behind).for_each_concurrent(CATCHING_UP, one).await;
+}
+
+/// Wakes workspaces at rest whose time has come to close a window.
+async fn rouse(system: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let Some(inner) = system.upgrade() else { return };
+        let now = inner.deps.clock.now();
+        let tenants: Vec<Arc<Tenant>> = inner.tenants.read().values().cloned().collect();
+        for tenant in tenants {
+            let due = tenant.resting.lock().as_ref().and_then(|resting| resting.wake).is_some_and(|at| at <= now);
+            if due {
+                tenant.wake();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,22 +5,24 @@
 
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
-use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
+use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::rows;
 use crate::system::Deps;
-use crate::tenant::Tenant;
+use crate::tenant::{Phase as Life, Resting, Tenant};
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
-use engine::workspace::{IDLE_TIMEOUT, Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Saved, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::any::Any;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -41,13 +43,18 @@ pub(crate) enum WorkspaceMsg {
         stream: StreamName,
         frontier: Micros,
     },
-    DeadLetters(Vec<DeadLetter>),
+    DeadLetters {
+        letters: Vec<DeadLetter>,
+        _awake: crate::tenant::Held,
+    },
     /// Provisional rows are due.
     Tick,
     /// Time to look for streams that idle.
     Idle,
     /// Time to commit.
     Save,
+    /// Time to see whether there is nothing to do any more.
+    Rest,
     Saved(Result<u64, Unsaved>),
     Define {
         name: ItemName,
@@ -116,7 +123,8 @@ pub(crate) struct Recent {
 #[derive(Default)]
 pub(crate) struct Unsaved {
     rows: Vec<FinalRow>,
-    alerts: Vec<Alert>,
+    /// To be told once they are in the store.
+    alerts: Vec<(AlertPhase, Alert)>,
     dead_letters: Vec<DeadLetter>,
 }
 
@@ -155,6 +163,9 @@ struct Held {
     symbols: HashSet<String>,
 }
 
+/// What tells firings that are open at the same time from each other: the rule, and the labels as JSON.
+type Episode = (ItemName, String);
+
 /// Where a stream stood when its newest event came.
 #[derive(Clone, Copy)]
 struct Arrival {
@@ -170,19 +181,22 @@ pub(crate) struct State {
     metrics: BTreeMap<ItemName, Defined>,
     rules: BTreeMap<ItemName, RuleDefinition>,
     portfolios: BTreeMap<ItemName, Held>,
-    firing: HashMap<String, Alert>,
+    firing: HashMap<Episode, Alert>,
     arrivals: BTreeMap<StreamName, Arrival>,
     unsaved: Unsaved,
     in_store: Arc<[FinalRow]>, // rows of the commit under way
     dirty: bool,               // the state differs from the stored one
     saving: bool,
     save_planned: bool,
+    alerts_planned: bool, // and sooner
     tick_planned: bool,
     idle_planned: bool,
-    next_state: Instant, // the whole state is not written more often than pays
-    failed_saves: u32,   // in a row
-    overfull: bool,      // more waits for the store than `limits.unsaved_bytes`
+    next_state: Instant,  // the whole state is not written more often than pays
+    next_alerts: Instant, // nor for what has to come with it
+    failed_saves: u32,    // in a row
+    overfull: bool,       // more waits for the store than `limits.unsaved_bytes`
     withheld: Vec<OwnedSemaphorePermit>,
+    used: Instant, // when it last had something to do
     draining: Option<RpcReplyPort<()>>,
 }
 
@@ -194,6 +208,15 @@ const SAVE_AGAIN_MOST: Duration = Duration::from_secs(5);
 
 /// Writing the state may take this share of the time, and is spread accordingly.
 const STATE_SHARE: u32 = 20;
+
+/// And this one when alerts or dead letters wait for it: who is alerted waits for the store.
+const ALERTS_SHARE: u32 = 4;
+
+/// But a restart shall not have to compute more than this again.
+const REPLAY_MOST: Duration = Duration::from_secs(5);
+
+/// A batch at which the actor failed so often is searched for the events that do it.
+const POISON_AFTER: u32 = 2;
 
 /// Final rows in the order of windows, and the time after which the first of their windows ends.
 type History = (Micros, Vec<Rows>);
@@ -218,7 +241,7 @@ impl Actor for WorkspaceActor {
         (tenant, deps): Self::Arguments,
     ) -> Result<State, ActorProcessingErr> {
         tenant.counters.queued_batches.store(0, Relaxed);
-        tenant.set_actor(Some(myself));
+        tenant.set_phase(Life::Restoring(myself));
         Ok(State {
             tenant,
             deps,
@@ -234,12 +257,15 @@ impl Actor for WorkspaceActor {
             dirty: false,
             saving: false,
             save_planned: false,
+            alerts_planned: false,
             tick_planned: false,
             idle_planned: false,
             next_state: Instant::now(),
+            next_alerts: Instant::now(),
             failed_saves: 0,
             overfull: false,
             withheld: Vec::new(),
+            used: Instant::now(),
             draining: None,
         })
     }
@@ -247,7 +273,8 @@ impl Actor for WorkspaceActor {
     // restoring here and not in `pre_start` leaves the supervisor free meanwhile
     async fn post_start(&self, myself: ActorRef<WorkspaceMsg>, state: &mut State) -> Result<(), ActorProcessingErr> {
         state.restore(&myself).await?;
-        state.tenant.ready.send_replace(true);
+        state.tenant.set_phase(Life::Running(myself.clone()));
+        drop(myself.send_after(state.deps.rest_after, || WorkspaceMsg::Rest));
         Ok(())
     }
 
@@ -257,11 +284,17 @@ impl Actor for WorkspaceActor {
         message: WorkspaceMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        if !matches!(
+            message,
+            WorkspaceMsg::Tick | WorkspaceMsg::Idle | WorkspaceMsg::Save | WorkspaceMsg::Saved(_) | WorkspaceMsg::Rest
+        ) {
+            state.used = Instant::now();
+        }
         match message {
             WorkspaceMsg::Events { offset, stream, batch, permit } => {
                 state.tenant.counters.queued_batches.fetch_sub(1, Relaxed);
                 if offset >= state.applied {
-                    state.on_events(&myself, offset, &stream, &batch);
+                    state.on_events(&myself, offset, &stream, &batch)?;
                 }
                 match state.overfull {
                     true => state.withheld.push(permit), // until the store takes what waits for it
@@ -271,10 +304,11 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Advance { offset, stream, frontier } if offset >= state.applied => {
                 let outputs = state.engine.idle(&stream, frontier);
                 state.applied = offset + 1;
-                state.after(&myself, &stream, outputs, None);
+                state.after(&myself, &stream, outputs);
             }
             WorkspaceMsg::Advance { .. } => {}
-            WorkspaceMsg::DeadLetters(letters) => {
+            WorkspaceMsg::Rest => state.on_rest(&myself),
+            WorkspaceMsg::DeadLetters { letters, .. } => {
                 let room = DEAD_LETTERS_HELD.saturating_sub(state.unsaved.dead_letters.len());
                 state.unsaved.dead_letters.extend(letters.into_iter().take(room));
                 state.plan_save(&myself);
@@ -304,7 +338,7 @@ impl Actor for WorkspaceActor {
         {
             state.drain().await;
             _ = reply.send(());
-            state.tenant.set_actor(None);
+            state.tenant.left(myself.get_id(), Life::Resting);
             myself.stop(Some("drained".to_owned()));
         }
         Ok(())
@@ -326,6 +360,8 @@ impl Actor for WorkspaceActor {
 impl State {
     async fn restore(&mut self, myself: &ActorRef<WorkspaceMsg>) -> Result<(), ActorProcessingErr> {
         let (id, store) = (self.tenant.id.clone(), self.deps.store.clone());
+        // an actor that failed may have left a commit on its way: the checkpoint is read behind it
+        drop(self.tenant.committing.acquire().await?);
         let checkpoint = store.checkpoint(&id).await?;
         self.applied = checkpoint.as_ref().map_or(0, |c| c.offset).max(self.tenant.first).max(self.deps.log.head().0);
         // a commit without the state stands for this offset until the state is saved again
@@ -367,7 +403,7 @@ impl State {
         let known: Vec<ItemName> = self.metrics.keys().cloned().collect();
         known.iter().for_each(|metric| self.start_rules(metric));
         let (open, _) = store.alerts(&id, Some("firing"), 10_000, None).await?;
-        self.firing = open.into_iter().map(|alert| (alert.id.clone(), alert)).collect();
+        self.firing = open.into_iter().map(|alert| ((alert.rule.clone(), alert.labels.to_string()), alert)).collect();
         let fresh = match checkpoint.and_then(|c| c.state) {
             Some(bytes) => match Saved::read(&bytes).and_then(|saved| self.engine.restore(saved)) {
                 Ok(fresh) => fresh,
@@ -381,24 +417,45 @@ impl State {
         for name in self.engine.in_order(fresh) {
             self.catch_up(&name).await?;
         }
-        self.replay(later).await?;
         let now = self.deps.clock.now();
-        let stood = self.engine.streams().filter_map(|(name, time)| Some((name.clone(), time.frontier?)));
-        self.arrivals = stood.map(|(name, frontier)| (name, Arrival { at: now, frontier })).collect();
+        // a workspace that rested did not stop the time of its idle streams
+        let rested = self.tenant.resting.lock().take().filter(|resting| resting.offset >= self.applied);
+        let rested = rested.map(|resting| resting.arrivals).unwrap_or_default();
+        let before: BTreeMap<StreamName, Option<Micros>> = self.times();
+        self.replay(later, myself).await?;
+        for (name, frontier) in self.times() {
+            let Some(frontier) = frontier else { continue };
+            let stood = rested.get(&name).filter(|_| before.get(&name) == Some(&Some(frontier)));
+            let (at, frontier) = stood.copied().unwrap_or((now, frontier));
+            self.arrivals.insert(name, Arrival { at, frontier });
+        }
         for portfolio in store.portfolios(&id).await? {
             if let Ok(name) = portfolio.id.parse() {
                 self.hold(myself, name).await?;
             }
         }
-        self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+        if rested.is_empty() {
+            self.plan_idle(myself, self.idle_timeout());
+        } else {
+            self.plan_idle(myself, Duration::ZERO);
+        }
         if self.dirty || !self.unsaved.is_empty() {
             self.plan_save(myself);
         }
         Ok(())
     }
 
-    /// Applies what the log holds behind the checkpoint. Nothing is pushed: clients that resume ask for a snapshot.
-    async fn replay(&mut self, mut later: Vec<(ItemName, Defined)>) -> Result<(), ActorProcessingErr> {
+    /// Where event time stands on each stream.
+    fn times(&self) -> BTreeMap<StreamName, Option<Micros>> {
+        self.engine.streams().map(|(name, time)| (name.clone(), time.frontier)).collect()
+    }
+
+    /// Applies what the log holds behind the checkpoint, and pushes what was not pushed before.
+    async fn replay(
+        &mut self,
+        mut later: Vec<(ItemName, Defined)>,
+        myself: &ActorRef<WorkspaceMsg>,
+    ) -> Result<(), ActorProcessingErr> {
         later.reverse(); // of one offset the first one planned, which others may read, is taken first
         later.sort_by_key(|(_, defined)| std::cmp::Reverse(defined.since));
         let mut records = self.scan(self.applied);
@@ -410,16 +467,18 @@ impl State {
                     self.begin_late(name, defined).await?;
                 }
             }
+            let push = offset.0 >= self.tenant.counters.pushed.load(Relaxed);
             let outputs = match record.body {
-                Body::Events { stream, batch } => {
-                    let outputs = self.engine.step(&stream, &batch);
-                    self.late(&stream, &batch, &outputs);
-                    outputs
-                }
-                Body::Advance { stream, frontier } => self.engine.idle(&stream, frontier),
+                Body::Events { stream, batch } => self.step(offset.0, &stream, &batch)?,
+                Body::Advance { stream, frontier } => vec![self.engine.idle(&stream, frontier)],
             };
-            self.keep(outputs, false);
+            for outputs in outputs {
+                self.recall(&outputs.alerts).await?;
+                self.keep(outputs, push);
+            }
+            self.tenant.end();
             self.applied = offset.0 + 1;
+            self.tenant.counters.pushed.fetch_max(self.applied, Relaxed);
             count += 1;
             if count.is_multiple_of(64) {
                 tokio::task::yield_now().await;
@@ -430,6 +489,8 @@ impl State {
         }
         if count > 0 {
             self.dirty = true;
+            self.metrics.values_mut().for_each(|metric| metric.changed = true);
+            self.plan_tick(myself, Instant::now());
             tracing::info!(workspace = %self.tenant.id, records = count, "replayed the log");
         }
         Ok(())
@@ -550,42 +611,142 @@ impl State {
     }
 
     fn start_rule(&mut self, name: &ItemName, definition: &RuleDefinition) -> Result<(), Fault> {
+        let rule = self.rule(name, definition)?;
+        self.engine.watch(rule).map_err(Fault::internal)
+    }
+
+    fn rule(&self, name: &ItemName, definition: &RuleDefinition) -> Result<Rule, Fault> {
         let Some(metric) = self.metrics.get(&definition.metric) else {
             let detail = format!("there is no metric `{}`; define it first", definition.metric);
             return Err(Fault::not_found("unknown_metric", detail));
         };
-        let rule = Rule {
+        Ok(Rule {
             name: name.clone(),
             metric: definition.metric.clone(),
             condition: sql::plan::condition(&definition.condition, &metric.program)?,
             hold: definition.hold.unwrap_or(Span::ZERO),
             severity: definition.severity.clone().unwrap_or_else(|| SEVERITY.to_owned()),
-        };
-        self.engine.watch(rule).map_err(Fault::internal)
+        })
     }
 
-    fn on_events(&mut self, myself: &ActorRef<WorkspaceMsg>, offset: u64, stream: &StreamName, batch: &RecordBatch) {
-        let outputs = self.engine.step(stream, batch);
+    fn on_events(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        offset: u64,
+        stream: &StreamName,
+        batch: &RecordBatch,
+    ) -> Result<(), ActorProcessingErr> {
+        let outputs = self.step(offset, stream, batch)?;
         self.applied = offset + 1;
         if let Some(frontier) = self.engine.frontier(stream) {
             self.arrivals.insert(stream.clone(), Arrival { at: self.deps.clock.now(), frontier });
         }
-        self.after(myself, stream, outputs, Some(batch));
-        self.plan_idle(myself, Duration::from_micros(IDLE_TIMEOUT.0 as u64));
+        for outputs in outputs {
+            self.after(myself, stream, outputs);
+        }
+        self.tenant.end();
+        if !self.unsaved.is_empty() {
+            self.plan_save(myself); // also of what could not be computed
+        }
+        self.plan_idle(myself, self.idle_timeout());
+        Ok(())
     }
 
-    fn after(
+    /// Computes a batch: what comes of it, in several parts when some of its events cannot be computed.
+    ///
+    /// A batch that made the actor fail before is cut in halves until the events that do it are found. They go to the
+    /// dead letters and the rest is computed, so that one event does not stop a workspace for good.
+    fn step(
         &mut self,
-        myself: &ActorRef<WorkspaceMsg>,
+        offset: u64,
         stream: &StreamName,
-        outputs: Outputs,
-        batch: Option<&RecordBatch>,
-    ) {
-        if let Some(batch) = batch {
+        batch: &RecordBatch,
+    ) -> Result<Vec<Outputs>, ActorProcessingErr> {
+        self.tenant.begin(offset);
+        if self.tenant.failures_at(offset) < POISON_AFTER {
+            #[cfg(test)]
+            crate::fault_point::step(&self.tenant.id, batch);
+            let outputs = self.engine.step(stream, batch);
             self.late(stream, batch, &outputs);
+            return Ok(vec![outputs]);
         }
+        let names = self.engine.in_order(self.metrics.keys().cloned().collect());
+        let engine = std::mem::take(&mut self.engine);
+        let step = |engine: &mut Workspace, part: &RecordBatch| self.compute_batch(engine, stream, part);
+        let sifted = sift(engine, batch, step, || self.empty_engine(&names))?;
+        self.engine = sifted.engine;
+        for (part, outputs) in &sifted.computed {
+            self.late(stream, part, outputs);
+        }
+        for (event, panic) in &sifted.poison {
+            self.poison(offset, stream, event, panic);
+        }
+        self.metrics.values_mut().for_each(|metric| metric.changed = true);
+        Ok(sifted.computed.into_iter().map(|(_, outputs)| outputs).collect())
+    }
+
+    fn compute_batch(&self, engine: &mut Workspace, stream: &StreamName, batch: &RecordBatch) -> Outputs {
+        #[cfg(test)]
+        crate::fault_point::step(&self.tenant.id, batch);
+        engine.step(stream, batch)
+    }
+
+    /// The metrics `names`, each behind the one it reads, and their rules, without state.
+    fn empty_engine(&self, names: &[ItemName]) -> Result<Workspace, ActorProcessingErr> {
+        let mut engine = Workspace::default();
+        for name in names {
+            let defined = &self.metrics[name];
+            let timing = timing(&defined.definition);
+            engine.define(name.clone(), defined.version, defined.program.clone(), timing)?;
+        }
+        // a rule that cannot run was told of when it was started
+        for rule in self.rules.iter().filter_map(|(name, definition)| self.rule(name, definition).ok()) {
+            engine.watch(rule)?;
+        }
+        Ok(engine)
+    }
+
+    /// An event that cannot be computed goes to the dead letters.
+    fn poison(&mut self, offset: u64, stream: &StreamName, event: &RecordBatch, panic: &str) {
+        tracing::error!(workspace = %self.tenant.id, %stream, offset, panic, "an event cannot be computed; it is left out");
+        self.dirty = true;
+        if self.unsaved.dead_letters.len() >= DEAD_LETTERS_HELD {
+            return;
+        }
+        self.unsaved.dead_letters.push(DeadLetter {
+            stream: stream.clone(),
+            at: self.deps.clock.now(),
+            code: "poison".to_owned(),
+            detail: format!("the computation of this event failed with: {panic}"),
+            payload: rows::json_lines(event).ok().and_then(|mut lines| lines.pop()).unwrap_or_default(),
+        });
+    }
+
+    /// Looks up which of the alerts that a replay shows were told before the restart, so that none is told twice.
+    async fn recall(&mut self, changes: &[Change]) -> Result<(), ActorProcessingErr> {
+        for change in changes.iter().filter(|change| change.phase == Phase::Firing) {
+            let labels = labels(change).to_string();
+            let id = self.alert_id(change, &labels);
+            let episode = (change.rule.clone(), labels);
+            if !self.firing.contains_key(&episode)
+                && let Some(known) = self.deps.store.alert(&self.tenant.id, &id).await?
+            {
+                self.firing.insert(episode, known);
+            }
+        }
+        Ok(())
+    }
+
+    fn alert_id(&self, change: &Change, labels: &str) -> String {
+        // the same episode has the same id in every replay
+        let cause = format!("{}\n{}\n{labels}\n{}", self.tenant.id, change.rule, change.since.0);
+        Uuid::new_v5(&Uuid::NAMESPACE_OID, cause.as_bytes()).to_string()
+    }
+
+    fn after(&mut self, myself: &ActorRef<WorkspaceMsg>, stream: &StreamName, outputs: Outputs) {
         let prices_changed = outputs.prices_changed;
         self.keep(outputs, true);
+        self.tenant.counters.pushed.fetch_max(self.applied, Relaxed);
         self.dirty = true;
         self.plan_save(myself);
         if prices_changed {
@@ -617,7 +778,7 @@ impl State {
             }
         }
         for change in outputs.alerts {
-            self.on_alert(&change, push);
+            self.on_alert(&change);
         }
         for failure in outputs.failures {
             tracing::warn!(workspace = %self.tenant.id, metric = %failure.metric, reason = failure.reason, "metric stopped");
@@ -627,12 +788,12 @@ impl State {
         }
     }
 
-    fn on_alert(&mut self, change: &Change, push: bool) {
-        let labels: Map<String, Value> = change.labels.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
-        let labels = Value::Object(labels);
-        // the same episode has the same id in every replay
-        let cause = format!("{}\n{}\n{labels}\n{}", self.tenant.id, change.rule, change.since.0);
-        let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, cause.as_bytes()).to_string();
+    /// A firing counts once it is in the store, and is told then: a crash before leaves no trace of it, and a replay
+    /// after it finds the firing there.
+    fn on_alert(&mut self, change: &Change) {
+        let labels = labels(change);
+        let episode = (change.rule.clone(), labels.to_string());
+        let id = self.alert_id(change, &episode.1);
         let now = self.deps.clock.now();
         let (alert, phase) = match change.phase {
             Phase::Firing => {
@@ -653,23 +814,24 @@ impl State {
                     acked_at: None,
                     acked_by: None,
                 };
-                if self.firing.contains_key(&id) {
+                if self.firing.contains_key(&episode) {
                     return; // fired before the restart, and told then
                 }
-                self.firing.insert(id, alert.clone());
+                self.firing.insert(episode, alert.clone());
                 (alert, AlertPhase::Firing)
             }
             Phase::Resolved => {
-                let Some(mut alert) = self.firing.remove(&id) else { return };
+                let Some(mut alert) = self.firing.remove(&episode) else { return };
+                if alert.state == "resolved" {
+                    return; // before the restart, and told then
+                }
                 alert.state = "resolved".to_owned();
                 alert.resolved_at = Some(now);
                 (alert, AlertPhase::Resolved)
             }
         };
-        self.unsaved.alerts.push(alert.clone());
-        if push && !self.tenant.is_silenced(&alert) {
-            self.publish(What::Alert { phase, alert });
-        }
+        self.unsaved.alerts.push((phase, alert));
+        self.dirty = true; // the state knows where the rule stands
     }
 
     /// Events too late for a metric go to the dead letters.
@@ -732,6 +894,10 @@ impl State {
         }
     }
 
+    fn idle_timeout(&self) -> Duration {
+        Duration::from_micros(self.deps.idle_timeout.0 as u64)
+    }
+
     fn plan_idle(&mut self, myself: &ActorRef<WorkspaceMsg>, wait: Duration) {
         if !std::mem::replace(&mut self.idle_planned, true) {
             drop(myself.send_after(wait, || WorkspaceMsg::Idle));
@@ -742,19 +908,19 @@ impl State {
     /// that waits for it: an idle workspace costs nothing.
     fn on_idle(&mut self, myself: &ActorRef<WorkspaceMsg>) {
         self.idle_planned = false;
-        let now = self.deps.clock.now();
+        let (now, timeout) = (self.deps.clock.now(), self.deps.idle_timeout);
         let mut wait: Option<Span> = None;
         for (stream, arrival) in &self.arrivals {
             let Some(close) = self.engine.next_close(stream) else { continue };
             let quiet = now.since(arrival.at);
             let reached = arrival.frontier.plus(quiet);
-            if quiet >= IDLE_TIMEOUT && close <= reached {
+            if quiet >= timeout && close <= reached {
                 if let Err(error) = self.tenant.advance(stream, reached) {
                     tracing::warn!(workspace = %self.tenant.id, %stream, %error, "idle stream could not advance; trying again");
                 }
                 wait = Some(Span::seconds(1)); // the next window, once this one is closed
             } else {
-                let left = close.since(reached).max(Span(IDLE_TIMEOUT.0 - quiet.0)).max(Span::millis(50));
+                let left = close.since(reached).max(Span(timeout.0.saturating_sub(quiet.0))).max(Span::millis(50));
                 wait = Some(wait.map_or(left, |wait| wait.min(left)));
             }
         }
@@ -763,47 +929,97 @@ impl State {
         }
     }
 
+    /// When the next window closes that waits for time alone, if any.
+    fn next_wake(&self) -> Option<Micros> {
+        let closes = self.arrivals.iter().filter_map(|(stream, arrival)| {
+            let wait = self.engine.next_close(stream)?.since(arrival.frontier);
+            Some(arrival.at.plus(wait.max(self.deps.idle_timeout)))
+        });
+        closes.min()
+    }
+
+    /// What to keep of a workspace that needs no actor until something comes or the time is there.
+    fn resting(&self) -> Resting {
+        let arrivals = self.arrivals.iter().map(|(stream, a)| (stream.clone(), (a.at, a.frontier))).collect();
+        Resting { offset: self.applied, wake: self.next_wake(), arrivals, noted: false }
+    }
+
+    /// Stops the actor when it had nothing to do for long and will have nothing for long.
+    fn on_rest(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+        let after = self.deps.rest_after;
+        let left = after.saturating_sub(self.used.elapsed());
+        let resting = self.resting();
+        let soon = self.deps.clock.now().plus(Span(2 * after.as_micros() as i64));
+        let settled = !self.saving && !self.dirty && self.unsaved.is_empty() && self.draining.is_none();
+        let may = left.is_zero() && settled && resting.wake.is_none_or(|wake| wake > soon);
+        if may && self.tenant.rest(self.applied, resting) {
+            tracing::debug!(workspace = %self.tenant.id, "goes to rest");
+            myself.stop(Some("nothing to do".to_owned())); // all that can be in the mailbox are timers
+        } else {
+            drop(myself.send_after(left.max(after / 4), || WorkspaceMsg::Rest));
+        }
+    }
+
     fn plan_save(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        if !self.saving && !std::mem::replace(&mut self.save_planned, true) {
-            let wait = (SAVE_EVERY * 2_u32.pow(self.failed_saves.min(4))).min(SAVE_AGAIN_MOST);
+        let (planned, wait) = match !self.unsaved.alerts.is_empty() && self.failed_saves == 0 {
+            // somebody waits to be told
+            true => (&mut self.alerts_planned, self.next_alerts.saturating_duration_since(Instant::now())),
+            false => {
+                let wait = SAVE_EVERY * 2_u32.pow(self.failed_saves.min(4));
+                (&mut self.save_planned, wait.min(SAVE_AGAIN_MOST))
+            }
+        };
+        if !self.saving && !std::mem::replace(planned, true) {
             drop(myself.send_after(wait, || WorkspaceMsg::Save));
         }
     }
 
     fn on_save(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        self.save_planned = false;
+        (self.save_planned, self.alerts_planned) = (false, false);
         if self.saving {
             return;
         }
-        let Some(commit) = self.commit() else { return };
+        let Some((commit, alerts)) = self.commit() else {
+            if !self.unsaved.is_empty() {
+                self.plan_save(myself); // it waits for the state
+            }
+            return;
+        };
+        let one = self.tenant.committing.clone().try_acquire_owned();
+        let one = one.expect("one commit at a time, and none of the actor before this one");
         self.saving = true;
-        let (store, myself) = (self.deps.store.clone(), myself.clone());
+        let (committer, outlet, myself) = (self.deps.committer.clone(), self.deps.outlet.clone(), myself.clone());
+        let tenant = self.tenant.clone();
         tokio::spawn(async move {
-            let mut commits = [commit];
-            let result = store.commit(&commits).await;
-            let [commit] = &mut commits;
+            let Some((commit, result)) = committer.commit(commit).await else { return };
+            drop(one);
             let result = match result {
-                Ok(()) => Ok(commit.offset),
-                Err(StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
+                Ok(()) => {
+                    tell(&*outlet, &tenant, alerts); // also when the actor has failed meanwhile
+                    Ok(commit.offset)
+                }
+                Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
                 Err(error) => {
                     tracing::warn!(workspace = %commit.workspace, %error, "commit failed; results wait for the next one");
-                    Err(Unsaved {
-                        rows: std::mem::take(&mut commit.rows),
-                        alerts: std::mem::take(&mut commit.alerts),
-                        dead_letters: std::mem::take(&mut commit.dead_letters),
-                    })
+                    Err(Unsaved { rows: commit.rows, alerts, dead_letters: commit.dead_letters })
                 }
             };
             _ = myself.send_message(WorkspaceMsg::Saved(result)); // the actor may have stopped
         });
     }
 
-    /// What is to be committed now; the whole state only when it is due.
-    fn commit(&mut self) -> Option<Commit> {
+    /// What is to be committed now, and the alerts to tell of afterwards. The whole state only when it is due.
+    ///
+    /// Final rows that a replay repeats are known by what they are; alerts and dead letters come with the state that
+    /// has them behind it, so that no replay repeats them.
+    fn commit(&mut self) -> Option<(Commit, Vec<(AlertPhase, Alert)>)> {
         let began = Instant::now();
         let mut offset = self.tenant.counters.saved.load(Relaxed);
         let mut state = None;
-        if self.dirty && began >= self.next_state {
+        let alone = self.unsaved.alerts.is_empty() && self.unsaved.dead_letters.is_empty();
+        let due = if alone { self.next_state } else { self.next_alerts };
+        let rows_only = self.dirty && began < due;
+        if self.dirty && began >= due {
             match self.engine.save() {
                 Ok(bytes) => {
                     self.tenant.counters.state_bytes.store(bytes.len() as u64, Relaxed);
@@ -811,14 +1027,20 @@ impl State {
                 }
                 Err(error) => tracing::error!(workspace = %self.tenant.id, %error, "the state cannot be saved"),
             }
-            self.next_state = Instant::now() + began.elapsed() * STATE_SHARE;
+            let (now, took) = (Instant::now(), began.elapsed());
+            self.next_state = now + (took * STATE_SHARE).min(REPLAY_MOST);
+            self.next_alerts = now + (took * ALERTS_SHARE).min(REPLAY_MOST);
         }
-        if state.is_none() && self.unsaved.is_empty() {
+        let rows = std::mem::take(&mut self.unsaved.rows);
+        let Unsaved { alerts, dead_letters, .. } =
+            if rows_only { Unsaved::default() } else { std::mem::take(&mut self.unsaved) };
+        if state.is_none() && rows.is_empty() && alerts.is_empty() && dead_letters.is_empty() {
             return None;
         }
-        let Unsaved { rows, alerts, dead_letters } = std::mem::take(&mut self.unsaved);
         self.in_store = rows.as_slice().into();
-        Some(Commit { workspace: self.tenant.id.clone(), offset, state, rows, alerts, dead_letters })
+        let stored = alerts.iter().map(|(_, alert)| alert.clone()).collect();
+        let workspace = self.tenant.id.clone();
+        Some((Commit { workspace, offset, state, rows, alerts: stored, dead_letters }, alerts))
     }
 
     fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, result: Result<u64, Unsaved>) {
@@ -872,15 +1094,21 @@ impl State {
     }
 
     async fn drain(&mut self) {
-        self.next_state = Instant::now();
-        let Some(commit) = self.commit() else { return };
-        let offset = commit.offset;
-        match self.deps.store.commit(&[commit]).await {
-            Ok(()) => _ = self.tenant.counters.saved.fetch_max(offset, Relaxed),
-            Err(error) => {
-                tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
+        (self.next_state, self.next_alerts) = (Instant::now(), Instant::now());
+        if let Some((commit, alerts)) = self.commit() {
+            match self.deps.committer.commit(commit).await {
+                Some((commit, Ok(()))) => {
+                    self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
+                    tell(&*self.deps.outlet, &self.tenant, alerts);
+                }
+                Some((_, Err(error))) => {
+                    tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
+                    return;
+                }
+                None => return,
             }
         }
+        *self.tenant.resting.lock() = Some(self.resting());
     }
 
     async fn define(
@@ -967,12 +1195,32 @@ impl State {
 
     /// Computes one metric over the log from `since` to where the others stand.
     async fn compute(&mut self, name: &ItemName, since: u64) -> Result<(), ActorProcessingErr> {
+        // batches with events that cannot be computed: once one is found, all begins anew and it is sifted
+        let mut bad = BTreeSet::new();
+        while let Err(offset) = self.compute_without(name, since, &bad).await? {
+            bad.insert(offset);
+        }
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// The same, or the offset of a batch that is none of `bad` and cannot be computed as it is.
+    async fn compute_without(
+        &mut self,
+        name: &ItemName,
+        since: u64,
+        bad: &BTreeSet<u64>,
+    ) -> Result<Result<(), u64>, ActorProcessingErr> {
         let defined = &self.metrics[name];
-        let (program, version) = (defined.program.clone(), defined.version);
+        let (program, version, timing) = (defined.program.clone(), defined.version, timing(&defined.definition));
         let oldest =
             defined.definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
-        let mut alone = Workspace::default();
-        alone.define(name.clone(), version, program.clone(), timing(&defined.definition))?;
+        let empty = || -> Result<Workspace, ActorProcessingErr> {
+            let mut alone = Workspace::default();
+            alone.define(name.clone(), version, program.clone(), timing)?;
+            Ok(alone)
+        };
+        let mut alone = empty()?;
         let until = self.applied;
         let mut records = self.scan(since);
         while let Some(record) = records.recv().await {
@@ -986,16 +1234,31 @@ impl State {
                         Some(oldest) => since_time(&batch, oldest)?,
                         None => batch,
                     };
-                    alone.step(&stream, &batch)
+                    let step = |engine: &mut Workspace, part: &RecordBatch| self.compute_batch(engine, &stream, part);
+                    if bad.contains(&offset.0) {
+                        let sifted = sift(alone, &batch, step, empty)?;
+                        alone = sifted.engine;
+                        for (event, panic) in &sifted.poison {
+                            self.poison(offset.0, &stream, event, panic);
+                        }
+                        sifted.computed.into_iter().map(|(_, outputs)| outputs).collect()
+                    } else {
+                        match catch_unwind(AssertUnwindSafe(|| step(&mut alone, &batch))) {
+                            Ok(outputs) => vec![outputs],
+                            Err(_) => return Ok(Err(offset.0)),
+                        }
+                    }
                 }
-                Body::Advance { stream, frontier } if stream == *program.stream() => alone.idle(&stream, frontier),
+                Body::Advance { stream, frontier } if stream == *program.stream() => {
+                    vec![alone.idle(&stream, frontier)]
+                }
                 _ => continue,
             };
-            self.keep(outputs, false);
+            // after a new beginning some come again, which changes nothing
+            outputs.into_iter().for_each(|outputs| self.keep(outputs, false));
         }
         self.engine.adopt(alone);
-        self.dirty = true;
-        Ok(())
+        Ok(Ok(()))
     }
 
     async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {
@@ -1141,11 +1404,71 @@ impl State {
     }
 }
 
+/// Tells of alerts that are in the store, but for those that are silenced.
+fn tell(outlet: &dyn Outlet, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
+    for (phase, alert) in alerts {
+        if !tenant.is_silenced(&alert) {
+            outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
+        }
+    }
+}
+
+/// The key of the row that made a rule change its mind.
+fn labels(change: &Change) -> Value {
+    let labels: Map<String, Value> = change.labels.iter().map(|(k, v)| (k.clone(), v.clone().into())).collect();
+    Value::Object(labels)
+}
+
+/// What a panic says.
+fn reason(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".to_owned())
+}
+
 pub(crate) fn timing(definition: &MetricDefinition) -> Timing {
     Timing {
         max_delay: definition.max_delay.unwrap_or(MAX_DELAY),
         allowed_lateness: definition.allowed_lateness.unwrap_or(Span::ZERO),
     }
+}
+
+/// What came of a batch without the events that cannot be computed.
+struct Sifted {
+    engine: Workspace,
+    /// In parts, which are the rest of the batch in its order.
+    computed: Vec<(RecordBatch, Outputs)>,
+    /// The events at which `step` panicked, and with what.
+    poison: Vec<(RecordBatch, String)>,
+}
+
+/// Computes `batch`, cut in halves until each event at which `step` panics is alone. `empty` gives an engine with the
+/// same metrics as `engine`, which takes its state over from before a panic.
+fn sift(
+    mut engine: Workspace,
+    batch: &RecordBatch,
+    step: impl Fn(&mut Workspace, &RecordBatch) -> Outputs,
+    empty: impl Fn() -> Result<Workspace, ActorProcessingErr>,
+) -> Result<Sifted, ActorProcessingErr> {
+    let (mut computed, mut poison) = (Vec::new(), Vec::new());
+    let mut parts = vec![batch.clone()];
+    while let Some(part) = parts.pop() {
+        let before = engine.save()?;
+        match catch_unwind(AssertUnwindSafe(|| step(&mut engine, &part))) {
+            Ok(outputs) => computed.push((part, outputs)),
+            Err(panic) => {
+                engine = empty()?;
+                let fresh = engine.restore(Saved::read(&before)?)?;
+                assert!(fresh.is_empty(), "state of {fresh:?} was lost between two batches");
+                let half = part.num_rows() / 2;
+                if half > 0 {
+                    parts.extend([part.slice(half, part.num_rows() - half), part.slice(0, half)]);
+                } else {
+                    poison.push((part, reason(panic.as_ref())));
+                }
+            }
+        }
+    }
+    Ok(Sifted { engine, computed, poison })
 }
 
 /// The events at `oldest` or later.

@@ -344,7 +344,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     (
         "Actor",
-        "path string, kind string, state string, mailbox_batches integer, mailbox_bytes integer, restarts integer, last_failure string null, state_bytes integer",
+        "path string, kind string, state string, mailbox_batches integer, mailbox_bytes integer, restarts integer, last_failure string null, state_bytes integer, batches_per_second number",
     ),
     ("Actors", "actors Actor[]"),
     (

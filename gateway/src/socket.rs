@@ -103,6 +103,7 @@ mod tests {
             let parts = actors::Parts {
                 store,
                 log: Arc::new(log),
+                dedup: Arc::new(streams::dedup::Dedup::open(&dir.path().join("ids"), &Default::default()).unwrap()),
                 outlet: hub.clone(),
                 clock: Arc::new(actors::clock::SystemClock),
                 limits: actors::Limits::default(),

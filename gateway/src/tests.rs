@@ -67,6 +67,7 @@ impl Server {
         let parts = Parts {
             store,
             log: Arc::new(log),
+            dedup: Arc::new(streams::dedup::Dedup::open(&dir.path().join("ids"), &Default::default()).unwrap()),
             outlet: hub.clone(),
             clock: Arc::new(SystemClock),
             limits: system_limits,

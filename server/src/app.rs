@@ -11,6 +11,7 @@ use sql::store::Store;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use streams::dedup::Dedup;
 use streams::log::{EmbeddedLog, Log};
 use tokio::net::TcpListener;
 
@@ -44,6 +45,7 @@ impl App {
         };
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
+        let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
         let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
@@ -56,6 +58,7 @@ impl App {
         let system = System::start(Parts {
             store,
             log,
+            dedup,
             outlet: hub.clone(),
             clock,
             limits: config.limits.system(),

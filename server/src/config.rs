@@ -25,6 +25,8 @@ pub struct Config {
     /// Holds the log and the embedded store.
     pub data_dir: PathBuf,
     pub log: LogConfig,
+    /// How repeats of events are found.
+    pub dedup: streams::dedup::Config,
     pub store: StoreConfig,
     pub auth: gateway::AuthConfig,
     pub limits: Limits,
@@ -44,6 +46,7 @@ impl Default for Config {
             cors_origins: Vec::new(),
             data_dir: PathBuf::from("data"),
             log: LogConfig::default(),
+            dedup: streams::dedup::Config::default(),
             store: StoreConfig::default(),
             auth: gateway::AuthConfig::default(),
             limits: Limits::default(),
@@ -161,7 +164,8 @@ impl StoreConfig {
 pub struct Limits {
     pub mailbox_bytes: usize,
     pub unsaved_bytes: usize,
-    pub remembered_ids: usize,
+    pub rest_ms: u64,
+    pub idle_timeout_ms: u64,
     pub query_rows: usize,
     pub query_memory: usize,
     pub query_ms: u64,
@@ -194,7 +198,8 @@ impl Default for Limits {
         Self {
             mailbox_bytes: system.mailbox_bytes,
             unsaved_bytes: system.unsaved_bytes,
-            remembered_ids: system.remembered_ids,
+            rest_ms: system.rest_ms,
+            idle_timeout_ms: system.idle_timeout_ms,
             query_rows: system.query_rows,
             query_memory: system.query_memory,
             query_ms: system.query_ms,
@@ -226,7 +231,8 @@ impl Limits {
         actors::Limits {
             mailbox_bytes: self.mailbox_bytes,
             unsaved_bytes: self.unsaved_bytes,
-            remembered_ids: self.remembered_ids,
+            rest_ms: self.rest_ms,
+            idle_timeout_ms: self.idle_timeout_ms,
             query_rows: self.query_rows,
             query_memory: self.query_memory,
             query_ms: self.query_ms,

@@ -3,6 +3,7 @@
 
 pub mod schema; // columns of a stream, and the streams every workspace has
 pub mod decode; // events as clients send them become Arrow columns
+pub mod dedup; // event ids seen of late, in bounded memory
 pub mod log; // records of all workspaces in one durable order: the seam, and the log in files
 pub mod reader; // files as events: CSV, JSON, Parquet, Excel, compressed or not
 pub mod feed; // live trades of exchanges over WebSocket

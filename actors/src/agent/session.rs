@@ -240,6 +240,7 @@ impl Sessions {
                     .as_ref()
                     .and_then(|run| table.runs.get(&(ws.clone(), run.clone())))
                     .map_or(0, |log| log.bytes() as u64),
+                batches_per_second: 0.0,
             })
             .collect();
         all.sort_by(|a, b| a.path.cmp(&b.path));

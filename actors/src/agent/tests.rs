@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use streams::decode::{Bounds, Format, TsUnit, decode};
+use streams::dedup::Dedup;
 use streams::log::EmbeddedLog;
 use tempfile::TempDir;
 
@@ -53,6 +54,7 @@ async fn world() -> World {
     let parts = Parts {
         store,
         log: Arc::new(EmbeddedLog::open(&dir.path().join("log"), &streams::log::Config::default()).unwrap()),
+        dedup: Arc::new(Dedup::open(&dir.path().join("ids"), &streams::dedup::Config::default()).unwrap()),
         outlet: published.clone(),
         clock: Arc::new(SystemClock),
         limits: Limits::default(),

@@ -198,6 +198,45 @@ impl Store {
         Ok(())
     }
 
+    /// Keeps many small values at once.
+    pub async fn put_metas(&self, values: &[(String, String)]) -> Result<(), StoreError> {
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            bulk::insert(
+                &mut tx,
+                ["INSERT INTO meta (key, value) ", " ON CONFLICT (key) DO UPDATE SET value = excluded.value"],
+                values,
+                |(key, _)| key,
+                |row, (key, value)| {
+                    row.push_bind(key.as_str());
+                    row.push_bind(value.as_str());
+                },
+            )
+            .await?;
+            tx.commit().await
+        }
+        .await
+        .map_err(failed("put meta values"))
+    }
+
+    /// All values whose key begins with `prefix`: what follows it there, and the value.
+    pub async fn metas(&self, prefix: &str) -> Result<Vec<(String, String)>, StoreError> {
+        async {
+            let rows = query("SELECT key, value FROM meta WHERE substr(key, 1, CAST($1 AS INTEGER)) = $2 ORDER BY key")
+                .bind(stored(prefix.chars().count() as u64))
+                .bind(prefix)
+                .fetch_all(self.read(Scope::Installation))
+                .await?;
+            let rest = |row: &db::Row| -> Result<(String, String), sqlx::Error> {
+                let key: String = row.try_get("key")?;
+                Ok((key[prefix.len()..].to_owned(), row.try_get("value")?))
+            };
+            rows.iter().map(rest).collect::<Result<Vec<_>, sqlx::Error>>()
+        }
+        .await
+        .map_err(failed("read meta values"))
+    }
+
     /// The value under `key`, if one was put.
     pub async fn meta(&self, key: &str) -> Result<Option<String>, StoreError> {
         query_scalar("SELECT value FROM meta WHERE key = $1")
@@ -275,6 +314,11 @@ mod tests {
         store.put_meta("epoch", "1").await.unwrap();
         store.put_meta("epoch", "2").await.unwrap();
         assert_eq!(store.meta("epoch").await.unwrap().as_deref(), Some("2"));
+        let values = [("rest/a", "3"), ("rest/b", "4")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        store.put_metas(&values).await.unwrap();
+        store.put_metas(&values).await.unwrap();
+        let expected = [("a", "3"), ("b", "4")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        assert_eq!(store.metas("rest/").await.unwrap(), expected);
     }
 
     #[tokio::test]

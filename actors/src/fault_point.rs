@@ -1,0 +1,39 @@
+//! Where a test makes this crate fail. Not in any other build.
+
+use arrow::array::{AsArray, RecordBatch};
+use engine::event::WorkspaceId;
+use parking_lot::Mutex;
+
+type Point = Box<dyn FnMut(&RecordBatch) + Send>;
+
+/// By workspace, since tests run beside each other.
+static STEPS: Mutex<Vec<(WorkspaceId, Point)>> = Mutex::new(Vec::new());
+
+/// From now on `point` is called before a batch of `workspace` is computed.
+pub(crate) fn on_step(workspace: &WorkspaceId, point: impl FnMut(&RecordBatch) + Send + 'static) {
+    STEPS.lock().push((workspace.clone(), Box::new(point)));
+}
+
+/// A batch of `workspace` is about to be computed.
+pub(crate) fn step(workspace: &WorkspaceId, batch: &RecordBatch) {
+    // a panic in a point must not leave the lock to the next
+    let found = {
+        let mut steps = STEPS.lock();
+        steps.iter().position(|(id, _)| id == workspace).map(|at| steps.remove(at))
+    };
+    if let Some((id, mut point)) = found {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| point(batch)));
+        STEPS.lock().push((id, point));
+        if let Err(panic) = result {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// Panics at an event whose `column` is `value`.
+pub(crate) fn panic_at(workspace: &WorkspaceId, column: &'static str, value: &'static str) {
+    on_step(workspace, move |batch| {
+        let found = batch.column_by_name(column).is_some_and(|c| c.as_string::<i32>().iter().any(|v| v == Some(value)));
+        assert!(!found, "no computation for {column} = {value}");
+    });
+}

@@ -1,0 +1,445 @@
+//! The system on a real store and log: restarts, rest and waking, repeats, and events that cannot be computed.
+
+use super::*;
+use crate::fault_point;
+use arrow::array::AsArray;
+use engine::event::Span;
+use sql::store::User;
+use std::path::Path;
+use streams::decode::{Bounds as DecodeBounds, Format, TsUnit, decode};
+use streams::log::EmbeddedLog;
+use tempfile::TempDir;
+
+/// A clock that stands where the test puts it.
+struct Hand(Mutex<Micros>);
+
+impl Clock for Hand {
+    fn now(&self) -> Micros {
+        *self.0.lock()
+    }
+}
+
+/// Remembers what was pushed.
+#[derive(Default)]
+struct Pushed(Mutex<Vec<Update>>);
+
+impl Outlet for Pushed {
+    fn publish(&self, update: Update) {
+        self.0.lock().push(update);
+    }
+}
+
+impl Pushed {
+    /// Alerts that were told, by phase and id.
+    fn alerts(&self) -> Vec<(AlertPhase, String)> {
+        let updates = self.0.lock();
+        let alert = |update: &Update| match &update.what {
+            What::Alert { phase, alert } => Some((*phase, alert.id.clone())),
+            _ => None,
+        };
+        updates.iter().filter_map(alert).collect()
+    }
+
+    /// Final rows that were pushed.
+    fn finals(&self) -> usize {
+        let updates = self.0.lock();
+        let rows = updates.iter().map(|update| match &update.what {
+            What::Rows { rows, .. } if rows.revisions.is_some() => rows.batch.num_rows(),
+            _ => 0,
+        });
+        rows.sum()
+    }
+}
+
+struct World {
+    system: System,
+    pushed: Arc<Pushed>,
+    clock: Arc<Hand>,
+}
+
+const START: i64 = 1_800_000_000_000_000;
+
+impl World {
+    async fn open(directory: &Path, limits: Limits) -> World {
+        let store = Store::open(&format!("sqlite:{}/store.db", directory.display())).await.unwrap();
+        let (pushed, clock) = (Arc::new(Pushed::default()), Arc::new(Hand(Mutex::new(Micros(START)))));
+        let parts = Parts {
+            store,
+            log: Arc::new(EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap()),
+            dedup: Arc::new(Dedup::open(&directory.join("ids"), &Default::default()).unwrap()),
+            outlet: pushed.clone(),
+            clock: clock.clone(),
+            limits,
+            agents: BTreeMap::new(),
+        };
+        let system = System::start(parts).await.unwrap();
+        World { system, pushed, clock }
+    }
+
+    async fn start(directory: &Path) -> World {
+        World::open(directory, Limits::default()).await
+    }
+
+    /// A world with workspaces of these names and a metric `sums` in each.
+    async fn with(directory: &Path, limits: Limits, names: &[&str]) -> World {
+        let world = World::open(directory, limits).await;
+        let ann = User {
+            id: "ann".into(),
+            email: "ann@example.com".into(),
+            password_hash: "hash".into(),
+            admin: false,
+            created_at: Micros(1),
+        };
+        world.system.store().create_user(&ann).await.unwrap();
+        for name in names {
+            world.create(name).await;
+            let sql = "SELECT symbol, count(*) AS n, sum(qty) AS total FROM market.trades \
+                       GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol";
+            world.define(name, "sums", sql).await;
+        }
+        world
+    }
+
+    async fn create(&self, name: &str) {
+        let workspace = Workspace {
+            id: name.parse().unwrap(),
+            name: name.into(),
+            pack: None,
+            tier: "standard".into(),
+            created_at: Micros(1),
+        };
+        self.system.create_workspace(workspace, "ann").await.unwrap();
+    }
+
+    async fn define(&self, name: &str, metric: &str, sql: &str) {
+        let definition = serde_json::from_value(serde_json::json!({"sql": sql})).unwrap();
+        self.system.define_metric(&name.parse().unwrap(), metric.parse().unwrap(), definition).await.unwrap();
+    }
+
+    /// Trades of one symbol, a second apart from `second` on; `ids` names them.
+    async fn trades(&self, name: &str, symbol: &str, second: i64, count: i64, ids: &str) -> Result<Ingested, Fault> {
+        let line = |i: i64| {
+            let ts = (START + (second + i) * 1_000_000) / 1_000;
+            format!(r#"{{"id":"{ids}-{i}","ts":{ts},"symbol":"{symbol}","price":1,"qty":1}}"#)
+        };
+        let body = (0..count).map(line).collect::<Vec<_>>().join("\n");
+        let (id, stream) = (name.parse().unwrap(), "market.trades".parse().unwrap());
+        let schema = self.system.schema(&id, &stream).await.unwrap();
+        let bounds = DecodeBounds { ts_ahead: Span::seconds(1_000_000), ..DecodeBounds::default() };
+        let decoded = decode(&schema, body.as_bytes(), Format::Ndjson, TsUnit::Millis, &bounds, self.system.now());
+        self.system.ingest(&id, &stream, decoded.unwrap()).await
+    }
+
+    async fn rows(&self, name: &str) -> Vec<(String, i64, bool)> {
+        let query = RowsQuery { limit: 10_000, ..RowsQuery::default() };
+        let page = self.system.metric_rows(&name.parse().unwrap(), &"sums".parse().unwrap(), query).await.unwrap();
+        let row = |row: &Map<String, Value>| {
+            let text = row["symbol"].as_str().unwrap().to_owned();
+            (text, row["n"].as_i64().unwrap(), row["final"].as_bool().unwrap())
+        };
+        page.rows.iter().map(row).collect()
+    }
+
+    /// Events counted by `sums`, in windows open and closed.
+    async fn counted(&self, name: &str) -> i64 {
+        self.rows(name).await.iter().map(|(_, n, _)| n).sum()
+    }
+
+    fn phase(&self, name: &str) -> Phase {
+        self.system.tenant(&name.parse().unwrap()).unwrap().phase()
+    }
+
+    /// Ends as a killed process does: nothing is committed any more.
+    async fn kill(self) {
+        for tenant in self.system.tenants() {
+            tenant.gone.store(true, Relaxed); // its supervisor must not start it again
+            if let Some(actor) = tenant.actor() {
+                actor.kill();
+            }
+            tenant.set_phase(Phase::Failed); // nobody waits for it
+        }
+        self.system.0.root.stop(None);
+        self.system.store().close().await;
+        let (system, weak) = (self.system.clone(), Arc::downgrade(&self.system.0.deps.log));
+        drop((self, system));
+        eventually("the log is closed", async || weak.strong_count() == 0).await;
+    }
+}
+
+async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    for _ in 0..3_000 {
+        if holds().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("not within a minute: {what}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_wakes_only_the_workspaces_that_have_something_to_compute() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["busy", "calm", "empty"]).await;
+    world.trades("calm", "A", 0, 5, "a").await.unwrap();
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+
+    let world = World::start(directory.path()).await;
+    assert!(["busy", "calm", "empty"].iter().all(|name| matches!(world.phase(name), Phase::Resting)));
+    world.trades("busy", "A", 0, 7, "a").await.unwrap();
+    world.kill().await;
+
+    let world = World::start(directory.path()).await;
+    eventually("the busy one is awake", async || matches!(world.phase("busy"), Phase::Running(_))).await;
+    assert!(matches!(world.phase("calm"), Phase::Resting) && matches!(world.phase("empty"), Phase::Resting));
+    assert_eq!((world.counted("busy").await, world.counted("calm").await), (7, 5));
+    assert!(matches!(world.phase("calm"), Phase::Running(_)), "a question wakes it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_workspace_at_rest_wakes_for_an_event_and_pushes_what_comes_of_it() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits { rest_ms: 200, ..Limits::default() }, &["acme"]).await;
+    world.trades("acme", "A", 0, 3, "a").await.unwrap();
+    eventually("it rests", async || matches!(world.phase("acme"), Phase::Resting)).await;
+    *world.clock.0.lock() = Micros(START + 3_600_000_000);
+    eventually("it wakes to close its window", async || world.pushed.finals() == 1).await;
+    eventually("it rests again", async || matches!(world.phase("acme"), Phase::Resting)).await;
+    world.trades("acme", "A", 7_200, 1, "b").await.unwrap();
+    world.trades("acme", "A", 7_300, 1, "c").await.unwrap();
+    eventually("the window closes and is pushed", async || world.pushed.finals() == 2).await;
+    eventually("what is provisional is pushed too", async || {
+        let updates = world.pushed.0.lock();
+        matches!(updates.last().map(|u| &u.what), Some(What::Rows { rows, .. }) if rows.revisions.is_none())
+    })
+    .await;
+    assert_eq!(world.counted("acme").await, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_window_closes_in_time_though_its_workspace_rests_and_the_process_was_away() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    world.trades("acme", "A", 0, 3, "a").await.unwrap();
+    assert_eq!(world.counted("acme").await, 3);
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert!(matches!(world.phase("acme"), Phase::Resting));
+    *world.clock.0.lock() = Micros(START + 60_000_000);
+    eventually("the window is final", async || world.pushed.finals() == 1).await;
+    assert_eq!(world.rows("acme").await, [("A".to_owned(), 3, true)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repeats_are_known_after_kills_and_counted_once() {
+    let directory = TempDir::new().unwrap();
+    let mut world = World::with(directory.path(), Limits::default(), &["acme", "other"]).await;
+    for round in 0..4 {
+        let first = world.trades("acme", "A", 0, 20, "same").await.unwrap();
+        assert_eq!((first.accepted, first.duplicates), if round == 0 { (20, 0) } else { (0, 20) });
+        let fresh = world.trades("acme", "A", 20, 10, &format!("round-{round}")).await.unwrap();
+        assert_eq!((fresh.accepted, fresh.duplicates), (10, 0));
+        if round == 2 {
+            let (dedup, tail) = (world.system.0.shared.dedup.clone(), world.system.0.deps.log.tail());
+            dedup.flush(tail.0, Micros(START)).unwrap();
+        }
+        world.kill().await;
+        world = World::start(directory.path()).await;
+    }
+    let other = world.trades("other", "A", 0, 20, "same").await.unwrap();
+    assert_eq!(other.accepted, 20, "another workspace has ids of its own");
+    assert_eq!(world.counted("acme").await, 60);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_workspace_made_again_knows_no_ids_of_the_one_before() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    assert_eq!(world.trades("acme", "A", 0, 5, "same").await.unwrap().accepted, 5);
+    world.system.delete_workspace(&"acme".parse().unwrap()).await.unwrap();
+    world.create("acme").await;
+    assert_eq!(world.trades("acme", "A", 0, 5, "same").await.unwrap().accepted, 5);
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert_eq!(world.trades("acme", "A", 0, 5, "same").await.unwrap().duplicates, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics_go_on() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["chained"]).await;
+    let id: WorkspaceId = "chained".parse().unwrap();
+    world.define("chained", "finals", "SELECT symbol, n FROM metrics.sums").await;
+    fault_point::on_step(&id, |batch| {
+        let ids = batch.column_by_name("id").unwrap().as_string::<i32>();
+        assert!(!ids.iter().flatten().any(|id| id.starts_with("bad") && id.ends_with('7')), "a seven");
+    });
+    for round in 0..3 {
+        world.trades("chained", "A", round * 10, 10, &format!("bad{round}")).await.unwrap();
+    }
+    world.trades("chained", "A", 60, 1, "good").await.unwrap();
+    assert_eq!(world.counted("chained").await, 3 * 9 + 1, "a question waits for the restarts");
+    let query = RowsQuery { limit: 100, ..RowsQuery::default() };
+    let finals = world.system.metric_rows(&id, &"finals".parse().unwrap(), query).await.unwrap().rows;
+    assert_eq!(finals.iter().map(|row| row["n"].as_i64().unwrap()).collect::<Vec<_>>(), [9, 9, 9]);
+    eventually("the letters are stored", async || {
+        world.system.store().dead_letters(&id, None, 10).await.unwrap().len() == 3
+    })
+    .await;
+
+    // a metric that is defined later reads past them too
+    let restarts = world.system.actors().await[0].restarts;
+    let definition = serde_json::json!({
+        "sql": "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour')", "backfill": "1d",
+    });
+    let definition = serde_json::from_value(definition).unwrap();
+    world.system.define_metric(&id, "all".parse().unwrap(), definition).await.unwrap();
+    let query = RowsQuery { limit: 100, ..RowsQuery::default() };
+    let all = world.system.metric_rows(&id, &"all".parse().unwrap(), query).await.unwrap().rows;
+    assert_eq!(all[0]["n"], 3 * 9 + 1);
+    assert_eq!(world.system.actors().await[0].restarts, restarts);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_cannot_be_computed_goes_to_the_dead_letters_and_the_rest_counts() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["poisoned", "neighbour"]).await;
+    let poisoned: WorkspaceId = "poisoned".parse().unwrap();
+    fault_point::panic_at(&poisoned, "id", "bad-5");
+    world.trades("poisoned", "A", 0, 10, "good").await.unwrap();
+    world.trades("poisoned", "B", 0, 10, "bad").await.unwrap();
+    world.trades("poisoned", "A", 0, 10, "more").await.unwrap();
+    world.trades("neighbour", "A", 0, 10, "good").await.unwrap();
+    assert_eq!(world.counted("neighbour").await, 10);
+    eventually("it is over the event", async || {
+        let (metric, query) = ("sums".parse().unwrap(), RowsQuery { limit: 100, ..RowsQuery::default() });
+        let rows = world.system.metric_rows(&poisoned, &metric, query);
+        rows.await.is_ok_and(|page| page.rows.iter().filter_map(|row| row["n"].as_i64()).sum::<i64>() == 29)
+    })
+    .await;
+    eventually("the letter is stored", async || {
+        let letters = world.system.store().dead_letters(&poisoned, None, 10).await.unwrap();
+        letters.len() == 1
+            && letters[0].code == "poison"
+            && letters[0].detail.contains("no computation for id = bad-5")
+            && letters[0].payload.contains("bad-5")
+    })
+    .await;
+    let actors = world.system.actors().await;
+    let actor = actors.iter().find(|actor| actor.path == "root/poisoned").unwrap();
+    assert_eq!((actor.restarts, actor.state.as_str()), (2, "running"));
+    assert!(actor.last_failure.as_ref().is_some_and(|failure| failure.contains("bad-5")), "{:?}", actor.last_failure);
+    let neighbour = actors.iter().find(|actor| actor.path == "root/neighbour").unwrap();
+    assert_eq!(neighbour.restarts, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alert_fires_once_through_panics_and_kills() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["alerting"]).await;
+    let id: WorkspaceId = "alerting".parse().unwrap();
+    let rule = serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "total > 5"})).unwrap();
+    world.system.define_alert_rule(&id, "large".parse().unwrap(), rule).await.unwrap();
+    world.trades("alerting", "A", 0, 10, "a").await.unwrap();
+    eventually("it fires", async || !world.pushed.alerts().is_empty()).await;
+    let fired = world.pushed.alerts();
+    let stored = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+    assert_eq!(fired, [(AlertPhase::Firing, stored[0].id.clone())], "it is stored when it is told");
+    fault_point::panic_at(&id, "id", "bad-0");
+    world.trades("alerting", "B", 5, 1, "bad").await.unwrap();
+    world.trades("alerting", "B", 5, 1, "good").await.unwrap();
+    eventually("it is over the panics", async || {
+        world.system.actors().await.iter().any(|actor| actor.restarts == 2 && actor.state == "running")
+    })
+    .await;
+    assert_eq!(world.counted("alerting").await, 11);
+    assert_eq!(world.pushed.alerts(), fired);
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert!(world.counted("alerting").await > 0);
+    assert_eq!(world.pushed.alerts(), []);
+    assert_eq!(world.system.store().alerts(&id, None, 10, None).await.unwrap().0, stored);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    world.trades("acme", "A", 0, 3, "a").await.unwrap();
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+    std::fs::remove_dir_all(directory.path().join("log")).unwrap();
+    let parts = Parts {
+        store: Store::open(&format!("sqlite:{}/store.db", directory.path().display())).await.unwrap(),
+        log: Arc::new(EmbeddedLog::open(&directory.path().join("log"), &Default::default()).unwrap()),
+        dedup: Arc::new(Dedup::open(&directory.path().join("ids"), &Default::default()).unwrap()),
+        outlet: Arc::new(Pushed::default()),
+        clock: Arc::new(crate::clock::SystemClock),
+        limits: Limits::default(),
+        agents: BTreeMap::new(),
+    };
+    let refused = System::start(parts).await.err().unwrap();
+    assert_eq!(refused.code, "log_behind_store");
+    assert!(refused.detail.contains("restore the log from a copy"), "{refused}");
+}
+
+/// Prints what a restart costs: `TIDEWATCH_TEST_WORKSPACES=10000 TIDEWATCH_TEST_LOG_MB=1000 cargo test --release -p
+/// tidewatch-actors restart_of_many -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "measures; takes minutes"]
+async fn a_restart_of_many_workspaces_is_ready_soon() {
+    let number = |name: &str, otherwise: usize| std::env::var(name).map_or(otherwise, |text| text.parse().unwrap());
+    let (count, megabytes) = (number("TIDEWATCH_TEST_WORKSPACES", 1_000), number("TIDEWATCH_TEST_LOG_MB", 50));
+    let resident = || {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4 / 1024
+    };
+    let directory = TempDir::new().unwrap();
+    let names: Vec<String> = (0..count).map(|i| format!("ws-{i}")).collect();
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let begun = Instant::now();
+    let world = World::with(directory.path(), Limits { rest_ms: 1_000, ..Limits::default() }, &refs).await;
+    println!("{count} workspaces with a metric each made in {:?}; {} MiB resident", begun.elapsed(), resident());
+    let log_bytes = || -> u64 {
+        let files = std::fs::read_dir(directory.path().join("log")).unwrap();
+        files.map(|file| file.unwrap().metadata().unwrap().len()).sum()
+    };
+    let (begun, mut events, mut round) = (Instant::now(), 0, 0);
+    while log_bytes() < (megabytes as u64) << 20 {
+        let one = |name: String| {
+            let (world, ids) = (&world, format!("r{round}"));
+            async move {
+                loop {
+                    match world.trades(&name, "A", round * 5, 200, &ids).await {
+                        Ok(answer) => return answer.accepted,
+                        Err(_) => tokio::time::sleep(Duration::from_millis(20)).await, // busy
+                    }
+                }
+            }
+        };
+        events += futures::stream::iter(names.clone()).map(one).buffer_unordered(64).fold(0, async |a, b| a + b).await;
+        round += 1;
+    }
+    println!("{events} events, {} MiB of log in {:?}; {} MiB resident", log_bytes() >> 20, begun.elapsed(), resident());
+    world.kill().await;
+    let begun = Instant::now();
+    let world = World::start(directory.path()).await;
+    let ready = begun.elapsed();
+    let behind = world.system.0.behind.load(Relaxed);
+    eventually("all have caught up", async || world.system.0.behind.load(Relaxed) == 0).await;
+    println!("ready in {ready:?}, {behind} behind, caught up in {:?}; {} MiB", begun.elapsed(), resident());
+    world.system.stop(Duration::from_secs(600)).await;
+    world.kill().await;
+    let begun = Instant::now();
+    let world = World::start(directory.path()).await;
+    println!("after a clean stop ready in {:?}; {} MiB resident", begun.elapsed(), resident());
+    let mut waits = Vec::new();
+    for name in names.iter().take(200) {
+        let begun = Instant::now();
+        world.counted(name).await;
+        waits.push(begun.elapsed());
+    }
+    waits.sort_unstable();
+    println!("waking and asking one: median {:?}, p99 {:?}", waits[waits.len() / 2], waits[waits.len() * 99 / 100]);
+}
