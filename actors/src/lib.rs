@@ -15,6 +15,7 @@ mod portfolio; // a portfolio's actor
 mod query; // the pool of query workers
 mod root; // starts workspaces, and starts them again
 pub mod rows; // a metric's rows as JSON
+mod silence; // alerts that nobody is told of
 mod system; // the whole system as the gateway sees it
 mod table; // reference tables as they are stored, and positions as rows of one
 mod tenant; // the order of a workspace's events

@@ -7,6 +7,7 @@ use sql::query::{Answer, Bounds, QueryError, Question, Table};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
 /// One question with all it may read.
 struct Job {
@@ -15,6 +16,7 @@ struct Job {
     tables: Vec<Table>,
     bounds: Bounds,
     timeout: Duration,
+    deadline: Instant,
     reply: oneshot::Sender<Result<Answer, Fault>>,
 }
 
@@ -32,20 +34,18 @@ impl Handler<Job> for Worker {
     type Result = ();
 
     fn handle(&mut self, job: Job, _: &mut SyncContext<Self>) {
-        let Job { question, params, tables, bounds, timeout, reply } = job;
+        let Job { question, params, tables, bounds, timeout, deadline, reply } = job;
+        if reply.is_closed() {
+            return; // its time was over before its turn came
+        }
         // actix does not bring a worker back that panicked, so no panic gets that far
         let work = std::panic::AssertUnwindSafe(|| {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(Fault::internal)?;
             runtime.block_on(async {
-                let late = || {
-                    let detail =
-                        format!("the query ran longer than its {timeout:?}; ask for less, or raise timeout_ms");
-                    Fault::invalid("query_timeout", detail)
-                };
-                tokio::time::timeout(timeout, question.run(&params, tables, bounds))
+                tokio::time::timeout_at(deadline, question.run(&params, tables, bounds))
                     .await
-                    .map_err(|_| late())?
+                    .map_err(|_| too_late(timeout))?
                     .map_err(fault)
             })
         });
@@ -54,6 +54,11 @@ impl Handler<Job> for Worker {
         });
         _ = reply.send(answer); // the caller may have left
     }
+}
+
+pub(crate) fn too_late(timeout: Duration) -> Fault {
+    let detail = format!("the query took longer than its {timeout:?}; ask for less, or raise timeout_ms");
+    Fault::invalid("query_timeout", detail)
 }
 
 fn fault(error: QueryError) -> Fault {
@@ -73,6 +78,9 @@ pub(crate) struct QueryPool {
 
 /// Threads of the pool.
 const WORKERS: usize = 2;
+
+/// How long after its time a query may still answer for itself.
+const GRACE: Duration = Duration::from_millis(50);
 
 /// Questions that run or wait; over it new ones are refused.
 const WAITING: usize = 64;
@@ -106,13 +114,21 @@ impl QueryPool {
         tables: Vec<Table>,
         bounds: Bounds,
         timeout: Duration,
+        deadline: Instant,
     ) -> Result<Answer, Fault> {
         let Ok(_place) = self.waiting.try_acquire() else {
             let detail = format!("{WAITING} queries run or wait already; try again in a moment");
             return Err(Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "queries_busy", detail));
         };
         let (reply, answer) = oneshot::channel();
-        self.workers.do_send(Job { question, params, tables, bounds, timeout, reply });
-        answer.await.map_err(Fault::internal)?
+        self.workers.do_send(Job { question, params, tables, bounds, timeout, deadline, reply });
+        // a worker in the middle of one long step cannot look at the clock: whoever asked is told in time all the same
+        match tokio::time::timeout_at(deadline + GRACE, answer).await {
+            Ok(answer) => answer.map_err(Fault::internal)?,
+            Err(_) => {
+                metrics::counter!("tidewatch_queries_abandoned_total").increment(1);
+                Err(too_late(timeout))
+            }
+        }
     }
 }

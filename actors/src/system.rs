@@ -10,6 +10,7 @@ use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
+use crate::silence;
 use crate::table::{StoredTable, TableInfo};
 use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
@@ -27,7 +28,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, DeadLetter, Portfolio, Position, RowQuery, Step, Store, StreamRow, TableRow, Workspace};
+use sql::store::{
+    Alert, DeadLetter, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, TableRow, Workspace,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
@@ -76,6 +79,8 @@ pub struct Limits {
     /// The same for all metrics of a workspace; the one that holds most stops.
     pub workspace_state_bytes: usize,
     pub workspace_state_groups: usize,
+    /// Queries of one workspace that run or wait.
+    pub queries: usize,
 }
 
 impl Default for Limits {
@@ -97,6 +102,7 @@ impl Default for Limits {
             metric_state_groups: 2_000_000,
             workspace_state_bytes: 1 << 30,
             workspace_state_groups: 8_000_000,
+            queries: 16,
         }
     }
 }
@@ -305,6 +311,23 @@ const RESTING: &str = "resting/";
 /// Workspaces that read state and log at the same time after a start.
 const CATCHING_UP: usize = 16;
 
+/// A query's place among those of its workspace.
+struct Place(Arc<Tenant>);
+
+impl Place {
+    /// Nothing where `most` are taken.
+    fn take(tenant: &Arc<Tenant>, most: usize) -> Option<Place> {
+        let grow = |taken: usize| (taken < most).then_some(taken + 1);
+        tenant.queries.fetch_update(Relaxed, Relaxed, grow).ok().map(|_| Place(tenant.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.queries.fetch_sub(1, Relaxed);
+    }
+}
+
 /// How long a request waits for an actor's answer, in milliseconds.
 const ASK: u64 = 30_000;
 /// How long it waits for an actor that failed: longer than the first few restarts take, which are what a bad event costs.
@@ -418,6 +441,10 @@ impl System {
         for row in store.all_tables().await? {
             tables.entry(row.workspace.clone()).or_default().push(row);
         }
+        let mut silences: HashMap<WorkspaceId, Vec<Silence>> = HashMap::new();
+        for silence in store.all_silences().await? {
+            silences.entry(silence.workspace.clone()).or_default().push(silence);
+        }
         let firsts: HashMap<String, String> = store.metas(FIRST_OFFSET).await?.into_iter().collect();
         let mut restings: HashMap<String, String> = store.metas(RESTING).await?.into_iter().collect();
         let saved: HashMap<_, _> = store.checkpoints_offsets().await?.into_iter().collect();
@@ -439,8 +466,10 @@ impl System {
                 );
                 return Err(Fault::new(FaultKind::Internal, "log_behind_store", detail));
             }
+            let silences = silences.remove(&id).unwrap_or_default();
             let tables = tables.remove(&id).unwrap_or_default();
             let tenant = self.adopt(id, first, &rows, tables)?;
+            *tenant.silences.write() = silences;
             let from = saved_at.unwrap_or(0).max(first);
             tenant.counters.saved.store(from, Relaxed);
             tenant.counters.appended.store(appended, Relaxed);
@@ -888,9 +917,32 @@ impl System {
         Ok((recent.program, recent.live, recent.frontier))
     }
 
-    /// Answers read-only SQL over the workspace's streams and metrics.
+    /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
+    /// together.
     pub async fn query(&self, id: &WorkspaceId, request: QueryRequest) -> Result<QueryAnswer, Fault> {
+        let limits = &self.0.limits;
+        let most = Duration::from_millis(limits.query_ms);
+        let timeout = request.timeout.map_or(most, |asked| asked.min(most));
+        let deadline = tokio::time::Instant::now() + timeout;
+        let tenant = self.tenant(id)?;
+        let Some(_place) = Place::take(&tenant, limits.queries) else {
+            let detail = format!(
+                "{} queries of this workspace run or wait already, the most of limits.queries; wait for one of them",
+                limits.queries
+            );
+            let kind = FaultKind::Limit { retry_after: Duration::from_secs(1) };
+            return Err(Fault::new(kind, "too_many_queries", detail));
+        };
         let question = Question::parse(&request.sql)?;
+        let tables = tokio::time::timeout_at(deadline, self.tables_of(id, &question));
+        let tables = tables.await.map_err(|_| crate::query::too_late(timeout))??;
+        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
+        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout, deadline).await?;
+        Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
+    }
+
+    /// The tables a question reads, within `limits.query_memory`.
+    async fn tables_of(&self, id: &WorkspaceId, question: &Question) -> Result<Vec<Table>, Fault> {
         let mut tables = Vec::new();
         let mut bytes = 0;
         for name in question.tables()? {
@@ -903,12 +955,7 @@ impl System {
             }
             tables.push(table);
         }
-        let limits = &self.0.limits;
-        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
-        let most = Duration::from_millis(limits.query_ms);
-        let timeout = request.timeout.map_or(most, |asked| asked.min(most));
-        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout).await?;
-        Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
+        Ok(tables)
     }
 
     async fn table(&self, id: &WorkspaceId, name: Vec<String>) -> Result<Table, Fault> {
@@ -1005,11 +1052,45 @@ impl System {
             .collect()
     }
 
+    /// Alerts that match are not told from its start to its end.
+    pub async fn put_silence(&self, silence: Silence) -> Result<(), Fault> {
+        let tenant = self.tenant(&silence.workspace)?;
+        self.store().put_silence(&silence).await?;
+        let mut silences = tenant.silences.write();
+        silences.retain(|known| known.id != silence.id);
+        silences.push(silence);
+        Ok(())
+    }
+
+    pub async fn remove_silence(&self, id: &WorkspaceId, silence: &str) -> Result<(), Fault> {
+        let tenant = self.tenant(id)?;
+        let existed = self.store().delete_silence(id, silence).await?;
+        tenant.silences.write().retain(|known| known.id != silence);
+        if existed { Ok(()) } else { Err(unknown("silence", "unknown_silence", silence)) }
+    }
+
+    /// The silence that keeps this alert from being told, if any: one in force when it fired, or now.
+    pub fn silenced_by(&self, alert: &Alert) -> Option<String> {
+        let tenant = self.tenant(&alert.workspace).ok()?;
+        let found = tenant
+            .silences
+            .read()
+            .iter()
+            .find(|silence| {
+                silence::covers(silence, alert, alert.fired_at) || silence::covers(silence, alert, self.now())
+            })?
+            .id
+            .clone();
+        Some(found)
+    }
+
     pub async fn ack_alert(&self, id: &WorkspaceId, alert: &str, by: &str) -> Result<Alert, Fault> {
         let acked = self.store().ack_alert(id, alert, by, self.now()).await?;
         let alert = acked.ok_or_else(|| unknown("alert", "unknown_alert", alert))?;
-        let what = What::Alert { phase: AlertPhase::Acked, alert: alert.clone() };
-        self.outlet().publish(Update { workspace: id.clone(), what });
+        if !self.tenant(id)?.is_silenced(&alert) {
+            let what = What::Alert { phase: AlertPhase::Acked, alert: alert.clone() };
+            self.outlet().publish(Update { workspace: id.clone(), what });
+        }
         Ok(alert)
     }
 
@@ -1066,6 +1147,11 @@ impl System {
     /// Follows a run from behind its event `after`, 0 for all of it.
     pub async fn attach_run(&self, id: &WorkspaceId, run: &str, after: u64) -> Result<RunHandle, Fault> {
         self.0.sessions.attach(self, id, run, after).await
+    }
+
+    /// The run that a thread is busy with.
+    pub fn active_run(&self, id: &WorkspaceId, thread: &str) -> Option<String> {
+        self.0.sessions.active_run(id, thread)
     }
 
     /// Stops a run's model and tools; it ends as cancelled.

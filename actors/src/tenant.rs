@@ -10,6 +10,7 @@ use engine::event::{Micros, StreamName, WorkspaceId};
 use parking_lot::{Mutex, RwLock};
 use ractor::{ActorId, ActorRef};
 use serde::{Deserialize, Serialize};
+use sql::store::Silence;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
@@ -90,6 +91,9 @@ pub(crate) struct Tenant {
     pub(crate) phase: watch::Sender<Phase>,
     pub(crate) resting: Mutex<Option<Resting>>,
     pub(crate) gone: AtomicBool,
+    /// Queries that run or wait.
+    pub(crate) queries: AtomicUsize,
+    pub(crate) silences: RwLock<Vec<Silence>>,
     /// Callers that have the actor or look for it.
     asked: AtomicUsize,
     suspect: Mutex<Suspect>,
@@ -190,6 +194,8 @@ impl Tenant {
             phase: watch::Sender::new(Phase::Resting),
             resting: Mutex::new(None),
             gone: AtomicBool::new(false),
+            queries: AtomicUsize::new(0),
+            silences: RwLock::default(),
             asked: AtomicUsize::new(0),
             suspect: Mutex::default(),
             committing: Arc::new(Semaphore::new(1)),

@@ -14,7 +14,7 @@ use crate::tenant::{Phase as Life, Resting, Tenant};
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
 use engine::cost::Cost;
-use engine::event::{ItemName, Micros, Span, StreamName, WorkspaceId};
+use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
@@ -1161,12 +1161,13 @@ impl State {
         let one = one.expect("one commit at a time, and none of the actor before this one");
         self.saving = true;
         let (committer, outlet, myself) = (self.deps.committer.clone(), self.deps.outlet.clone(), myself.clone());
+        let tenant = self.tenant.clone();
         tokio::spawn(async move {
             let Some((commit, result)) = committer.commit(commit).await else { return };
             drop(one);
             let result = match result {
                 Ok(()) => {
-                    tell(&*outlet, &commit.workspace, alerts); // also when the actor has failed meanwhile
+                    tell(&*outlet, &tenant, alerts); // also when the actor has failed meanwhile
                     Ok(commit.offset)
                 }
                 Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
@@ -1270,7 +1271,7 @@ impl State {
             match self.deps.committer.commit(commit).await {
                 Some((commit, Ok(()))) => {
                     self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
-                    tell(&*self.deps.outlet, &commit.workspace, alerts);
+                    tell(&*self.deps.outlet, &self.tenant, alerts);
                 }
                 Some((_, Err(error))) => {
                     tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
@@ -1598,10 +1599,12 @@ impl State {
     }
 }
 
-/// Tells of alerts that are in the store.
-fn tell(outlet: &dyn Outlet, workspace: &WorkspaceId, alerts: Vec<(AlertPhase, Alert)>) {
+/// Tells of alerts that are in the store, but for those that are silenced.
+fn tell(outlet: &dyn Outlet, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
     for (phase, alert) in alerts {
-        outlet.publish(Update { workspace: workspace.clone(), what: What::Alert { phase, alert } });
+        if !tenant.is_silenced(&alert) {
+            outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
+        }
     }
 }
 

@@ -77,7 +77,7 @@ fn unknown_agent(name: &str) -> Problem {
 
 /// A member as one who asks `agent`.
 pub(crate) fn asker(member: &Member, agent: ItemName) -> Asker {
-    Asker { agent, user: member.user.clone(), may_hold: member.role.may(Permission::Hold) }
+    Asker { agent, user: member.user.clone(), may_hold: member.access.may(Permission::PortfolioUpdate, None) }
 }
 
 async fn run(
@@ -87,11 +87,17 @@ async fn run(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Chat)?;
+    member.may_run_agents()?;
     let name: ItemName = name.parse().map_err(|_| unknown_agent(&name))?;
     let request = agui::parse_input(asker(&member, name), &body?)?;
     let dialect = Dialect::of(request.legacy);
-    let mut reader = state.system.start_run(&member.workspace, request).await?;
+    member.count_run(&state).await?;
+    let thread = request.thread.clone();
+    let started = state.system.start_run(&member.workspace, request).await;
+    let mut reader = started.map_err(|fault| {
+        let active = state.system.active_run(&member.workspace, &thread).filter(|_| fault.code == "thread_busy");
+        Problem::from(fault).run(active)
+    })?;
     if reader.attached {
         resume(&mut reader, &headers);
     }
@@ -104,7 +110,7 @@ async fn events(
     Path((_, run)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AiUse)?;
     let mut reader = state.system.attach_run(&member.workspace, &run, 0).await?;
     resume(&mut reader, &headers);
     let dialect = Dialect::of(reader.legacy);
@@ -166,13 +172,13 @@ async fn cancel(
     member: Member,
     Path((_, run)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Chat)?;
+    member.may(Permission::AiUse)?;
     state.system.cancel_run(&member.workspace, &run).await?;
     Ok((StatusCode::ACCEPTED, Json(json!({"runId": run}))).into_response())
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AiUse)?;
     let agents = state.system.agents(&member.workspace).await?.into_iter().map(|agent| {
         let mut shown = json!({"name": agent.name.as_str(), "description": agent.description});
         if let Some(model) = agent.model {
@@ -188,16 +194,17 @@ async fn capabilities(
     member: Member,
     Path((_, name)): Path<(String, String)>,
 ) -> Result<Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AiUse)?;
     Ok(Json(agui::capabilities(&agent(&state, &member.workspace, &name).await?)))
 }
 
 async fn threads(State(state): State<AppState>, member: Member, mut listing: Listing) -> Result<Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_somewhere(Permission::AiUse)?;
     let (limit, before) = (listing.limit, listing.take("before"));
     listing.done()?;
     let (threads, next) = state.system.store().threads(&member.workspace, limit, before.as_deref()).await?;
-    let threads = threads.into_iter().map(|thread| {
+    let threads = threads.into_iter().filter(|thread| member.sees(Permission::AiUse, "thread", &thread.id));
+    let threads = threads.map(|thread| {
         json!({
             "id": thread.id, "agent": thread.agent, "title": thread.title, "created_by": thread.created_by,
             "created_at": rfc3339(thread.created_at), "updated_at": rfc3339(thread.updated_at),
@@ -216,7 +223,7 @@ async fn messages(
     Path((_, thread)): Path<(String, String)>,
     mut listing: Listing,
 ) -> Result<Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_on(Permission::AiUse, &format!("thread/{thread}"))?;
     let (limit, after) = (listing.limit, listing.take("after"));
     listing.done()?;
     let after = after.map_or(Ok(0), |after| after.parse::<i64>());
@@ -335,7 +342,7 @@ async fn member(state: &AppState, caller: &Caller, wanted: Option<&str>) -> Resu
         }
     };
     let member = Member::of(state, caller, &workspace).await?;
-    member.may(Permission::Chat)?;
+    member.may_run_agents()?;
     Ok(member)
 }
 
@@ -422,6 +429,10 @@ impl Chat {
                 && let Some(request) = waiting.pop_front()
             {
                 let dialect = Dialect::of(request.legacy);
+                if let Err(problem) = signed_in.member.count_run(&self.state).await {
+                    tell(sink, &problem.detail, problem.code).await?;
+                    continue;
+                }
                 match self.state.system.start_run(&signed_in.member.workspace, request).await {
                     Ok(reader) => active = Some((reader, dialect)),
                     Err(fault) => {
@@ -511,7 +522,8 @@ impl Chat {
                     }
                 }
                 if waiting.len() < WAITING_MAX {
-                    waiting.push_back(RunRequest { may_hold: signed_in.member.role.may(Permission::Hold), ..*request });
+                    let may_hold = signed_in.member.access.may(Permission::PortfolioUpdate, None);
+                    waiting.push_back(RunRequest { may_hold, ..*request });
                 } else {
                     let detail = format!("{WAITING_MAX} runs wait already on this socket; ask again later");
                     tell(sink, &detail, "queue_full").await?;

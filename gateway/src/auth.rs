@@ -1,8 +1,10 @@
 //! Who is asking: passwords, access and refresh tokens, API keys.
 
 use crate::config::AuthConfig;
-use crate::permission::Role;
+use crate::oidc::{Identity, Oidc};
+use crate::permission::{Access, Role, parse_scopes};
 use crate::problem::Problem;
+use crate::seal::{SealError, Sealer};
 use argon2::password_hash::{PasswordHasher, SaltString};
 use argon2::{Argon2, PasswordHash, PasswordVerifier};
 use axum::http::StatusCode;
@@ -13,7 +15,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use sql::store::{ApiKey, RefreshToken, Spent, Store, StoreError, User};
+use sql::store::{ApiKey, RefreshToken, Spent, Store, StoreError, Totp, User};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::IpAddr;
@@ -41,6 +43,10 @@ const HASH_WAIT: Duration = Duration::from_secs(5);
 
 /// Wrong passwords in a row for one account from one address before each further try has to wait.
 const FREE_TRIES: u32 = 5;
+/// The same for all accounts together, from one address.
+const FREE_TRIES_OF_ADDRESS: u32 = 100;
+/// No e-mail address: where the failures of an address are counted.
+const ANY_ACCOUNT: &str = "";
 const TRY_WAIT_MAX: Span = Span::seconds(60);
 /// Failures are forgotten after this long without another.
 const FORGET_TRIES: Span = Span::seconds(15 * 60);
@@ -58,25 +64,33 @@ const REMEMBER_IN_OUTAGE: Span = Span::seconds(15 * 60);
 pub enum AuthError {
     #[error("auth.secret is not set: put the output of `openssl rand -base64 48` there or into auth.secret_file")]
     NoSecret,
-    #[error(
-        "auth.secret has {found} bytes and needs {SECRET_BYTES_MIN} or more: make one with `openssl rand -base64 48`"
-    )]
-    ShortSecret { found: usize },
-    #[error("cannot read auth.secret_file `{path}`: {source}")]
-    SecretFile { path: PathBuf, source: std::io::Error },
+    #[error("{key} has {found} bytes and needs {SECRET_BYTES_MIN} or more: make one with `openssl rand -base64 48`")]
+    ShortSecret { key: &'static str, found: usize },
+    #[error("cannot read {key}_file `{path}`: {source}")]
+    SecretFile { key: &'static str, path: PathBuf, source: std::io::Error },
     #[error("auth.access_minutes and auth.refresh_days must be 1 or more")]
     Lifetime,
     #[error("auth.bootstrap_email is set without auth.bootstrap_password: set both or none")]
     NoBootstrapPassword,
     #[error("the first admin cannot be made: {0}")]
     Bootstrap(String),
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Checks and issues credentials.
 pub struct Auth {
     signing: EncodingKey,
-    checking: DecodingKey,
+    signing_id: String,
+    /// The secret in use and those of before, by id.
+    checking: Vec<(String, DecodingKey)>,
     validation: Validation,
+    sealer: Sealer,
+    pub(crate) oidc: Oidc,
     access: Span,
     refresh: Span,
     bootstrap: Option<(String, String)>,
@@ -85,7 +99,8 @@ pub struct Auth {
     dummy_hash: Arc<str>,
     tries: Mutex<HashMap<(String, Option<IpAddr>), Tries>>,
     callers: Remembered<[u8; 32], Caller>,
-    roles: Remembered<(WorkspaceId, String), Option<Role>>,
+    accesses: Remembered<(WorkspaceId, String), Option<Access>>,
+    tiers: Remembered<WorkspaceId, String>,
 }
 
 /// Somebody with good credentials.
@@ -107,14 +122,15 @@ pub(crate) struct Caller {
 pub(crate) enum By {
     /// An access token of this family of refresh tokens.
     Session { family: String },
-    /// An API key: good for one workspace and role.
-    Key { workspace: WorkspaceId, role: Role },
+    /// An API key: good for one workspace, with a role and what of it the key's scopes leave.
+    Key { workspace: WorkspaceId, access: Access },
 }
 
 /// Access and refresh token of a sign-in.
-#[derive(Debug, Serialize)]
-pub(crate) struct Tokens {
-    access_token: String,
+#[derive(Serialize)]
+pub struct Tokens {
+    /// For the header `authorization`.
+    pub access_token: String,
     refresh_token: String,
     token_type: &'static str,
     /// Seconds until the access token ends.
@@ -141,31 +157,58 @@ struct Tries {
 
 impl Tries {
     /// No try before this instant.
-    fn until(&self) -> Micros {
-        let Some(over) = self.failed.checked_sub(FREE_TRIES) else { return Micros::MIN };
+    fn until(&self, free: u32) -> Micros {
+        let Some(over) = self.failed.checked_sub(free) else { return Micros::MIN };
         self.last.plus(Span::seconds(1 << over.min(10)).min(TRY_WAIT_MAX))
     }
 }
 
-impl Auth {
-    /// Reads the secret and checks that it is long enough.
-    pub fn new(config: &AuthConfig) -> Result<Auth, AuthError> {
-        let secret = match (&config.secret, &config.secret_file) {
-            (Some(secret), _) => secret.clone(),
-            (None, Some(path)) => {
-                let read = std::fs::read_to_string(path);
-                read.map_err(|source| AuthError::SecretFile { path: path.clone(), source })?.trim().to_owned()
-            }
-            (None, None) => return Err(AuthError::NoSecret),
-        };
-        if secret.len() < SECRET_BYTES_MIN {
-            return Err(AuthError::ShortSecret { found: secret.len() });
+/// A secret as it is configured: itself, or a file that holds it.
+fn configured(value: &Option<String>, file: &Option<PathBuf>, key: &'static str) -> Result<Option<String>, AuthError> {
+    match (value, file) {
+        (Some(value), _) => Ok(Some(value.clone())),
+        (None, Some(path)) => {
+            let read = std::fs::read_to_string(path);
+            let text = read.map_err(|source| AuthError::SecretFile { key, path: path.clone(), source })?;
+            Ok(Some(text.trim().to_owned()))
         }
+        (None, None) => Ok(None),
+    }
+}
+
+fn long_enough(key: &'static str, secret: &str) -> Result<(), AuthError> {
+    match secret.len() {
+        found if found < SECRET_BYTES_MIN => Err(AuthError::ShortSecret { key, found }),
+        _ => Ok(()),
+    }
+}
+
+/// The name of a signing secret: the `kid` of what it signed. Says nothing about the secret.
+fn key_id(secret: &str) -> String {
+    let digest = Sha256::new().chain_update(b"tidewatch kid\0").chain_update(secret).finalize();
+    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Auth {
+    /// Reads the secrets and checks that they are long enough.
+    pub fn new(config: &AuthConfig) -> Result<Auth, AuthError> {
+        let secret = configured(&config.secret, &config.secret_file, "auth.secret")?.ok_or(AuthError::NoSecret)?;
+        long_enough("auth.secret", &secret)?;
+        config.previous_secrets.iter().try_for_each(|secret| long_enough("auth.previous_secrets", secret))?;
+        let encryption = configured(&config.encryption_key, &config.encryption_key_file, "auth.encryption_key")?;
+        let sealing: Vec<&str> = (encryption.iter().chain(&config.previous_encryption_keys))
+            .map(String::as_str)
+            .chain([secret.as_str()])
+            .chain(config.previous_secrets.iter().map(String::as_str))
+            .collect();
+        sealing.iter().try_for_each(|key| long_enough("auth.encryption_key", key))?;
         if config.access_minutes == 0 || config.refresh_days == 0 {
             return Err(AuthError::Lifetime);
         }
-        let bootstrap = match (&config.bootstrap_email, &config.bootstrap_password) {
-            (Some(email), Some(password)) => Some((email.clone(), password.clone())),
+        let password =
+            configured(&config.bootstrap_password, &config.bootstrap_password_file, "auth.bootstrap_password")?;
+        let bootstrap = match (&config.bootstrap_email, password) {
+            (Some(email), Some(password)) => Some((email.clone(), password)),
             (Some(_), None) => return Err(AuthError::NoBootstrapPassword),
             (None, _) => None,
         };
@@ -175,10 +218,14 @@ impl Auth {
         validation.set_audience(&[AUDIENCE]);
         validation.validate_exp = false; // checked against the time that is handed in
         let dummy_hash = hash_password("nobody has this password").map_err(|e| AuthError::Bootstrap(e.to_string()))?;
+        let secrets = [&secret].into_iter().chain(&config.previous_secrets);
         Ok(Auth {
             signing: EncodingKey::from_secret(secret.as_bytes()),
-            checking: DecodingKey::from_secret(secret.as_bytes()),
+            signing_id: key_id(&secret),
+            checking: secrets.map(|key| (key_id(key), DecodingKey::from_secret(key.as_bytes()))).collect(),
             validation,
+            sealer: Sealer::new(sealing.into_iter()),
+            oidc: Oidc::new(&config.oidc).map_err(AuthError::Refused)?,
             access: Span::seconds(i64::from(config.access_minutes) * 60),
             refresh: Span::seconds(i64::from(config.refresh_days) * 86_400),
             bootstrap,
@@ -186,7 +233,8 @@ impl Auth {
             dummy_hash: dummy_hash.into(),
             tries: Mutex::default(),
             callers: Remembered::default(),
-            roles: Remembered::default(),
+            accesses: Remembered::default(),
+            tiers: Remembered::default(),
         })
     }
 
@@ -232,6 +280,7 @@ impl Auth {
         store: &Store,
         email: &str,
         password: String,
+        otp: Option<&str>,
         from: Option<IpAddr>,
         now: Micros,
     ) -> Result<Tokens, Problem> {
@@ -246,8 +295,153 @@ impl Auth {
             self.failed(email, from, now);
             return Err(Problem::unauthorized("e-mail address or password is wrong").code("bad_credentials"));
         };
+        let totp = store.totp(&user.id).await?;
+        if let Some(sealed) = &totp.secret {
+            let Some(otp) = otp else {
+                let detail = "this account has a second factor: send the code of your authenticator as `otp`";
+                return Err(Problem::unauthorized(detail).code("otp_required"));
+            };
+            if !self.spend_code(store, &user, sealed, otp, now).await? {
+                self.failed(email, from, now);
+                let detail = "the code is wrong or was used before; wait for the next one";
+                return Err(Problem::unauthorized(detail).code("bad_otp"));
+            }
+        }
         self.tries.lock().remove(&(email, from));
         self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+    }
+
+    /// The user whom an issuer names: known by the identity, else by an address that the issuer has checked, else made
+    /// where the issuer's settings say so.
+    pub(crate) async fn user_of(&self, store: &Store, identity: Identity, now: Micros) -> Result<User, Problem> {
+        let Identity { issuer, subject, email, create } = identity;
+        if let Some(user) = store.user_by_identity(&issuer, &subject).await? {
+            return Ok(user);
+        }
+        let nobody = |detail: &str| Problem::forbidden(detail).code("unknown_user");
+        let email = email.ok_or_else(|| nobody("the issuer gives no e-mail address that it has checked"))?;
+        let user = match store.user_by_email(&email).await? {
+            Some(user) => user,
+            // a password that nobody knows
+            None if create => self.create_user(store, &email, &random_token(""), false, now).await?,
+            None => return Err(nobody("there is no user with this e-mail address; ask an admin to add one")),
+        };
+        store.put_identity(&issuer, &subject, &user.id, now).await?;
+        Ok(user)
+    }
+
+    /// A sign-in for a user whom an issuer has named.
+    pub(crate) async fn fetch(&self, store: &Store, code: &str, now: Micros) -> Result<Tokens, Problem> {
+        let user = self.oidc.fetch(code, now)?;
+        self.issue(store, &user, uuid::Uuid::new_v4().to_string(), now).await
+    }
+
+    /// Whether `password` is the caller's. Wrong ones count and wait as those of sign-ins do.
+    pub(crate) async fn confirm_password(
+        &self,
+        store: &Store,
+        caller: &Caller,
+        password: String,
+        from: Option<IpAddr>,
+        now: Micros,
+    ) -> Result<User, Problem> {
+        let user = store.user_by_id(&caller.id).await?.ok_or_else(unauthenticated)?;
+        self.throttle(&user.email, from, now)?;
+        let known = user.password_hash.clone();
+        let too_long = password.len() > PASSWORD_BYTES_MAX;
+        if self.hashing(move || !too_long && verify(&password, &known)).await? {
+            return Ok(user);
+        }
+        self.failed(user.email, from, now);
+        Err(Problem::forbidden("`password` is not your password").code("bad_credentials"))
+    }
+
+    /// Gives a user another password and ends every sign-in.
+    pub(crate) async fn change_password(&self, store: &Store, user: &User, password: String) -> Result<(), Problem> {
+        check_password(&password)?;
+        let hash = self.hashing(move || hash_password(&password)).await?.map_err(Problem::internal)?;
+        store.set_password(&user.id, &hash).await?;
+        self.revoke_all(store, &user.id).await
+    }
+
+    /// Ends every sign-in of a user.
+    pub(crate) async fn revoke_all(&self, store: &Store, user: &str) -> Result<(), Problem> {
+        store.revoke_families_of(user).await?;
+        self.forget();
+        Ok(())
+    }
+
+    /// Makes a secret for a user's authenticator, to be confirmed by a code of it: as base32, and as a URL for a QR
+    /// code.
+    pub(crate) async fn enrol(&self, store: &Store, user: &User) -> Result<(String, String), Problem> {
+        let secret: [u8; TOTP_SECRET_BYTES] = rand::random();
+        let totp = totp_of(&secret);
+        store.put_totp(&user.id, &self.sealer.seal(&totp_owner(&user.id), &secret)).await?;
+        let base32 = totp.secret().to_base32();
+        // "Key Uri Format" of Google Authenticator, which all authenticators read
+        let label: String = format!("{ISSUER}:{}", user.email).bytes().map(percent).collect();
+        let url = format!("otpauth://totp/{label}?secret={base32}&issuer={ISSUER}&algorithm=SHA1&digits=6&period=30");
+        Ok((base32, url))
+    }
+
+    /// Puts the enrolled secret in force.
+    pub(crate) async fn confirm_enrolment(
+        &self,
+        store: &Store,
+        user: &str,
+        otp: &str,
+        now: Micros,
+    ) -> Result<(), Problem> {
+        let nothing = || Problem::conflict("not_enrolled", "there is nothing to confirm; POST /api/v1/me/totp first");
+        let pending = store.totp(user).await?.pending.ok_or_else(nothing)?;
+        let secret = self.sealer.open(&totp_owner(user), &pending).map_err(Problem::internal)?;
+        let wrong = || Problem::invalid("bad_otp", "the code is wrong; check the clock of your device");
+        let step = totp_of(&secret).check(otp, seconds(now)).ok_or_else(wrong)?;
+        if !store.confirm_totp(user, &pending, step.cast_signed()).await? {
+            return Err(nothing());
+        }
+        Ok(())
+    }
+
+    /// Whether `otp` is a good code, which it is once.
+    async fn spend_code(
+        &self,
+        store: &Store,
+        user: &User,
+        sealed: &str,
+        otp: &str,
+        now: Micros,
+    ) -> Result<bool, Problem> {
+        let secret = self.sealer.open(&totp_owner(&user.id), sealed).map_err(Problem::internal)?;
+        match totp_of(&secret).check(otp, seconds(now)) {
+            Some(step) => Ok(store.spend_totp(&user.id, step.cast_signed()).await?),
+            None => Ok(false),
+        }
+    }
+
+    /// Encrypts anew what is stored under a key of before: how many secrets that were.
+    pub async fn reseal(&self, store: &Store) -> Result<usize, AuthError> {
+        let mut resealed = 0;
+        for (user, old) in store.all_totp().await? {
+            let owner = totp_owner(&user);
+            let again = |sealed: &Option<String>| match sealed {
+                Some(sealed) if !self.sealer.is_current(sealed) => {
+                    Ok(Some(self.sealer.seal(&owner, &self.sealer.open(&owner, sealed)?)))
+                }
+                other => Ok::<_, SealError>(other.clone()),
+            };
+            let new = Totp { secret: again(&old.secret)?, pending: again(&old.pending)? };
+            if new != old && store.reseal_totp(&user, &old, &new).await? {
+                resealed += 1;
+            }
+        }
+        Ok(resealed)
+    }
+
+    /// A sign-in for `user` without a password, for administration beside the server.
+    pub async fn tokens_of(&self, store: &Store, user: &User, now: Micros) -> Result<Tokens, AuthError> {
+        let issued = self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await;
+        issued.map_err(|problem| AuthError::Refused(problem.detail))
     }
 
     /// Spends a refresh token for a new pair. Reuse of a spent one revokes the family.
@@ -271,15 +465,15 @@ impl Auth {
         Ok(())
     }
 
-    /// The family a refresh token belongs to, spending it.
+    /// The family a refresh token belongs to and its user, spending it.
     pub(crate) async fn family_of(
         &self,
         store: &Store,
         refresh_token: &str,
         now: Micros,
-    ) -> Result<Option<String>, Problem> {
+    ) -> Result<Option<(String, String)>, Problem> {
         Ok(match store.spend_refresh(&digest_text(refresh_token), now).await? {
-            Spent::Ok(RefreshToken { family, .. }) | Spent::Reused { family, .. } => Some(family),
+            Spent::Ok(RefreshToken { family, user, .. }) | Spent::Reused { family, user } => Some((family, user)),
             Spent::Expired | Spent::Unknown => None,
         })
     }
@@ -308,13 +502,18 @@ impl Auth {
             iat: seconds,
             exp: seconds + self.access.0 / 1_000_000,
         };
-        let header = Header { typ: Some(ACCESS_TYPE.into()), ..Header::new(Algorithm::HS256) };
+        let kid = Some(self.signing_id.clone());
+        let header = Header { typ: Some(ACCESS_TYPE.into()), kid, ..Header::new(Algorithm::HS256) };
         jsonwebtoken::encode(&header, &claims, &self.signing).map_err(Problem::internal)
     }
 
     /// The claims of a good access token; `None` for any other text.
     fn claims(&self, token: &str, now: Micros) -> Option<Claims> {
-        let data = jsonwebtoken::decode::<Claims>(token, &self.checking, &self.validation).ok()?;
+        let kid = jsonwebtoken::decode_header(token).ok()?.kid;
+        // `kid` only chooses among our own keys; a token without one is from before keys had ids
+        let mut keys = self.checking.iter();
+        let (_, key) = keys.find(|(id, _)| kid.as_ref().is_none_or(|kid| kid == id))?;
+        let data = jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok()?;
         let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)).plus(LEEWAY) > now;
         (data.header.typ.as_deref() == Some(ACCESS_TYPE) && in_time).then_some(data.claims)
     }
@@ -371,62 +570,84 @@ impl Auth {
             name: format!("key:{}", key.name),
             admin: false,
             expires_at: key.expires_at,
-            by: By::Key { role: key.role.parse()?, workspace: key.workspace },
+            by: By::Key {
+                access: Access::of_key(key.role.parse()?, key.scopes.as_deref().map(parse_scopes).transpose()?),
+                workspace: key.workspace,
+            },
         })
     }
 
-    /// The caller's role in a workspace; the problem is the same for a foreign workspace and a missing one.
-    pub(crate) async fn role(
+    /// What the caller may do in a workspace; the problem is the same for a foreign workspace and a missing one.
+    pub(crate) async fn access(
         &self,
         store: &Store,
         caller: &Caller,
         workspace: &WorkspaceId,
         now: Micros,
-    ) -> Result<Role, Problem> {
-        let role = match &caller.by {
-            By::Key { workspace: own, role } => (own == workspace).then_some(*role),
+    ) -> Result<Access, Problem> {
+        let access = match &caller.by {
+            By::Key { workspace: own, access } => (own == workspace).then(|| access.clone()),
             By::Session { .. } => {
                 let key = (workspace.clone(), caller.id.clone());
-                match self.roles.get(&key, now) {
-                    Some(role) => role,
+                match self.accesses.get(&key, now) {
+                    Some(access) => access,
                     None => {
-                        let since = self.roles.changes();
-                        match self.stored_role(store, caller, workspace).await {
-                            Ok(role) => {
-                                self.roles.put(key, role, since, now);
-                                role
+                        let since = self.accesses.changes();
+                        match self.stored_access(store, caller, workspace).await {
+                            Ok(access) => {
+                                self.accesses.put(key, access.clone(), since, now);
+                                access
                             }
-                            Err(problem) => self.roles.last(&key, now, problem)?,
+                            Err(problem) => self.accesses.last(&key, now, problem)?,
                         }
                     }
                 }
             }
         };
-        role.ok_or_else(|| Problem::workspace_not_found(workspace.as_str()))
+        access.ok_or_else(|| Problem::workspace_not_found(workspace.as_str()))
     }
 
-    async fn stored_role(
+    /// The name of a workspace's tier.
+    pub(crate) async fn tier(&self, store: &Store, id: &WorkspaceId, now: Micros) -> Result<String, Problem> {
+        if let Some(tier) = self.tiers.get(id, now) {
+            return Ok(tier);
+        }
+        let since = self.tiers.changes();
+        match store.workspace(id).await {
+            Ok(found) => {
+                let tier = found.ok_or_else(|| Problem::workspace_not_found(id.as_str()))?.tier;
+                self.tiers.put(id.clone(), tier.clone(), since, now);
+                Ok(tier)
+            }
+            Err(error) => self.tiers.last(id, now, error.into()),
+        }
+    }
+
+    async fn stored_access(
         &self,
         store: &Store,
         caller: &Caller,
         workspace: &WorkspaceId,
-    ) -> Result<Option<Role>, Problem> {
+    ) -> Result<Option<Access>, Problem> {
         if let Some(role) = store.role(workspace, &caller.id).await? {
-            return Ok(Some(role.parse()?));
+            let grants = parse_scopes(&store.granted(workspace, &caller.id).await?)?;
+            return Ok(Some(Access::of_user(role.parse()?, grants)));
         }
         let exists = caller.admin && store.workspace(workspace).await?.is_some();
-        Ok(exists.then_some(Role::Admin))
+        Ok(exists.then(|| Access::of_user(Role::Admin, Vec::new())))
     }
 
     /// Who may do what has changed: nothing that was looked up before counts any more.
     pub(crate) fn forget(&self) {
         self.callers.forget();
-        self.roles.forget();
+        self.accesses.forget();
+        self.tiers.forget();
     }
 
     fn throttle(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
         let tries = self.tries.lock();
-        let until = tries.get(&(email.to_owned(), from)).map_or(Micros::MIN, Tries::until);
+        let until = |email: &str, free| tries.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
+        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
         if until <= now {
             return Ok(());
         }
@@ -438,14 +659,16 @@ impl Auth {
     fn failed(&self, email: String, from: Option<IpAddr>, now: Micros) {
         let mut all = self.tries.lock();
         if all.len() >= REMEMBER_MAX {
-            all.retain(|_, tries| tries.until() > now);
+            all.retain(|_, tries| tries.until(FREE_TRIES) > now);
         }
-        let tries = all.entry((email, from)).or_insert(Tries { failed: 0, last: now });
-        if tries.last.plus(FORGET_TRIES) < now {
-            tries.failed = 0;
+        for email in [email, ANY_ACCOUNT.to_owned()] {
+            let tries = all.entry((email, from)).or_insert(Tries { failed: 0, last: now });
+            if tries.last.plus(FORGET_TRIES) < now {
+                tries.failed = 0;
+            }
+            tries.failed = tries.failed.saturating_add(1);
+            tries.last = now;
         }
-        tries.failed = tries.failed.saturating_add(1);
-        tries.last = now;
     }
 
     /// Runs work that takes much memory and time, little of it at once.
@@ -462,6 +685,30 @@ impl Auth {
             done
         };
         tokio::task::spawn_blocking(work).await.map_err(Problem::internal)
+    }
+}
+
+/// Bytes of a second factor's secret, as RFC 4226 recommends.
+const TOTP_SECRET_BYTES: usize = 20;
+
+/// RFC 6238 with what every authenticator takes for granted: SHA-1, 6 digits, 30 s, one step of drift either way.
+fn totp_of(secret: &[u8]) -> totp_rs::Totp {
+    totp_rs::Builder::new().with_secret(secret).build_noncompliant()
+}
+
+fn totp_owner(user: &str) -> String {
+    format!("totp/{user}")
+}
+
+fn seconds(now: Micros) -> u64 {
+    now.0.div_euclid(1_000_000).max(0).cast_unsigned()
+}
+
+/// A byte in a URL.
+fn percent(byte: u8) -> String {
+    match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        other => format!("%{other:02X}"),
     }
 }
 
@@ -514,21 +761,45 @@ fn digest_text(token: &str) -> String {
 }
 
 /// A new API key: the key itself, shown once, and what is stored of it.
-pub(crate) fn new_key(workspace: &WorkspaceId, name: String, role: Role, by: &Caller, now: Micros) -> (String, ApiKey) {
+pub(crate) fn new_key(
+    workspace: &WorkspaceId,
+    name: String,
+    role: Role,
+    scopes: Option<Vec<String>>,
+    expires_at: Option<Micros>,
+    by: &str,
+    now: Micros,
+) -> (String, ApiKey) {
     let key = random_token(KEY_PREFIX);
     let stored = ApiKey {
         id: uuid::Uuid::now_v7().to_string(),
         workspace: workspace.clone(),
         name,
         role: role.as_str().to_owned(),
+        scopes,
         key_hash: digest_text(&key),
         prefix: key.chars().take(KEY_PREFIX.len() + 6).collect(),
-        created_by: by.id.clone(),
+        created_by: by.to_owned(),
         created_at: now,
-        expires_at: None,
+        expires_at,
         revoked_at: None,
     };
     (key, stored)
+}
+
+/// A new API key for administration beside the server, as [`new_key`]; says what is wrong with role or scopes.
+pub fn key_of(
+    workspace: &WorkspaceId,
+    name: &str,
+    role: &str,
+    scopes: Option<&[String]>,
+    now: Micros,
+) -> Result<(String, ApiKey), AuthError> {
+    let refused = |error: &dyn std::error::Error| AuthError::Refused(error.to_string());
+    let role: Role = role.parse().map_err(|error| refused(&error))?;
+    let scopes = scopes.map(parse_scopes).transpose().map_err(|error| refused(&error))?;
+    let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
+    Ok(new_key(workspace, name.to_owned(), role, scopes, None, "cli", now))
 }
 
 /// Answers of the store that are good for [`REMEMBER`], at most [`REMEMBER_MAX`] of them.

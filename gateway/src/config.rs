@@ -1,6 +1,10 @@
 //! The settings of this crate.
 
+use crate::oidc::OidcConfig;
+use crate::quota::{Tier, default_tiers};
+use crate::tls::TlsConfig;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,6 +20,13 @@ pub struct Config {
     pub history: History,
     /// Origins of pages on other hosts that may call, `https://app.example.com`. Pages of this server always may.
     pub cors_origins: Vec<String>,
+    /// What the workspaces of each tier may ask for.
+    pub tiers: BTreeMap<String, Tier>,
+    /// The tier of a workspace that names none, or one that is not configured.
+    pub default_tier: String,
+    /// HTTPS and secure WebSocket, beside `listen`.
+    pub listen_tls: Option<SocketAddr>,
+    pub tls: TlsConfig,
     /// Serves `/metrics` there instead of on `listen`.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -28,8 +39,22 @@ impl Default for Config {
             limits: Limits::default(),
             history: History::default(),
             cors_origins: Vec::new(),
+            tiers: default_tiers().into_iter().map(|(name, tier)| (name.to_owned(), tier)).collect(),
+            default_tier: DEFAULT_TIER.to_owned(),
+            listen_tls: None,
+            tls: TlsConfig::default(),
             metrics_listen: None,
         }
+    }
+}
+
+/// Without limits of its own, so that a new installation works before anybody thinks of tiers.
+pub const DEFAULT_TIER: &str = "enterprise";
+
+impl Config {
+    /// The tier of this name, else the default one, else one without limits of its own.
+    pub(crate) fn tier(&self, name: &str) -> Tier {
+        self.tiers.get(name).or_else(|| self.tiers.get(&self.default_tier)).copied().unwrap_or_default()
     }
 }
 
@@ -41,9 +66,22 @@ pub struct AuthConfig {
     pub secret: Option<String>,
     /// A file that holds the secret, in place of `secret`.
     pub secret_file: Option<PathBuf>,
+    /// Secrets of before: what they signed is good until it expires. To change the secret, put the old one here.
+    pub previous_secrets: Vec<String>,
+    /// Encrypts secrets in the store, such as those of second factors; at least 32 bytes. Derived from `secret` unless
+    /// said.
+    pub encryption_key: Option<String>,
+    /// A file that holds the key, in place of `encryption_key`.
+    pub encryption_key_file: Option<PathBuf>,
+    /// Keys of before: what they encrypted is encrypted anew when the server starts.
+    pub previous_encryption_keys: Vec<String>,
     /// The first admin of a new data directory.
     pub bootstrap_email: Option<String>,
     pub bootstrap_password: Option<String>,
+    /// A file that holds the password, in place of `bootstrap_password`.
+    pub bootstrap_password_file: Option<PathBuf>,
+    /// Issuers of OpenID Connect whose users may sign in, by a name for the address.
+    pub oidc: BTreeMap<String, OidcConfig>,
     /// Life of an access token.
     pub access_minutes: u32,
     /// Life of a refresh token.
@@ -55,8 +93,14 @@ impl Default for AuthConfig {
         Self {
             secret: None,
             secret_file: None,
+            previous_secrets: Vec::new(),
+            encryption_key: None,
+            encryption_key_file: None,
+            previous_encryption_keys: Vec::new(),
             bootstrap_email: None,
             bootstrap_password: None,
+            bootstrap_password_file: None,
+            oidc: BTreeMap::new(),
             access_minutes: 30,
             refresh_days: 7,
         }
@@ -69,8 +113,14 @@ impl fmt::Debug for AuthConfig {
         f.debug_struct("AuthConfig")
             .field("secret", &self.secret.as_ref().map(|_| "…"))
             .field("secret_file", &self.secret_file)
+            .field("previous_secrets", &self.previous_secrets.len())
+            .field("encryption_key", &self.encryption_key.as_ref().map(|_| "…"))
+            .field("encryption_key_file", &self.encryption_key_file)
+            .field("previous_encryption_keys", &self.previous_encryption_keys.len())
             .field("bootstrap_email", &self.bootstrap_email)
             .field("bootstrap_password", &self.bootstrap_password.as_ref().map(|_| "…"))
+            .field("bootstrap_password_file", &self.bootstrap_password_file)
+            .field("oidc", &self.oidc)
             .field("access_minutes", &self.access_minutes)
             .field("refresh_days", &self.refresh_days)
             .finish()
@@ -104,6 +154,8 @@ pub struct Limits {
     pub queue_bytes: usize,
     /// Bytes of messages to one WebSocket client that the kernel may hold: `SO_SNDBUF`, which Linux doubles.
     pub send_buffer_bytes: usize,
+    /// HTTP requests a minute of one user or API key, whatever the workspace; a minute's worth may come at once.
+    pub user_requests_per_minute: u32,
 }
 
 impl Default for Limits {
@@ -121,6 +173,7 @@ impl Default for Limits {
             live_queries: 64,
             queue_bytes: 1 << 20,
             send_buffer_bytes: 64 << 10,
+            user_requests_per_minute: 600_000,
         }
     }
 }
@@ -163,6 +216,9 @@ mod tests {
         let auth = AuthConfig {
             secret: Some("hush-hush".into()),
             bootstrap_password: Some("open sesame".into()),
+            previous_secrets: vec!["hush before".into()],
+            encryption_key: Some("hush as well".into()),
+            previous_encryption_keys: vec!["hush of old".into()],
             ..AuthConfig::default()
         };
         let shown = format!("{:?}", Config { auth, ..Config::default() });

@@ -27,6 +27,11 @@ const NOT_BUILT: &str = "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\
     <h1>Tidewatch runs</h1><p>This build has no web console. To add it, run <code>npm ci &amp;&amp; npm run build</code> \
     in <code>gateway/web</code> and build the binary again.<p>The HTTP API is described at <a href=\"/docs\">/docs</a>.";
 
+/// Whether this build has the file.
+pub(crate) fn has(path: &str) -> bool {
+    Dist::get(path).is_some()
+}
+
 /// Serves what no route took: files of the console, and its page for every address that is no file and no API.
 pub(crate) async fn fallback(method: Method, uri: Uri, headers: HeaderMap) -> Response {
     let path = uri.path().trim_start_matches('/');

@@ -4,14 +4,19 @@
 use crate::AppState;
 use crate::extract::Seen;
 use crate::problem::{Code, Problem};
+use crate::quota::Standing;
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
-use axum::http::header::{CACHE_CONTROL, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
+};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use engine::event::WorkspaceId;
+use parking_lot::Mutex;
 use sql::store::AuditEntry;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::Instrument;
 
@@ -42,6 +47,11 @@ pub(crate) async fn identify(mut request: Request, next: Next) -> Response {
     headers.insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
     headers.insert("cross-origin-opener-policy", HeaderValue::from_static("same-origin"));
     headers.insert("x-frame-options", HeaderValue::from_static("DENY"));
+    // for answers that are no page: a browser that shows one all the same runs nothing of it
+    if !headers.contains_key(CONTENT_SECURITY_POLICY) {
+        let nothing = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+        headers.insert(CONTENT_SECURITY_POLICY, nothing);
+    }
     if is_api && !headers.contains_key(CACHE_CONTROL) {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
@@ -71,16 +81,43 @@ pub(crate) async fn measure(request: Request, next: Next) -> Response {
     response
 }
 
+/// How a request's quota stands, told to the client in the answer's head.
+#[derive(Clone, Default)]
+pub(crate) struct Told(Arc<Mutex<Option<Standing>>>);
+
+impl Told {
+    /// The last one told counts: a workspace's quota over the user's.
+    pub(crate) fn tell(&self, standing: Standing) {
+        *self.0.lock() = Some(standing);
+    }
+}
+
+/// Writes the quota's headers.
+pub(crate) async fn tell_quota(mut request: Request, next: Next) -> Response {
+    let told = Told::default();
+    request.extensions_mut().insert(told.clone());
+    let mut response = next.run(request).await;
+    if let Some(standing) = told.0.lock().take() {
+        standing.tell(response.headers_mut());
+    }
+    response
+}
+
 /// Whether what was asked for belongs in the audit log: changes, and what was refused to somebody known. Events, queries
 /// and chats are many and change no settings; a refused sign-in is kept, one that came too soon is not.
-fn is_notable(method: &Method, route: &str, status: StatusCode, known: bool) -> bool {
+fn is_notable(method: &Method, route: &str, status: StatusCode, code: Option<&str>, known: bool) -> bool {
     const BUSY: [&str; 5] = ["/events", "/rows", "/query", "/run", "/auth/refresh"];
-    if route.ends_with("/auth/login") {
-        return matches!(status, StatusCode::OK | StatusCode::UNAUTHORIZED);
+    if route.ends_with("/auth/login") || route.ends_with("/callback") {
+        return matches!(
+            status,
+            StatusCode::OK | StatusCode::SEE_OTHER | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
+        );
     }
     let is_change = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     let is_busy = BUSY.iter().any(|end| route.ends_with(end));
-    known && (status == StatusCode::FORBIDDEN || (is_change && !is_busy))
+    // a workspace of others answers as one that is missing
+    let is_denied = status == StatusCode::FORBIDDEN || code == Some("workspace_not_found");
+    known && (is_denied || (is_change && !is_busy))
 }
 
 /// Notes who did what, from where, and what came of it, before the answer is sent.
@@ -95,24 +132,55 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     let from = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_string());
     let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
     let response = next.run(request).await;
-    if !is_notable(&method, &route, response.status(), seen.name().is_some()) {
+    let code = response.extensions().get::<Code>().map(|code| code.0);
+    if !is_notable(&method, &route, response.status(), code, seen.name().is_some()) {
         return response;
     }
-    let outcome = response.extensions().get::<Code>().map_or("ok", |code| code.0);
+    // a workspace that has ended has no log of its own, nor has a later one of the same name this entry
+    let has_ended = method == Method::DELETE && route == "/api/v1/workspaces/{ws}" && code.is_none();
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: workspace_of(&path),
+        workspace: workspace_of(&path).filter(|_| !has_ended),
         actor: seen.name().unwrap_or_default().to_owned(),
         action: format!("{method} {route}"),
         target: path.chars().take(300).collect(),
-        outcome: outcome.to_owned(),
+        outcome: code.unwrap_or("ok").to_owned(),
         from: from.unwrap_or_default(),
         request_id: request_id.unwrap_or_default(),
     };
-    if let Err(error) = state.system.store().audit(&entry).await {
+    keep(&state, &entry).await;
+    response
+}
+
+async fn keep(state: &AppState, entry: &AuditEntry) {
+    if let Err(error) = state.system.store().audit(entry).await {
         tracing::error!(%error, ?entry, "an audit entry could not be stored");
     }
-    response
+}
+
+/// Notes what was refused to somebody known in a frame of a WebSocket. Other refusals are no matter of rights.
+pub(crate) async fn audit_frame(
+    state: &AppState,
+    actor: &str,
+    kind: &str,
+    on: (Option<&str>, &str),
+    problem: &Problem,
+) {
+    if !problem.is_denial() {
+        return;
+    }
+    let (workspace, target) = on;
+    let entry = AuditEntry {
+        at: state.system.now(),
+        workspace: workspace.and_then(|id| id.parse().ok()),
+        actor: actor.to_owned(),
+        action: format!("ws {}", kind.chars().take(40).collect::<String>()),
+        target: target.chars().take(300).collect(),
+        outcome: problem.code.to_owned(),
+        from: "websocket".to_owned(),
+        request_id: String::new(),
+    };
+    keep(state, &entry).await;
 }
 
 /// The workspace that a path names.
@@ -128,18 +196,20 @@ mod tests {
     fn changes_and_refusals_are_notable_reads_and_events_are_not() {
         let (ok, no) = (StatusCode::OK, StatusCode::FORBIDDEN);
         let metric = "/api/v1/workspaces/{ws}/metrics/{metric}";
-        assert!(is_notable(&Method::PUT, metric, ok, true));
-        assert!(is_notable(&Method::DELETE, metric, no, true));
-        assert!(is_notable(&Method::GET, "/api/v1/workspaces/{ws}/audit", no, true));
-        assert!(!is_notable(&Method::GET, metric, ok, true));
-        assert!(!is_notable(&Method::PUT, metric, StatusCode::UNAUTHORIZED, false));
-        assert!(!is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", ok, true));
-        assert!(is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", no, true));
+        assert!(is_notable(&Method::PUT, metric, ok, None, true));
+        assert!(is_notable(&Method::DELETE, metric, no, None, true));
+        assert!(is_notable(&Method::GET, "/api/v1/workspaces/{ws}/audit", no, None, true));
+        assert!(!is_notable(&Method::GET, metric, ok, None, true));
+        assert!(!is_notable(&Method::PUT, metric, StatusCode::UNAUTHORIZED, None, false));
+        assert!(!is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", ok, None, true));
+        assert!(is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", no, None, true));
+        let foreign = Some("workspace_not_found");
+        assert!(is_notable(&Method::GET, metric, StatusCode::NOT_FOUND, foreign, true));
     }
 
     #[test]
     fn a_sign_in_is_notable_unless_it_was_throttled() {
-        let login = |status| is_notable(&Method::POST, "/api/v1/auth/login", status, true);
+        let login = |status| is_notable(&Method::POST, "/api/v1/auth/login", status, None, true);
         assert!(login(StatusCode::OK) && login(StatusCode::UNAUTHORIZED));
         assert!(!login(StatusCode::TOO_MANY_REQUESTS) && !login(StatusCode::BAD_REQUEST));
     }

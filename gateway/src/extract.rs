@@ -2,12 +2,19 @@
 
 use crate::AppState;
 use crate::auth::{By, Caller};
-use crate::permission::{Permission, Role};
+use crate::edge::Told;
+use crate::hub::Topic;
+use crate::permission::{Access, Permission, Role};
 use crate::problem::Problem;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, RawPathParams};
+use crate::quota::{Of, Rate};
+use ::streams::table::positions;
+use actors::Fault;
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams};
+use axum::http::Method;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
-use engine::event::{Micros, WorkspaceId};
+use engine::event::{METRICS, Micros, StreamName, WorkspaceId};
+use engine::reference::TABLES;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
@@ -48,12 +55,37 @@ fn bearer(parts: &Parts) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
+/// Takes one request from a quota, and tells how it stands then.
+fn count(state: &AppState, told: Option<&Told>, of: Of, rate: Rate, now: Micros) -> Result<(), Problem> {
+    let (standing, refused) = match state.quotas.request(of, rate, now) {
+        Ok(standing) => (standing, None),
+        Err(refused) => (refused.standing, Some(refused)),
+    };
+    if let Some(told) = told {
+        told.tell(standing);
+    }
+    refused.map_or(Ok(()), |refused| Err(refused.into()))
+}
+
+/// Whether a request is one of those that a tier counts: all of a key's, and a user's that are more than a look. Events
+/// have a rate of their own.
+fn is_counted(by: &By, method: &Method, route: &str) -> bool {
+    if method == Method::POST && route.ends_with("/events") {
+        return false;
+    }
+    matches!(by, By::Key { .. }) || !matches!(*method, Method::GET | Method::HEAD)
+}
+
 impl FromRequestParts<AppState> for Caller {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, Problem> {
         let missing = || Problem::unauthorized("send `authorization: Bearer TOKEN` with an access token or API key");
         let token = bearer(parts).ok_or_else(missing)?;
-        let caller = state.auth.authenticate(state.system.store(), token, state.system.now()).await?;
+        let now = state.system.now();
+        let caller = state.auth.authenticate(state.system.store(), token, now).await?;
+        let told = parts.extensions.get::<Told>();
+        let rate = Rate::per_minute(state.config.limits.user_requests_per_minute);
+        count(state, told, Of::User(caller.id.clone()), rate, now)?;
         if let Some(seen) = parts.extensions.get::<Seen>() {
             seen.tell(caller.name.clone());
         }
@@ -83,7 +115,9 @@ pub(crate) struct Member {
     /// What people know them by: e-mail address, or `key:NAME`.
     pub(crate) name: String,
     pub(crate) workspace: WorkspaceId,
-    pub(crate) role: Role,
+    pub(crate) access: Access,
+    /// May administer the whole installation.
+    pub(crate) admin: bool,
     /// When the credentials end.
     pub(crate) expires_at: Option<Micros>,
 }
@@ -92,18 +126,114 @@ impl Member {
     /// `caller` in `workspace`; the problem is the same for a foreign workspace and a missing one.
     pub(crate) async fn of(state: &AppState, caller: &Caller, workspace: &str) -> Result<Member, Problem> {
         let id: WorkspaceId = workspace.parse().map_err(|_| Problem::workspace_not_found(workspace))?;
-        let role = state.auth.role(state.system.store(), caller, &id, state.system.now()).await?;
+        let access = state.auth.access(state.system.store(), caller, &id, state.system.now()).await?;
         let (user, name) = (caller.id.clone(), caller.name.clone());
-        Ok(Member { user, name, workspace: id, role, expires_at: caller.expires_at })
+        Ok(Member { user, name, workspace: id, access, admin: caller.admin, expires_at: caller.expires_at })
     }
 
-    /// Refuses a member whose role lacks the permission.
+    /// Counts a run of an agent.
+    pub(crate) async fn count_run(&self, state: &AppState) -> Result<(), Problem> {
+        if let Some(most) = state.tier(&self.workspace).await?.agent_runs_per_hour {
+            count(state, None, Of::Runs(self.workspace.clone()), Rate::per_hour(most), state.system.now())?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a member who lacks the permission in the whole workspace.
     pub(crate) fn may(&self, permission: Permission) -> Result<(), Problem> {
-        if self.role.may(permission) {
+        if self.access.may(permission, None) { Ok(()) } else { Err(self.lacks(permission, None)) }
+    }
+
+    /// Refuses a member who lacks the permission on this resource, named as its channel is: `metrics/vwap_1m`.
+    pub(crate) fn may_on(&self, permission: Permission, resource: &str) -> Result<(), Problem> {
+        if self.access.may(permission, Some(resource)) { Ok(()) } else { Err(self.lacks(permission, Some(resource))) }
+    }
+
+    /// Refuses a member who has the permission nowhere; lists are then cut to what [`Member::sees`].
+    pub(crate) fn may_somewhere(&self, permission: Permission) -> Result<(), Problem> {
+        if self.access.may_somewhere(permission) { Ok(()) } else { Err(self.lacks(permission, None)) }
+    }
+
+    /// Whether one resource of a list is for this member.
+    pub(crate) fn sees(&self, permission: Permission, kind: &str, name: impl std::fmt::Display) -> bool {
+        self.access.may(permission, Some(&format!("{kind}/{name}")))
+    }
+
+    /// Refuses a member who may not listen to what a channel tells. Those of the whole system are for admins and never
+    /// for members.
+    pub(crate) fn may_listen(&self, topic: &Topic) -> Result<(), Problem> {
+        match topic {
+            Topic::Metric(name) => self.may_on(Permission::MetricRead, &format!("metrics/{name}")),
+            Topic::Portfolio(id) => self.may_see_value(id),
+            Topic::Stream(name) => self.may_on(Permission::StreamRead, &format!("streams/{name}")),
+            Topic::Alerts => self.may(Permission::AlertRead),
+            Topic::Thread(id) => self.may_on(Permission::AiUse, &format!("thread/{id}")),
+            Topic::Query { .. } => self.may(Permission::QueryRun),
+            Topic::Presence(watched) => self.may_listen(watched).and_then(|()| self.may_see_people()),
+            Topic::Throughput | Topic::Actors => Err(Problem::forbidden("only admins may listen to this")),
+        }
+    }
+
+    /// Refuses a member who may see neither the portfolio nor its value.
+    pub(crate) fn may_see_value(&self, portfolio: impl std::fmt::Display) -> Result<(), Problem> {
+        let resource = format!("portfolio/{portfolio}");
+        self.may_on(Permission::FundPerformanceRead, &resource)
+            .or_else(|problem| self.may_on(Permission::PortfolioRead, &resource).map_err(|_| problem))
+    }
+
+    /// Refuses a member who may not run agents. They read the whole workspace: so must whoever asks them be able to.
+    pub(crate) fn may_run_agents(&self) -> Result<(), Problem> {
+        use Permission::{AiUse, AlertRead, MetricRead, PortfolioRead, QueryRun, StreamRead};
+        let needed = [AiUse, MetricRead, StreamRead, PortfolioRead, AlertRead, QueryRun];
+        needed.into_iter().try_for_each(|permission| self.may(permission))
+    }
+
+    /// Everybody sees with whom they share a workspace, but for guests.
+    pub(crate) fn may_see_people(&self) -> Result<(), Problem> {
+        match self.access.role {
+            Role::Guest => self.may(Permission::WorkspaceManage),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a question that reads a table the member may not see.
+    pub(crate) fn may_ask(&self, sql: &str) -> Result<(), Problem> {
+        self.may(Permission::QueryRun)?;
+        self.may_read_tables(sql)
+    }
+
+    /// Refuses SQL that reads a table the member may not see. What is no table of the workspace is left to whoever runs
+    /// the SQL, who says so.
+    pub(crate) fn may_read_tables(&self, sql: &str) -> Result<(), Problem> {
+        let all = [Permission::StreamRead, Permission::MetricRead, Permission::PortfolioRead];
+        if all.into_iter().all(|permission| self.access.may(permission, None)) {
             return Ok(());
         }
-        let what = format!("{permission:?}").to_lowercase();
-        Err(Problem::forbidden(format!("your role `{}` in this workspace lacks the permission `{what}`", self.role)))
+        for table in sql::query::Question::parse(sql).and_then(|question| question.tables()).map_err(Fault::from)? {
+            let parts: Vec<&str> = table.iter().map(String::as_str).collect();
+            match parts.as_slice() {
+                [metric] | [METRICS, metric] => self.may_on(Permission::MetricRead, &format!("metrics/{metric}"))?,
+                [TABLES, table] => self.may_read_table(&format!("{TABLES}.{table}").parse::<StreamName>()?)?,
+                parts => self.may_on(Permission::StreamRead, &format!("streams/{}", parts.join(".")))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// `ref.positions` tells what portfolios hold; every other reference table is read like a stream.
+    pub(crate) fn may_read_table(&self, table: &StreamName) -> Result<(), Problem> {
+        match table == positions().name() {
+            true => self.may(Permission::PortfolioRead),
+            false => self.may_on(Permission::StreamRead, &format!("tables/{}", table.parts().1)),
+        }
+    }
+
+    fn lacks(&self, permission: Permission, resource: Option<&str>) -> Problem {
+        let on = resource.map(|resource| format!(" on `{resource}`")).unwrap_or_default();
+        Problem::forbidden(format!(
+            "your role `{}` in this workspace lacks the permission `{permission}`{on}, and nothing grants it to you",
+            self.access.role
+        ))
     }
 }
 
@@ -115,7 +245,14 @@ impl FromRequestParts<AppState> for Member {
         let path = path.map_err(|_| Problem::invalid("bad_path", "the path is no UTF-8 once it is decoded"))?;
         let workspace = path.iter().find(|(name, _)| *name == "ws").map(|(_, value)| value);
         let workspace = workspace.ok_or_else(|| Problem::internal("a route for members has no {ws}"))?;
-        Member::of(state, &caller, workspace).await
+        let member = Member::of(state, &caller, workspace).await?;
+        let route = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
+        let tier = state.tier(&member.workspace).await?;
+        if let Some(most) = tier.requests_per_hour.filter(|_| is_counted(&caller.by, &parts.method, route)) {
+            let of = Of::Requests(member.workspace.clone(), member.user.clone());
+            count(state, parts.extensions.get::<Told>(), of, Rate::per_hour(most), state.system.now())?;
+        }
+        Ok(member)
     }
 }
 

@@ -4,12 +4,13 @@ use crate::AppState;
 use crate::config::Limits;
 use crate::extract::Member;
 use crate::problem::Problem;
+use crate::quota::Tier;
 use actors::Ingested;
 use axum::body::Body;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
-use engine::event::StreamName;
+use engine::event::{StreamName, WorkspaceId};
 use futures::StreamExt;
 use serde_json::{Value, json};
 use std::io::Read;
@@ -86,6 +87,8 @@ pub(crate) async fn take_body(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Value, Problem> {
+    let tier = state.tier(&member.workspace).await?;
+    state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
     // before the body is read: a stream that is not there needs none
     state.system.schema(&member.workspace, stream).await?;
@@ -94,7 +97,25 @@ pub(crate) async fn take_body(
     let large = is_large(&body, encoding);
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
-    Ok(answer(&state.system.ingest(&member.workspace, stream, decoded).await?))
+    take(state, &member.workspace, stream, &tier, decoded).await
+}
+
+/// Takes in events that were decoded, and counts them: the answer, once the good ones are durable.
+pub(crate) async fn take(
+    state: &AppState,
+    workspace: &WorkspaceId,
+    stream: &StreamName,
+    tier: &Tier,
+    decoded: Decoded,
+) -> Result<Value, Problem> {
+    let done = state.system.ingest(workspace, stream, decoded).await?;
+    Ok(count(state, workspace, tier, &done))
+}
+
+fn count(state: &AppState, workspace: &WorkspaceId, tier: &Tier, done: &Ingested) -> Value {
+    let events = done.accepted + done.duplicates + done.rejected;
+    state.quotas.ingested(workspace, tier, events, state.system.now());
+    answer(done)
 }
 
 fn is_large(body: &Bytes, encoding: Encoding) -> bool {
@@ -110,6 +131,8 @@ pub(crate) async fn take_rows(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Value, Problem> {
+    let tier = state.tier(&member.workspace).await?;
+    state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
     if format == Format::Arrow {
         return Err(Problem::unsupported_type("content-type must be application/x-ndjson or application/json"));
@@ -125,7 +148,8 @@ pub(crate) async fn take_rows(
         Ok(decoder.decode(&body, format, unit, &bounds, now)?)
     };
     let decoded = if large { tokio::task::spawn_blocking(work).await.map_err(Problem::internal)? } else { work() }?;
-    Ok(answer(&state.system.change_rows(&member.workspace, table.name(), decoded).await?))
+    let done = state.system.change_rows(&member.workspace, table.name(), decoded).await?;
+    Ok(count(state, &member.workspace, &tier, &done))
 }
 
 /// Decodes events that came in a frame: one JSON object or an array of them.
@@ -133,8 +157,10 @@ pub(crate) async fn decode_frame(
     state: &AppState,
     member: &Member,
     stream: &StreamName,
+    tier: &Tier,
     events: Bytes,
 ) -> Result<Decoded, Problem> {
+    state.quotas.may_ingest(&member.workspace, tier, state.system.now())?;
     let large = events.len() > INLINE_BYTES;
     let (format, encoding) = (Format::Json, Encoding::Identity);
     decode_body(state, member, stream, TsUnit::default(), format, encoding, events, large).await
@@ -239,7 +265,7 @@ fn unpack(body: Bytes, encoding: Encoding, limits: &Limits) -> Result<Bytes, Pro
 }
 
 /// The answer to an ingest, as the contract shows it.
-pub(crate) fn answer(done: &Ingested) -> Value {
+fn answer(done: &Ingested) -> Value {
     let errors: Vec<Value> = done
         .errors
         .iter()

@@ -4,6 +4,9 @@
 mod config; // the settings of this crate
 mod problem; // errors as clients see them
 mod permission; // what a role may do
+mod seal; // secrets at rest
+mod quota; // how much a workspace and a user may ask for
+mod oidc; // sign-in by an OpenID Connect issuer
 mod auth; // passwords, tokens, API keys
 mod extract; // what handlers take from a request
 mod span; // durations as people write them
@@ -17,12 +20,16 @@ mod agents; // the routes of agents
 mod openapi; // what the API looks like
 mod console; // the web console
 mod edge; // what happens to every request and answer
+mod tls; // certificates
 mod serve; // connections, and how they drain
 
-pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, hash_password};
-pub use config::{AuthConfig, Config, History, Kept, Limits};
+pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, Tokens, hash_password, key_of};
+pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
 pub use hub::Hub;
+pub use oidc::OidcConfig;
+pub use quota::{Tier, default_tiers};
 pub use serve::serve;
+pub use tls::TlsConfig;
 
 use actors::System;
 use axum::Router;
@@ -31,8 +38,12 @@ use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
+use engine::event::WorkspaceId;
+use hub::Group;
 use ingest::Intake;
 use metrics_exporter_prometheus::PrometheusHandle;
+use problem::Problem;
+use quota::Quotas;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -53,12 +64,35 @@ pub struct AppState {
     /// Cancelled when the server drains: long answers end then.
     pub closing: CancellationToken,
     pub(crate) intake: Arc<Intake>,
+    pub(crate) quotas: Arc<Quotas>,
 }
 
 impl AppState {
     /// The state of a server that is not draining.
     pub fn new(system: System, auth: Arc<Auth>, hub: Arc<Hub>, config: Arc<Config>, metrics: PrometheusHandle) -> Self {
-        Self { system, auth, hub, config, metrics, closing: CancellationToken::new(), intake: Arc::default() }
+        Self {
+            system,
+            auth,
+            hub,
+            config,
+            metrics,
+            closing: CancellationToken::new(),
+            intake: Arc::default(),
+            quotas: Arc::default(),
+        }
+    }
+
+    /// Some rights of a group were taken from it, or its sign-ins ended: nothing that was looked up before counts any
+    /// more, not for those who are connected either.
+    pub(crate) fn took_from(&self, group: &Group) {
+        self.auth.forget();
+        self.hub.crowd.look_again(group);
+    }
+
+    /// What a workspace may ask for.
+    pub(crate) async fn tier(&self, workspace: &WorkspaceId) -> Result<Tier, Problem> {
+        let name = self.auth.tier(self.system.store(), workspace, self.system.now()).await?;
+        Ok(self.config.tier(&name))
     }
 }
 
@@ -80,6 +114,7 @@ pub(crate) fn router(state: AppState) -> Router {
         .fallback(console::fallback)
         .layer(from_fn(edge::measure))
         .layer(from_fn_with_state(state.clone(), edge::audit))
+        .layer(from_fn(edge::tell_quota))
         .layer(DefaultBodyLimit::max(BODY_BYTES))
         .layer(CompressionLayer::new().compress_when(compressed))
         .layer(CatchPanicLayer::custom(problem::of_panic))
@@ -93,12 +128,13 @@ pub(crate) fn router(state: AppState) -> Router {
 fn cors(origins: &[String]) -> CorsLayer {
     let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
     let last_event_id = HeaderName::from_static("last-event-id");
-    let [request_id, retry_after] = ["x-request-id", "retry-after"].map(HeaderName::from_static);
+    let request_id = HeaderName::from_static("x-request-id");
+    let told = ["retry-after", "ratelimit-limit", "ratelimit-remaining", "ratelimit-reset", "ratelimit-policy"];
     CorsLayer::new()
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
         .allow_headers([AUTHORIZATION, CONTENT_TYPE, CONTENT_ENCODING, ACCEPT, last_event_id, request_id.clone()])
-        .expose_headers([request_id, retry_after])
+        .expose_headers([request_id].into_iter().chain(told.map(HeaderName::from_static)).collect::<Vec<_>>())
         .max_age(Duration::from_secs(3600))
 }
 

@@ -1,6 +1,9 @@
 //! What the HTTP API looks like: OpenAPI 3.1 from one table, and a page for people made of the same.
 
 use crate::AppState;
+use crate::console;
+use crate::permission::Permission;
+use axum::http::StatusCode;
 use axum::http::header::{CONTENT_SECURITY_POLICY, HeaderValue};
 use axum::response::{Html, IntoResponse};
 use axum::routing::get;
@@ -23,6 +26,8 @@ struct Operation {
     query: &'static [(&'static str, &'static str)],
     /// Content types and schema of the body.
     body: Option<(&'static [&'static str], &'static str)>,
+    /// What the caller must hold in the workspace.
+    needs: Option<Permission>,
     status: u16,
     /// Content types and schema of the answer; none has no body.
     answer: Option<(&'static [&'static str], &'static str)>,
@@ -30,11 +35,16 @@ struct Operation {
 
 impl Operation {
     const fn new(method: &'static str, path: &'static str, tag: &'static str, summary: &'static str) -> Self {
-        Self { method, path, tag, summary, query: &[], body: None, status: 204, answer: None }
+        Self { method, path, tag, summary, query: &[], body: None, needs: None, status: 204, answer: None }
     }
 
     const fn query(mut self, query: &'static [(&'static str, &'static str)]) -> Self {
         self.query = query;
+        self
+    }
+
+    const fn needs(mut self, permission: Permission) -> Self {
+        self.needs = Some(permission);
         self
     }
 
@@ -44,6 +54,11 @@ impl Operation {
 
     const fn takes_as(mut self, types: &'static [&'static str], schema: &'static str) -> Self {
         self.body = Some((types, schema));
+        self
+    }
+
+    const fn gives_nothing(mut self, status: u16) -> Self {
+        self.status = status;
         self
     }
 
@@ -58,7 +73,10 @@ impl Operation {
     }
 
     fn is_open(&self) -> bool {
-        !self.path.starts_with("/api/") || self.path.ends_with("/auth/login") || self.path.ends_with("/auth/refresh")
+        const OPEN: [&str; 3] = ["/auth/login", "/auth/refresh", "/permissions"];
+        !self.path.starts_with("/api/")
+            || self.path.contains("/auth/oidc")
+            || OPEN.iter().any(|end| self.path.ends_with(end))
     }
 }
 
@@ -81,14 +99,32 @@ const OPERATIONS: &[Operation] = &[
         .gives_as(200, TEXT, "Text"),
     Operation::new("get", "/openapi.json", "health", "This document.").gives(200, "Object"),
     Operation::new("get", "/docs", "health", "This document for people.").gives_as(200, HTML, "Text"),
-    Operation::new("post", "/api/v1/auth/login", "sign-in", "Signs in. Failures in a row for one account from one address have to wait: 429.")
+    Operation::new("post", "/api/v1/auth/login", "sign-in", "Signs in; `otp` is the code of a second factor where the account has one. Failures in a row for one account from one address have to wait: 429.")
         .takes("Login")
         .gives(200, "Tokens"),
     Operation::new("post", "/api/v1/auth/refresh", "sign-in", "A new pair for a refresh token, which is spent; its reuse ends the whole sign-in.")
         .takes("Refresh")
         .gives(200, "Tokens"),
-    Operation::new("post", "/api/v1/auth/logout", "sign-in", "Ends the sign-in of the access token, or of the refresh token in the body.")
+    Operation::new("post", "/api/v1/auth/logout", "sign-in", "Ends the sign-in of the access token, or of the refresh token in the body; with `everywhere` all sign-ins of the user.")
         .takes("Logout"),
+    Operation::new("get", "/api/v1/auth/oidc", "sign-in", "The OpenID Connect issuers that somebody may sign in with.").gives(200, "Issuers"),
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/start", "sign-in", "Sends the browser to the issuer: authorization code with PKCE.").gives_nothing(303),
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/callback", "sign-in", "Where the issuer sends the browser back; it goes on to the console with `#sign_in=CODE`.")
+        .query(&[("state", "Of the sign-in."), ("code", "The authorization code."), ("error", "Why the issuer refused.")])
+        .gives_nothing(303),
+    Operation::new("post", "/api/v1/auth/oidc/token", "sign-in", "The tokens for that code, which is good once and for a minute.")
+        .takes("Fetch")
+        .gives(200, "Tokens"),
+    Operation::new("put", "/api/v1/me/password", "sign-in", "Another password. Ends every sign-in, this one too.")
+        .takes("PasswordChange"),
+    Operation::new("post", "/api/v1/me/totp", "sign-in", "Makes the secret of a second factor, in force once it is confirmed.")
+        .takes("Password")
+        .gives(200, "TotpSecret"),
+    Operation::new("post", "/api/v1/me/totp/confirm", "sign-in", "Proves a code of the new secret: sign-ins ask for one from now on.")
+        .takes("Code"),
+    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more.").takes("Password"),
+    Operation::new("get", "/api/v1/permissions", "sign-in", "Every permission, every role and what it may do.")
+        .gives(200, "Permissions"),
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
     Operation::new("get", "/api/v1/users", "sign-in", "All users. Admins only.").gives(200, "Users"),
     Operation::new("post", "/api/v1/users", "sign-in", "A new user. Admins only.").takes("NewUser").gives(201, "User"),
@@ -99,54 +135,66 @@ const OPERATIONS: &[Operation] = &[
         .takes("NewWorkspace")
         .gives(201, "Workspace"),
     Operation::new("get", "/api/v1/workspaces/{ws}", "workspaces", "One workspace.").gives(200, "Workspace"),
-    Operation::new("patch", "/api/v1/workspaces/{ws}", "workspaces", "Changes what is given. Permission `manage`.")
+    Operation::new("patch", "/api/v1/workspaces/{ws}", "workspaces", "Changes what is given.").needs(Permission::FundSettingsUpdate)
         .takes("WorkspaceChanges")
         .gives(200, "Workspace"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}", "workspaces", "Deletes the workspace with all that is in it. Permission `delete`."),
+    Operation::new("delete", "/api/v1/workspaces/{ws}", "workspaces", "Deletes the workspace with all that is in it.").needs(Permission::WorkspaceDelete),
     Operation::new("get", "/api/v1/workspaces/{ws}/members", "workspaces", "Members and their roles.").gives(200, "Members"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a user a role here. Permission `manage`.")
+    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a user a role here.").needs(Permission::WorkspaceManage)
         .takes("Assignment")
         .gives(200, "Member"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Permission `manage`; everybody may leave."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/keys", "workspaces", "API keys, without the keys themselves. Permission `manage`.").gives(200, "Keys"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/keys", "workspaces", "A new API key, shown this once. Permission `manage`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
+    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used.")
+        .gives(200, "Usage"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/grants", "workspaces", "What members may do beyond their roles.")
+        .needs(Permission::WorkspaceManage)
+        .gives(200, "Grants"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/grants", "workspaces", "Grants a user a permission, mostly on one resource: `portfolio:read@portfolio/main`. Somebody who is no member becomes a guest.")
+        .needs(Permission::WorkspaceManage)
+        .takes("NewGrant")
+        .gives(200, "Grants"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/grants", "workspaces", "Takes a grant back.")
+        .needs(Permission::WorkspaceManage)
+        .query(&[("email", "Whose it is."), ("scope", "What was granted.")]),
+    Operation::new("get", "/api/v1/workspaces/{ws}/keys", "workspaces", "API keys, without the keys themselves.").needs(Permission::WorkspaceManage).gives(200, "Keys"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/keys", "workspaces", "A new API key, shown this once.").needs(Permission::WorkspaceManage)
         .takes("NewKey")
         .gives(201, "Key"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/keys/{key}", "workspaces", "Revokes an API key. Permission `manage`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/audit", "workspaces", "Who did what, newest first. Permission `audit`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/keys/{key}", "workspaces", "Revokes an API key.").needs(Permission::WorkspaceManage),
+    Operation::new("get", "/api/v1/workspaces/{ws}/audit", "workspaces", "Who did what, newest first.").needs(Permission::AuditRead)
         .query(&[LIMIT, BEFORE])
         .gives(200, "Audit"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand.").gives(200, "Streams"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it. Permission `define`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand.").needs(Permission::StreamRead).gives(200, "Streams"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it.").needs(Permission::StreamDefine)
         .takes("StreamDefinition")
         .gives(200, "Stream"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`. Permission `ingest`.")
+    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`.").needs(Permission::StreamIngest)
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/tables", "tables", "Reference tables: what metrics join to streams as `ref.NAME`, each row as it was at an event's time. `positions`, `companies` and `fx_rates` are there from the start; `positions` follows the portfolios. Permission `read`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables", "tables", "Reference tables: what metrics join to streams as `ref.NAME`, each row as it was at an event's time. `positions`, `companies` and `fx_rates` are there from the start; `positions` follows the portfolios.").needs(Permission::StreamRead)
         .gives(200, "ReferenceTables"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "One reference table. Permission `read`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "One reference table.").needs(Permission::StreamRead)
         .gives(200, "ReferenceTable"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Defines a reference table, or adds columns to it; the primary key stays. Permission `define`.")
+    Operation::new("put", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Defines a reference table, or adds columns to it; the primary key stays.").needs(Permission::StreamDefine)
         .takes("ReferenceTableDefinition")
         .gives(200, "ReferenceTable"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Deletes a reference table that no metric joins, with its rows. Permission `define`."),
-    Operation::new("post", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "Changes rows: objects with the table's columns put a row in the place of the one with its primary key; with `deleted: true` and the primary key they take it away. A change is valid from `valid_from` on, or from its arrival; the first of its key without `valid_from` has always been valid. Answers once the changes are durable; good ones count although others are bad. Permission `ingest`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Deletes a reference table that no metric joins, with its rows.").needs(Permission::StreamDefine),
+    Operation::new("post", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "Changes rows: objects with the table's columns put a row in the place of the one with its primary key; with `deleted: true` and the primary key they take it away. A change is valid from `valid_from` on, or from its arrival; the first of its key without `valid_from` has always been valid. Answers once the changes are durable; good ones count although others are bad.").needs(Permission::StreamIngest)
         .query(&[("ts_unit", "What an integer `valid_from` counts: s, ms (default), us or ns.")])
         .takes_as(ROWS, "Events")
         .gives(200, "Ingested"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always). Permission `read`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always).").needs(Permission::StreamRead)
         .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
         .gives(200, "ReferenceRows"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").gives(200, "Metrics"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`). Permission `define`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").needs(Permission::MetricRead).gives(200, "Metrics"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`).").needs(Permission::MetricDefine)
         .takes("MetricDefinition")
         .gives(200, "Metric"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows. Permission `define`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds. Permission `read`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows.").needs(Permission::MetricDefine),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds.").needs(Permission::MetricRead)
         .gives(200, "MetricPlan"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.").needs(Permission::MetricRead)
         .query(&[
             ("from", "Windows that start then or later, RFC 3339."),
             ("to", "Windows that start earlier, RFC 3339."),
@@ -156,54 +204,55 @@ const OPERATIONS: &[Operation] = &[
             ("resolution", "`raw`, the default: every window; `1h`, `1d`: of the final rows the last of each hour or day and key, the range widened to whole ones; `auto`: `raw` for a range up to 2 days, `1h` up to 90, else `1d`."),
         ])
         .gives(200, "Rows"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`. Permission `query`.")
+    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`.").needs(Permission::QueryRun)
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").gives(200, "AlertRules"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule. Permission `define`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").needs(Permission::AlertRead).gives(200, "AlertRules"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule.").needs(Permission::AlertDefine)
         .takes("AlertRule")
         .gives(201, "AlertRule"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Defines an alert rule, or defines it anew. Permission `define`.")
+    Operation::new("put", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Defines an alert rule, or defines it anew.").needs(Permission::AlertDefine)
         .takes("AlertRule")
         .gives(200, "AlertRule"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Removes an alert rule. Permission `define`."),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Removes an alert rule.").needs(Permission::AlertDefine),
     Operation::new("post", "/api/v1/workspaces/{ws}/backtest", "alerts", "Which alerts a rule would have raised over the events still kept; nothing changes.")
+        .needs(Permission::AlertRead)
         .takes("NewBacktest")
         .gives(200, "Backtest"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/alerts", "alerts", "Firings, the last first.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/alerts", "alerts", "Firings, the last first.").needs(Permission::AlertRead)
         .query(&[("state", "`firing` or `resolved`."), LIMIT, BEFORE])
         .gives(200, "Alerts"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/alerts/{alert}/ack", "alerts", "Notes that somebody has seen the alert; the first one stands. Permission `respond`.")
+    Operation::new("post", "/api/v1/workspaces/{ws}/alerts/{alert}/ack", "alerts", "Notes that somebody has seen the alert; the first one stands.").needs(Permission::AlertRespond)
         .gives(200, "Alert"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/silences", "alerts", "Silences, past ones too.").gives(200, "Silences"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/silences", "alerts", "Alerts with these labels notify nobody for a time. Permission `respond`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/silences", "alerts", "Silences, past ones too.").needs(Permission::AlertRead).gives(200, "Silences"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/silences", "alerts", "Alerts with these labels notify nobody for a time.").needs(Permission::AlertRespond)
         .takes("NewSilence")
         .gives(201, "Silence"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/silences/{silence}", "alerts", "Ends and removes a silence. Permission `respond`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "Portfolios.").gives(200, "Portfolios"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "A new portfolio. Permission `hold`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/silences/{silence}", "alerts", "Ends and removes a silence.").needs(Permission::AlertRespond),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "Portfolios.").needs(Permission::PortfolioRead).gives(200, "Portfolios"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "A new portfolio.").needs(Permission::PortfolioUpdate)
         .takes("NewPortfolio")
         .gives(201, "Portfolio"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}", "portfolios", "Deletes a portfolio with its positions. Permission `hold`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Positions.").gives(200, "Positions"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Replaces all positions. Permission `hold`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}", "portfolios", "Deletes a portfolio with its positions.").needs(Permission::PortfolioUpdate),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Positions.").needs(Permission::PortfolioRead).gives(200, "Positions"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Replaces all positions.").needs(Permission::PortfolioUpdate)
         .takes("Positions")
         .gives(200, "PositionCount"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Adds positions, or replaces those in the same symbols. Permission `hold`.")
+    Operation::new("post", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions", "portfolios", "Adds positions, or replaces those in the same symbols.").needs(Permission::PortfolioUpdate)
         .takes("Positions")
         .gives(200, "PositionCount"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position. Permission `hold`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation at last prices.").gives(200, "Summary"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").gives(200, "Object"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").gives(200, "Object"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to. Permission `chat`.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position.").needs(Permission::PortfolioUpdate),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation at last prices.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").needs(Permission::AiUse).gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").needs(Permission::AiUse).gives(200, "Object"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to.").needs(Permission::AiUse)
         .takes("RunAgentInput")
         .gives_as(200, RUNS, "Text"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/runs/{run}/events", "agents", "Events of a run from behind `Last-Event-ID`, then live.").gives_as(200, RUNS, "Text"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. Permission `chat`."),
-    Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").query(&[LIMIT, BEFORE]).gives(200, "Object"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Permission `read`, for live queries `query`.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/runs/{run}/events", "agents", "Events of a run from behind `Last-Event-ID`, then live.").needs(Permission::AiUse).gives_as(200, RUNS, "Text"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run.").needs(Permission::AiUse),
+    Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of.")
         .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel.")])
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
@@ -218,7 +267,21 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Part", "name string, ok boolean, detail string"),
     ("Login", "email string, password string, otp? string"),
     ("Refresh", "refresh_token string"),
-    ("Logout", "refresh_token? string"),
+    ("Logout", "refresh_token? string, everywhere? boolean"),
+    ("Issuers", "issuers string[]"),
+    ("Fetch", "code string"),
+    ("PasswordChange", "password string, new_password string"),
+    ("Password", "password string"),
+    ("Code", "otp string"),
+    ("TotpSecret", "secret string, url string"),
+    ("Permission", "name string, allows string"),
+    ("Role", "name string, permissions string[]"),
+    ("Permissions", "permissions Permission[], roles Role[]"),
+    ("NewGrant", "email string, scope string"),
+    ("Grant", "user string, email string, scope string, created_by string, created_at time"),
+    ("Grants", "grants Grant[]"),
+    ("Usage", "tier string, requests Quota null, agent_runs Quota null, events Object, metrics Object, streams Object"),
+    ("Quota", "limit integer, remaining integer, reset_seconds integer"),
     ("Tokens", "access_token string, refresh_token string, token_type string, expires_in integer"),
     ("Me", "user Object, workspaces Workspace[]"),
     ("NewUser", "email string, password string, admin? boolean"),
@@ -226,15 +289,18 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Users", "users User[]"),
     ("NewWorkspace", "id string, name? string, pack? string, tier? string"),
     ("WorkspaceChanges", "name? string, tier? string"),
-    ("Workspace", "id string, name string, role string, tier string, pack? string null, created_at? time"),
+    (
+        "Workspace",
+        "id string, name string, role string, tier string, pack? string null, created_at? time, permissions? string[]",
+    ),
     ("Workspaces", "workspaces Workspace[], next? string"),
     ("Assignment", "email string, role string"),
     ("Member", "user string, email string, role string, since time"),
     ("Members", "members Member[]"),
-    ("NewKey", "name string, role string"),
+    ("NewKey", "name string, role string, scopes? string[], expires_at? time"),
     (
         "Key",
-        "id string, key? string, name string, role string, prefix string, created_by? string, created_at? time, revoked_at? time null",
+        "id string, key? string, name string, role string, scopes string[] null, prefix string, created_by string, created_at time, expires_at time null, revoked_at time null",
     ),
     ("Keys", "keys Key[]"),
     (
@@ -279,7 +345,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("AlertRules", "rules AlertRule[]"),
     (
         "Alert",
-        "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null",
+        "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null, silenced? boolean, silenced_by? string null",
     ),
     ("Alerts", "alerts Alert[], next? string"),
     ("NewBacktest", "rule AlertRule, from time, to time"),
@@ -317,9 +383,50 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("ProblemItem", "index? integer, pointer? string, code string, detail string"),
     (
         "Problem",
-        "type string, title string, status integer, detail string, code string, errors? ProblemItem[], line? integer, column? integer",
+        "type string, title string, status integer, detail string, code string, errors? ProblemItem[], line? integer, column? integer, runId? string",
     ),
 ];
+
+/// A body of each kind, good as it stands where what it names exists.
+fn example(schema: &str) -> Option<Value> {
+    const SQL: &str = "SELECT symbol, sum(price * qty) / sum(qty) AS vwap FROM market.trades \
+        GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
+    let position = json!({"symbol": "AAPL", "qty": 10, "cost": 150.5, "sector": "Technology"});
+    Some(match schema {
+        "Login" => json!({"email": "ada@example.com", "password": "correct horse battery"}),
+        "Fetch" => json!({"code": "…"}),
+        "Refresh" => json!({"refresh_token": "…"}),
+        "Logout" => json!({"everywhere": false}),
+        "PasswordChange" => json!({"password": "correct horse", "new_password": "correct horse battery"}),
+        "Password" => json!({"password": "correct horse battery"}),
+        "Code" => json!({"otp": "123456"}),
+        "NewUser" => json!({"email": "ada@example.com", "password": "correct horse battery", "admin": false}),
+        "NewWorkspace" => json!({"id": "acme", "name": "Acme"}),
+        "WorkspaceChanges" => json!({"name": "Acme Capital"}),
+        "Assignment" => json!({"email": "ada@example.com", "role": "analyst"}),
+        "NewGrant" => json!({"email": "ada@example.com", "scope": "portfolio:read@portfolio/main"}),
+        "NewKey" => json!({"name": "collector", "role": "member", "scopes": ["stream:ingest"]}),
+        "StreamDefinition" => {
+            json!({"columns": [{"name": "order_id", "type": "utf8", "nullable": false}], "unknown_fields": "keep"})
+        }
+        "Events" => json!([{"id": "t-1", "symbol": "AAPL", "price": 187.5, "qty": 2}]),
+        "MetricDefinition" => json!({"sql": SQL, "emit": "250ms"}),
+        "Query" => json!({"sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY symbol"}),
+        "AlertRule" => json!({"name": "dear", "metric": "vwap_1m", "condition": "vwap > 200", "for": "1m"}),
+        "NewBacktest" => json!({
+            "rule": {"metric": "vwap_1m", "condition": "vwap > 200"},
+            "from": "2026-01-01T00:00:00Z", "to": "2026-01-02T00:00:00Z",
+        }),
+        "NewSilence" => json!({"matchers": {"symbol": "AAPL"}, "duration": "1h", "comment": "split day"}),
+        "NewPortfolio" => json!({"id": "main", "name": "Main", "currency": "USD"}),
+        "Positions" => json!({"positions": [position]}),
+        "RunAgentInput" => json!({
+            "threadId": "t-1", "runId": "r-1", "tools": [], "context": [], "state": {}, "forwardedProps": {},
+            "messages": [{"id": "m-1", "role": "user", "content": "How does the market stand?"}],
+        }),
+        _ => return None,
+    })
+}
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(document);
 
@@ -363,34 +470,200 @@ fn object_schema(members: &str) -> Value {
 
 fn content(types: &[&str], schema: &str) -> Value {
     let of = |kind: &str| if kind.contains("json") { reference(schema) } else { json!({"type": "string"}) };
-    Value::Object(types.iter().map(|kind| ((*kind).to_owned(), json!({"schema": of(kind)}))).collect())
+    let media = |kind: &&str| {
+        let mut media = json!({"schema": of(kind)});
+        if let Some(example) = example(schema).filter(|_| *kind == "application/json") {
+            media["example"] = example;
+        }
+        ((*kind).to_owned(), media)
+    };
+    Value::Object(types.iter().map(media).collect())
+}
+
+/// What a parameter may be.
+fn parameter_schema(name: &str) -> Value {
+    match name {
+        "ws" => json!({"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"}),
+        "limit" => json!({"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100}),
+        "final" => json!({"type": "boolean"}),
+        "from" | "to" => json!({"type": "string", "format": "date-time"}),
+        "ts_unit" => json!({"type": "string", "enum": ["s", "ms", "us", "ns"]}),
+        _ => json!({"type": "string"}),
+    }
+}
+
+/// An instance of a parameter, for whoever tries the call.
+fn parameter_example(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "ws" => "acme",
+        "stream" => "market.trades",
+        "metric" => "vwap_1m",
+        "pf" => "main",
+        "symbol" => "AAPL",
+        "rule" => "dear",
+        "agent" => "analyst",
+        "email" => "ada@example.com",
+        "scope" => "portfolio:read@portfolio/main",
+        _ => return None,
+    })
+}
+
+fn parameter(name: &str, place: &str, meaning: Option<&str>, required: bool) -> Value {
+    let mut parameter = json!({"name": name, "in": place, "required": required, "schema": parameter_schema(name)});
+    if let Some(meaning) = meaning {
+        parameter["description"] = meaning.into();
+    }
+    if let Some(example) = parameter_example(name) {
+        parameter["example"] = example.into();
+    }
+    parameter
+}
+
+/// Why calls are refused, and the codes that say which reason it is.
+const REFUSALS: &[(u16, &str, &[&str])] = &[
+    (
+        400,
+        "What was sent cannot be read or cannot be meant.",
+        &[
+            "bad_json",
+            "bad_body",
+            "bad_parameter",
+            "bad_name",
+            "bad_path",
+            "bad_cursor",
+            "bad_sql",
+            "bad_schema",
+            "bad_input",
+            "bad_encoding",
+            "bad_email",
+            "bad_password",
+            "bad_otp",
+            "bad_position",
+            "bad_filter",
+            "bad_id",
+            "empty_body",
+            "unreadable_body",
+            "unknown_parameter",
+            "unknown_role",
+            "unknown_scope",
+            "unknown_tier",
+            "query_timeout",
+            "query_memory",
+            "query_failed",
+            "too_many_rows",
+            "limit_reached",
+        ],
+    ),
+    (401, "Nobody knows who asks.", &["unauthorized", "bad_credentials", "otp_required", "bad_otp", "sign_in_refused"]),
+    (
+        403,
+        "Who asks may not.",
+        &["forbidden", "tier_not_allowed", "origin_not_allowed", "bad_credentials", "unknown_user"],
+    ),
+    (
+        404,
+        "It is not there, or it is not yours: the answer is the same.",
+        &[
+            "not_found",
+            "workspace_not_found",
+            "unknown_stream",
+            "unknown_metric",
+            "unknown_table",
+            "unknown_alert",
+            "unknown_alert_rule",
+            "unknown_silence",
+            "unknown_portfolio",
+            "unknown_position",
+            "unknown_agent",
+            "unknown_run",
+            "unknown_thread",
+            "unknown_member",
+            "unknown_user",
+            "unknown_key",
+            "unknown_grant",
+            "unknown_issuer",
+            "not_enrolled",
+        ],
+    ),
+    (
+        409,
+        "It contradicts what is there.",
+        &[
+            "exists",
+            "workspace_exists",
+            "user_exists",
+            "last_owner",
+            "limit_reached",
+            "built_in_stream",
+            "incompatible_schema",
+            "metric_in_use",
+            "run_id_taken",
+            "thread_busy",
+            "not_enrolled",
+        ],
+    ),
+    (413, "Too much at a time.", &["body_too_large", "batch_too_large"]),
+    (415, "A content type or encoding that is not read.", &["unsupported_media_type"]),
+    (
+        429,
+        "Too often: `Retry-After` says when to come again.",
+        &["quota_exceeded", "ingest_rate", "too_many_sign_ins", "too_many_queries"],
+    ),
+    (
+        503,
+        "Too much is going on: `Retry-After` says when to come again.",
+        &["busy", "backpressure", "queries_busy", "store_unavailable", "workspace_restarting", "shutting_down"],
+    ),
+];
+
+/// The statuses an operation may refuse with.
+fn refusals(operation: &Operation) -> impl Iterator<Item = u16> {
+    let (is_open, in_workspace) = (operation.is_open(), operation.path.contains("{ws}"));
+    let (takes, signs_in) = (operation.body.is_some(), operation.path.contains("/auth/"));
+    let is_api = operation.path.starts_with("/api/");
+    REFUSALS.iter().map(|(status, ..)| *status).filter(move |status| match status {
+        401 => !is_open || signs_in,
+        403 => !is_open,
+        404 => in_workspace,
+        409 => takes,
+        413 | 415 => takes,
+        _ => is_api,
+    })
 }
 
 fn operation(operation: &Operation) -> Value {
     let in_path = operation.path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
-    let mut parameters: Vec<Value> = in_path
-        .map(|name| json!({"name": name, "in": "path", "required": true, "schema": {"type": "string"}}))
-        .collect();
-    parameters.extend(operation.query.iter().map(
-        |(name, meaning)| json!({"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}}),
-    ));
+    let mut parameters: Vec<Value> = in_path.map(|name| parameter(name, "path", None, true)).collect();
+    let is_needed = operation.path.ends_with("/grants");
+    parameters
+        .extend((operation.query.iter()).map(|(name, meaning)| parameter(name, "query", Some(meaning), is_needed)));
     let mut success = json!({"description": "Done."});
     if let Some((types, schema)) = operation.answer {
         success["content"] = content(types, schema);
     }
     let mut responses = Map::new();
     responses.insert(operation.status.to_string(), success);
+    for status in refusals(operation) {
+        responses.insert(status.to_string(), json!({"$ref": format!("#/components/responses/{status}")}));
+    }
     responses.insert("default".to_owned(), json!({"$ref": "#/components/responses/Problem"}));
     let id: String = format!("{} {}", operation.method, operation.path.trim_start_matches("/api/v1"))
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
         .collect();
+    let summary = match operation.needs {
+        Some(permission) => format!("{} Permission `{permission}`.", operation.summary),
+        None => operation.summary.to_owned(),
+    };
     let mut shown = json!({
-        "tags": [operation.tag], "summary": operation.summary, "operationId": id.replace("__", "_").trim_matches('_'),
+        "tags": [operation.tag], "summary": summary, "operationId": id.replace("__", "_").trim_matches('_'),
         "parameters": parameters, "responses": responses,
     });
     if let Some((types, schema)) = operation.body {
         shown["requestBody"] = json!({"required": schema != "Logout", "content": content(types, schema)});
+    }
+    if let Some(permission) = operation.needs {
+        shown["x-permission"] = permission.as_str().into();
     }
     if operation.is_open() {
         shown["security"] = json!([]);
@@ -411,12 +684,28 @@ fn document() -> Value {
     let events = json!({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]});
     schemas.insert("Events".to_owned(), events);
     let problem = content(&["application/problem+json"], "Problem");
+    let header = |meaning: &str| json!({"description": meaning, "schema": {"type": "integer"}});
+    let mut refused: Map<String, Value> = Map::new();
+    for (status, meaning, codes) in REFUSALS {
+        let list: Vec<String> = codes.iter().map(|code| format!("`{code}`")).collect();
+        let mut response = json!({"description": format!("{meaning} Codes: {}.", list.join(", ")), "content": problem});
+        response["content"]["application/problem+json"]["example"] = json!({
+            "type": "about:blank", "title": StatusCode::from_u16(*status).ok().and_then(|s| s.canonical_reason()),
+            "status": status, "detail": "what is wrong, and what to do", "code": codes[0],
+        });
+        if matches!(status, 429 | 503) {
+            response["headers"] = json!({"Retry-After": header("Seconds to wait.")});
+        }
+        refused.insert(status.to_string(), response);
+    }
+    refused.insert("Problem".to_owned(), json!({"description": "Refused.", "content": problem}));
     json!({
         "openapi": "3.1.0",
         "info": {
             "title": "Tidewatch", "version": env!("CARGO_PKG_VERSION"),
             "description": "Events in, live metrics, alerts, portfolios and chat out. Errors are RFC 9457 problem documents \
-                with a stable `code`; every answer carries `x-request-id`. Live updates come over the WebSocket at \
+                with a stable `code`; every answer carries `x-request-id`, and one that a quota counts carries \
+                `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset`. Live updates come over the WebSocket at \
                 `/api/v1/ws`, as JSON or (subprotocol `tidewatch.v1.msgpack`) MessagePack, or as server-sent events.",
         },
         "servers": [{"url": "/"}],
@@ -426,18 +715,32 @@ fn document() -> Value {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "An access token or an API key."},
             },
-            "responses": {"Problem": {"description": "Refused.", "content": problem}},
+            "responses": refused,
             "schemas": schemas,
         },
     })
 }
 
-/// A page without scripts: nothing on it needs to be loaded from anywhere.
+/// Swagger UI where this build has it, else a page without scripts. Neither loads anything from elsewhere.
 async fn docs() -> impl IntoResponse {
-    static PAGE: LazyLock<String> = LazyLock::new(page);
-    let policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'";
-    ([(CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy))], Html(PAGE.as_str()))
+    static PLAIN: LazyLock<String> = LazyLock::new(page);
+    let (page, policy) = match console::has("swagger/swagger-ui-bundle.js") {
+        true => (
+            SWAGGER,
+            "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
+             connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+        false => {
+            (PLAIN.as_str(), "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'")
+        }
+    };
+    ([(CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy))], Html(page))
 }
+
+const SWAGGER: &str = "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" \
+    content=\"width=device-width\"><title>Tidewatch API</title><link rel=\"stylesheet\" \
+    href=\"/swagger/swagger-ui.css\"><div id=\"docs\"></div><script src=\"/swagger/swagger-ui-bundle.js\"></script>\
+    <script src=\"/docs.js\"></script>";
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
@@ -471,7 +774,11 @@ fn page() -> String {
             _ = write!(page, "<h2>{tag}</h2>"); // writing to a String cannot fail
         }
         let (method, path) = (operation.method.to_uppercase(), escaped(operation.path));
-        _ = write!(page, "<section><h3><b>{method}</b> <code>{path}</code></h3><p>{}</p>", rich(operation.summary));
+        _ = write!(page, "<section><h3><b>{method}</b> <code>{path}</code></h3><p>{}", rich(operation.summary));
+        if let Some(permission) = operation.needs {
+            _ = write!(page, " Permission <code>{permission}</code>.");
+        }
+        page.push_str("</p>");
         let members = |name: &str| SCHEMAS.iter().find(|(known, _)| *known == name).map(|(_, members)| *members);
         let mut rows: Vec<(String, String)> =
             operation.query.iter().map(|(name, meaning)| (format!("?{name}"), rich(meaning))).collect();
@@ -498,6 +805,15 @@ fn page() -> String {
 #[cfg(test)]
 pub(crate) fn operations() -> impl Iterator<Item = (&'static str, &'static str)> {
     OPERATIONS.iter().map(|operation| (operation.method, operation.path))
+}
+
+/// What each operation needs, and a body that it would take.
+#[cfg(test)]
+pub(crate) fn needs() -> impl Iterator<Item = (&'static str, &'static str, Option<Permission>, Value)> {
+    OPERATIONS.iter().map(|operation| {
+        let body = operation.body.and_then(|(_, schema)| example(schema)).unwrap_or(Value::Null);
+        (operation.method, operation.path, operation.needs, body)
+    })
 }
 
 #[cfg(test)]
@@ -533,6 +849,19 @@ mod tests {
             .map(|operation| operation["operationId"].as_str().unwrap())
             .collect();
         assert_eq!(ids.len(), OPERATIONS.len());
+    }
+
+    #[test]
+    fn every_body_has_an_example_and_every_route_of_a_workspace_its_permission() {
+        for operation in OPERATIONS {
+            let json = operation.body.filter(|(types, _)| types.contains(&"application/json"));
+            assert!(json.is_none_or(|(_, schema)| example(schema).is_some()), "{}", operation.path);
+            // three are for every member but guests; the channels of `events` ask for what each of them needs
+            let for_all = ["{ws}", "members", "usage", "events"].contains(&operation.path.rsplit('/').next().unwrap());
+            let is_open = operation.method == "get" && for_all;
+            let has = operation.needs.is_some() || is_open || !operation.path.contains("{ws}");
+            assert!(has, "{} {}", operation.method, operation.path);
+        }
     }
 
     #[test]

@@ -25,10 +25,13 @@ pub(crate) struct Problem {
     /// Stable, snake_case.
     pub(crate) code: &'static str,
     pub(crate) detail: String,
-    errors: Vec<Item>,
+    errors: Box<[Item]>,
     retry_after: Option<Duration>,
-    line: Option<u64>,
-    column: Option<u64>,
+    /// Of a text in the request; small, as all of this is the other half of almost every result here.
+    line: Option<u32>,
+    column: Option<u32>,
+    /// The run that is in the way.
+    run: Option<Box<str>>,
 }
 
 /// One of several errors in one answer.
@@ -47,7 +50,7 @@ pub(crate) struct Code(pub(crate) &'static str);
 impl Problem {
     pub(crate) fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         let detail = detail.into();
-        Self { status, code, detail, errors: Vec::new(), retry_after: None, line: None, column: None }
+        Self { status, code, detail, errors: Box::default(), retry_after: None, line: None, column: None, run: None }
     }
 
     pub(crate) fn invalid(code: &'static str, detail: impl Into<String>) -> Self {
@@ -98,7 +101,7 @@ impl Problem {
     }
 
     pub(crate) fn errors(mut self, errors: Vec<Item>) -> Self {
-        self.errors = errors;
+        self.errors = errors.into();
         self
     }
 
@@ -107,8 +110,19 @@ impl Problem {
         self
     }
 
+    /// Names the run that is in the way.
+    pub(crate) fn run(mut self, run: Option<String>) -> Self {
+        self.run = run.map(Into::into);
+        self
+    }
+
     pub(crate) fn is_unauthorized(&self) -> bool {
         self.status == StatusCode::UNAUTHORIZED
+    }
+
+    /// Whether it was refused for want of a right.
+    pub(crate) fn is_denial(&self) -> bool {
+        self.status == StatusCode::FORBIDDEN || self.code == "workspace_not_found"
     }
 
     /// Whether the same request would be refused again: it is not for want of a part of ours.
@@ -135,9 +149,12 @@ struct Document<'a> {
     errors: &'a [Item],
     /// Place in the SQL that was sent.
     #[serde(skip_serializing_if = "Option::is_none")]
-    line: Option<u64>,
+    line: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    column: Option<u64>,
+    column: Option<u32>,
+    /// The run that is in the way.
+    #[serde(rename = "runId", skip_serializing_if = "Option::is_none")]
+    run: Option<&'a str>,
 }
 
 const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -153,6 +170,7 @@ impl IntoResponse for Problem {
             errors: &self.errors,
             line: self.line,
             column: self.column,
+            run: self.run.as_deref(),
         };
         let mut response = (self.status, Json(document)).into_response();
         response.headers_mut().insert(CONTENT_TYPE, PROBLEM_JSON);
@@ -179,6 +197,7 @@ impl From<Fault> for Problem {
             FaultKind::Internal => return Problem { code: fault.code, ..Problem::internal(fault.detail) },
         };
         let Fault { code, detail, line, column, .. } = fault;
+        let [line, column] = [line, column].map(|place| place.and_then(|place| place.try_into().ok()));
         Problem { retry_after, line, column, ..Problem::new(status, code, detail) }
     }
 }
@@ -218,6 +237,12 @@ impl From<DecodeError> for Problem {
             DecodeError::Unreadable(_) => "unreadable_body",
         };
         Self::invalid(code, error.to_string())
+    }
+}
+
+impl From<crate::permission::BadScope> for Problem {
+    fn from(error: crate::permission::BadScope) -> Self {
+        Self::invalid("unknown_scope", error.to_string())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The server: connections within bounds, answers until the last one when it drains.
 
 use crate::config::Config;
+use crate::tls::Tls;
 use crate::{AppState, routes};
 use axum::Router;
 use axum::extract::ConnectInfo;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::server::TlsStream;
 use tower::ServiceExt;
 
 /// A client has this long to send the head of a request.
@@ -34,7 +36,7 @@ const STREAMS_MAX: u32 = 128;
 /// WebSocket clients to come back later. Returns within five seconds of that, which leaves
 /// time to commit what the system holds.
 ///
-/// Fails only where `metrics_listen` of `config` cannot be bound.
+/// Fails only where `metrics_listen` or `listen_tls` of `config` cannot be bound, or has no certificate.
 pub async fn serve(
     listener: TcpListener,
     state: AppState,
@@ -48,6 +50,14 @@ pub async fn serve(
         // its connections carry no promise: whoever reads figures asks again
         tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).into_future());
     }
+    let tls = match config.listen_tls {
+        None => None,
+        Some(address) => {
+            let tls = Arc::new(Tls::load(&config.tls).map_err(io::Error::other)?);
+            tokio::spawn(tls.clone().watch());
+            Some((TcpListener::bind(address).await?, tls))
+        }
+    };
     let router = crate::router(state.clone());
     let connections_max = u32::try_from(config.limits.connections).unwrap_or(u32::MAX);
     let connections = Arc::new(Semaphore::new(connections_max as usize));
@@ -55,18 +65,27 @@ pub async fn serve(
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WAIT);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
+    let builder = Arc::new(builder);
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
-        let (stream, peer) = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_BACKOFF).await;
-                    continue;
-                }
-            },
+        let accepted_tls = async {
+            match &tls {
+                Some((listener, tls)) => listener.accept().await.map(|accepted| (accepted, Some(tls.clone()))),
+                None => std::future::pending().await,
+            }
+        };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted.map(|accepted| (accepted, None)),
+            accepted = accepted_tls => accepted,
             () = &mut shutdown => break,
+        };
+        let ((stream, peer), tls) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+                continue;
+            }
         };
         let Ok(permit) = connections.clone().try_acquire_owned() else {
             // closed at once: a client sees that it was refused instead of waiting for an answer
@@ -74,16 +93,23 @@ pub async fn serve(
             continue;
         };
         _ = stream.set_nodelay(true); // slower without, not wrong
-        let io = TokioIo::new(Counted { stream, _permit: permit });
-        let connection = builder.serve_connection_with_upgrades(io, service(router.clone(), peer)).into_owned();
-        let watched = graceful.watch(connection);
+        let (builder, router, watcher) = (builder.clone(), router.clone(), graceful.watcher());
         tokio::spawn(async move {
-            if let Err(error) = watched.await {
+            let stream = match tls {
+                None => Stream::Plain(stream),
+                Some(tls) => match tls.accept(stream).await {
+                    Some(stream) => Stream::Tls(Box::new(stream)),
+                    None => return,
+                },
+            };
+            let io = TokioIo::new(Counted { stream, _permit: permit });
+            let connection = builder.serve_connection_with_upgrades(io, service(router, peer)).into_owned();
+            if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, %peer, "a connection ended");
             }
         });
     }
-    drop(listener);
+    drop((listener, tls));
     state.closing.cancel();
     let drained = async {
         graceful.shutdown().await;
@@ -113,16 +139,26 @@ fn service(
     })
 }
 
+/// A connection's bytes, encrypted or not.
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
 /// A connection that counts as one for as long as its socket is open, upgraded or not.
 pub(crate) struct Counted {
-    stream: TcpStream,
+    stream: Stream,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Counted {
     /// Bounds what the kernel holds for the client.
     pub(crate) fn bound_send_buffer(&self, bytes: usize) {
-        let bounded = socket2::SockRef::from(&self.stream).set_send_buffer_size(bytes);
+        let socket = match &self.stream {
+            Stream::Plain(stream) => stream,
+            Stream::Tls(stream) => stream.get_ref().0,
+        };
+        let bounded = socket2::SockRef::from(socket).set_send_buffer_size(bytes);
         if let Err(error) = bounded {
             tracing::debug!(%error, "the send buffer stays as it is");
         }
@@ -131,21 +167,33 @@ impl Counted {
 
 impl AsyncRead for Counted {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
     }
 }
 
 impl AsyncWrite for Counted {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
     }
 
     fn poll_write_vectored(
@@ -153,10 +201,16 @@ impl AsyncWrite for Counted {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        match &mut self.stream {
+            Stream::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.stream {
+            Stream::Plain(stream) => stream.is_write_vectored(),
+            Stream::Tls(stream) => stream.is_write_vectored(),
+        }
     }
 }

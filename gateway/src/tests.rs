@@ -1,5 +1,7 @@
 //! The whole router over a real system in a directory of its own.
 
+mod rights; // who may follow and send what
+
 use crate::auth::testing::SECRET;
 use crate::*;
 use actors::Parts;
@@ -8,6 +10,8 @@ use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use futures::{SinkExt, StreamExt};
 use metrics_exporter_prometheus::PrometheusBuilder;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use sql::store::Store;
 use streams::log::EmbeddedLog;
@@ -43,14 +47,18 @@ impl Server {
     }
 
     async fn with(limits: Limits) -> Server {
+        Server::of(Config { limits, ..Config::default() }, actors::Limits::default()).await
+    }
+
+    async fn of(config: Config, system_limits: actors::Limits) -> Server {
         let dir = TempDir::new().unwrap();
         let auth_config = AuthConfig {
             secret: Some(SECRET.into()),
             bootstrap_email: Some("root@example.com".into()),
             bootstrap_password: Some(PASSWORD.into()),
-            ..AuthConfig::default()
+            ..config.auth.clone()
         };
-        let config = Config { auth: auth_config, limits, ..Config::default() };
+        let config = Config { auth: auth_config, ..config };
         let auth = Auth::new(&config.auth).unwrap();
         let store = Store::open(&format!("sqlite:{}/store.db", dir.path().display())).await.unwrap();
         auth.bootstrap(&store, engine::event::Micros(0)).await.unwrap();
@@ -62,7 +70,7 @@ impl Server {
             dedup: Arc::new(streams::dedup::Dedup::open(&dir.path().join("ids"), &Default::default()).unwrap()),
             outlet: hub.clone(),
             clock: Arc::new(SystemClock),
-            limits: actors::Limits::default(),
+            limits: system_limits,
             agents: std::collections::BTreeMap::new(),
         };
         let system = System::start(parts).await.unwrap();
@@ -120,9 +128,9 @@ async fn every_documented_operation_is_served() {
     for (method, path) in openapi::operations() {
         let path = path.replace("{ws}", "acme").replace("{stream}", "market.trades").replace(['{', '}'], "");
         let answer = server.call(&method.to_uppercase(), &path, "", Value::Null).await;
-        let open = !path.starts_with("/api/") || path.ends_with("/login") || path.ends_with("/refresh");
-        match open {
-            true => assert!([200, 400].contains(&answer.status), "{method} {path}: {}", answer.status),
+        let open = ["/login", "/refresh", "/permissions"].iter().any(|end| path.ends_with(end));
+        match open || !path.starts_with("/api/") || path.contains("/auth/oidc") {
+            true => assert!([200, 400, 404].contains(&answer.status), "{method} {path}: {}", answer.status),
             false => assert_eq!((answer.status, answer.code()), (401, "unauthorized"), "{method} {path}"),
         }
     }
@@ -180,6 +188,362 @@ async fn a_foreign_workspace_answers_as_a_missing_one_on_every_route() {
         assert_eq!((foreign.status, foreign.code()), (404, "workspace_not_found"), "{method} {path}");
         let told = foreign.body["detail"].as_str().unwrap().replace("acme", "none");
         assert_eq!((missing.status, missing.body["detail"].as_str().unwrap()), (404, told.as_str()));
+    }
+}
+
+/// What a path names, where it has to exist.
+fn named(path: &str) -> String {
+    let names = [("{ws}", "acme"), ("{stream}", "market.trades"), ("{rule}", "dear")];
+    names.iter().fold(path.to_owned(), |path, (name, value)| path.replace(name, value)).replace(['{', '}'], "")
+}
+
+#[tokio::test]
+async fn every_operation_asks_for_its_permission_and_refuses_who_lacks_it() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme"})).await;
+    let members = "/api/v1/workspaces/acme/members";
+    for role in ["viewer", "limited_partner", "guest", "analyst"] {
+        let given = server.call("PUT", members, &ann, json!({"email": "bob@example.com", "role": role})).await;
+        assert_eq!(given.status, 200, "{}", given.body);
+        let known: permission::Role = role.parse().unwrap();
+        for (method, path, needs, body) in openapi::needs().filter(|(_, path, ..)| path.contains("{ws}")) {
+            let Some(permission) = needs.filter(|permission| !known.may(*permission)) else { continue };
+            // a portfolio's value is for those too who may see the whole portfolio
+            if path.ends_with("/summary") && known.may(permission::Permission::PortfolioRead) {
+                continue;
+            }
+            let query = if path.ends_with("/grants") { "?email=a@example.com&scope=metric:read" } else { "" };
+            let at = format!("{}{query}", named(path));
+            let answer = server.call(&method.to_uppercase(), &at, &bob, body).await;
+            assert_eq!((answer.status, answer.code()), (403, "forbidden"), "{role} {method} {path}: {}", answer.body);
+            let detail = answer.body["detail"].as_str().unwrap();
+            assert!(detail.contains(permission.as_str()) || path.contains("members"), "{path}: {detail}");
+        }
+    }
+    let table = server.get("/api/v1/permissions", "").await;
+    assert_eq!((table.status, table.body["roles"].as_array().unwrap().len()), (200, 9));
+}
+
+#[tokio::test]
+async fn a_grant_opens_one_resource_and_nothing_beside_it() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme"})).await;
+    for id in ["main", "secret"] {
+        let made = server.call("POST", "/api/v1/workspaces/acme/portfolios", &ann, json!({"id": id})).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+    }
+    let grants = "/api/v1/workspaces/acme/grants";
+    let grant = json!({"email": "bob@example.com", "scope": "portfolio:read@portfolio/main"});
+    let refused = server.call("PUT", grants, &bob, grant.clone()).await;
+    assert_eq!(refused.code(), "workspace_not_found");
+    let wrong = json!({"email": "bob@example.com", "scope": "portfolio:read@metrics/main"});
+    assert_eq!(server.call("PUT", grants, &ann, wrong).await.code(), "unknown_scope");
+    let given = server.call("PUT", grants, &ann, grant).await;
+    assert_eq!(given.body["grants"][0]["scope"], "portfolio:read@portfolio/main", "{}", given.body);
+    let read = async |path: &str| server.get(&format!("/api/v1/workspaces/acme/{path}"), &bob).await;
+    let listed = read("portfolios").await;
+    assert_eq!(listed.body["portfolios"].as_array().unwrap().len(), 1, "{}", listed.body);
+    assert_eq!(read("portfolios/main/positions").await.status, 200);
+    assert_eq!(read("portfolios/main/summary").await.status, 200);
+    for closed in
+        ["portfolios/secret/positions", "portfolios/secret/summary", "metrics", "alerts", "streams", "members"]
+    {
+        assert_eq!(read(closed).await.status, 403, "{closed}");
+    }
+    let me = server.get("/api/v1/me", &bob).await;
+    assert_eq!(me.body["workspaces"][0]["permissions"], json!(["portfolio:read@portfolio/main"]), "{}", me.body);
+    let at = format!("{grants}?email=bob@example.com&scope=portfolio:read@portfolio/main");
+    assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.status, 204);
+    assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.code(), "unknown_grant");
+    assert_eq!(read("portfolios/main/positions").await.status, 403);
+}
+
+#[tokio::test]
+async fn a_key_may_do_what_its_scopes_leave_of_its_role() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let keys = "/api/v1/workspaces/acme/keys";
+    let scopes = json!(["stream:ingest@streams/market.trades", "query:run", "stream:read@streams/market.trades"]);
+    let new = json!({"name": "collector", "role": "member", "scopes": scopes});
+    let made = server.call("POST", keys, &root, new).await;
+    assert_eq!((made.status, &made.body["scopes"]), (201, &scopes), "{}", made.body);
+    let key = made.body["key"].as_str().unwrap();
+    let ingest = async |stream: &str, event: Value| {
+        server.call("POST", &format!("/api/v1/workspaces/acme/streams/{stream}/events"), key, event).await.status
+    };
+    assert_eq!(ingest("market.trades", json!({"symbol": "A", "price": 1, "qty": 1})).await, 200);
+    assert_eq!(ingest("chat.messages", json!({"thread": "t", "sender": "s"})).await, 403);
+    let ask =
+        async |sql: &str| server.call("POST", "/api/v1/workspaces/acme/query", key, json!({"sql": sql})).await.status;
+    assert_eq!(ask("SELECT count(*) FROM market.trades").await, 200);
+    assert_eq!(ask("SELECT * FROM market.trades t, chat.messages m").await, 403);
+    assert_eq!(server.get("/api/v1/workspaces/acme/metrics", key).await.status, 403);
+    for (body, code) in [
+        (json!({"name": "x", "role": "member", "scopes": []}), "bad_body"),
+        (json!({"name": "x", "role": "member", "scopes": ["all"]}), "unknown_scope"),
+        (json!({"name": "x", "role": "member", "expires_at": "2001-01-01T00:00:00Z"}), "bad_body"),
+    ] {
+        assert_eq!(server.call("POST", keys, &root, body.clone()).await.code(), code, "{body}");
+    }
+}
+
+/// The code that an authenticator shows for this secret, `steps` of 30 s from now.
+fn code(secret: &str, steps: i64) -> String {
+    let secret = totp_rs::Secret::try_from_base32(secret).unwrap();
+    let totp = totp_rs::Builder::new().with_secret(secret).build_noncompliant();
+    let now = actors::clock::Clock::now(&SystemClock).0 / 1_000_000 + steps * 30;
+    totp.generate(now.cast_unsigned()).to_string()
+}
+
+#[tokio::test]
+async fn a_second_factor_is_asked_for_once_it_is_confirmed_and_a_code_is_good_once() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let login = async |otp: Value| {
+        let body = json!({"email": "root@example.com", "password": PASSWORD, "otp": otp});
+        server.call("POST", "/api/v1/auth/login", "", body).await
+    };
+    let enrol =
+        async |password: &str| server.call("POST", "/api/v1/me/totp", &root, json!({"password": password})).await;
+    assert_eq!(enrol("wrong horse").await.code(), "bad_credentials");
+    let enrolled = enrol(PASSWORD).await;
+    let secret = enrolled.body["secret"].as_str().unwrap();
+    assert!(
+        enrolled.body["url"].as_str().unwrap().starts_with("otpauth://totp/tidewatch%3Aroot%40example.com?secret=")
+    );
+    assert_eq!(login(Value::Null).await.status, 200, "not confirmed yet");
+    let confirm = async |otp: &str| server.call("POST", "/api/v1/me/totp/confirm", &root, json!({"otp": otp})).await;
+    assert_eq!(confirm("000").await.code(), "bad_otp");
+    // the step before: the one of now is left for signing in
+    assert_eq!(confirm(&code(secret, -1)).await.status, 204);
+    assert_eq!(login(Value::Null).await.code(), "otp_required");
+    assert_eq!(login(json!("12345")).await.code(), "bad_otp");
+    let now = code(secret, 0);
+    assert_eq!(login(json!(now)).await.status, 200);
+    assert_eq!(login(json!(now)).await.code(), "bad_otp", "a code is spent");
+    let store = server.state.system.store();
+    let user = store.user_by_email("root@example.com").await.unwrap().unwrap();
+    let stored = store.totp(&user.id).await.unwrap().secret.unwrap();
+    assert!(stored.starts_with("v1.") && !stored.contains(secret));
+    let off = server.call("POST", "/api/v1/me/totp/disable", &root, json!({"password": PASSWORD})).await;
+    assert_eq!(off.status, 204);
+    assert_eq!(login(Value::Null).await.status, 200);
+}
+
+#[tokio::test]
+async fn all_sign_ins_end_together_and_a_new_password_ends_them_too() {
+    let server = Server::start().await;
+    let (one, two) = (server.token("root@example.com").await, server.token("root@example.com").await);
+    let everywhere = server.call("POST", "/api/v1/auth/logout", &one, json!({"everywhere": true})).await;
+    assert_eq!(everywhere.status, 204);
+    for token in [&one, &two] {
+        assert_eq!(server.get("/api/v1/me", token).await.status, 401);
+    }
+    let three = server.token("root@example.com").await;
+    let change = async |body: Value| server.call("PUT", "/api/v1/me/password", &three, body).await;
+    assert_eq!(change(json!({"password": "wrong", "new_password": "a new horse"})).await.code(), "bad_credentials");
+    assert_eq!(change(json!({"password": PASSWORD, "new_password": "short"})).await.code(), "bad_password");
+    assert_eq!(change(json!({"password": PASSWORD, "new_password": "a new horse"})).await.status, 204);
+    assert_eq!(server.get("/api/v1/me", &three).await.status, 401);
+    assert_eq!(server.sign_in("root@example.com").await.code(), "bad_credentials");
+}
+
+#[tokio::test]
+async fn a_tier_bounds_requests_events_and_metrics_and_says_where_one_stands() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let ann = server.user(&root, "ann@example.com").await;
+    let made = server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme", "tier": "free"})).await;
+    assert_eq!((made.status, &made.body["tier"]), (201, &json!("free")), "{}", made.body);
+    let golden = server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "b", "tier": "golden"})).await;
+    assert_eq!(golden.code(), "unknown_tier");
+    let up = server.call("PATCH", "/api/v1/workspaces/acme", &ann, json!({"tier": "premium"})).await;
+    assert_eq!(up.code(), "tier_not_allowed");
+    let ask =
+        async || server.call("POST", "/api/v1/workspaces/acme/query", &ann, json!({"sql": "SELECT 1 AS one"})).await;
+    let first = ask().await;
+    assert_eq!((first.status, &first.headers["ratelimit-limit"]), (200, &HeaderValue::from_static("30")));
+    let mut answers = 0;
+    let refused = loop {
+        let answer = ask().await;
+        if answer.status != 200 {
+            break answer;
+        }
+        answers += 1;
+        assert!(answers < 30);
+    };
+    assert_eq!((refused.status, refused.code()), (429, "quota_exceeded"));
+    assert!(refused.headers["retry-after"].to_str().unwrap().parse::<u64>().unwrap() <= 120);
+    assert_eq!(refused.headers["ratelimit-remaining"], "0");
+    // what a console reads goes on, and so do events until their own rate is used up
+    assert_eq!(server.get("/api/v1/workspaces/acme/metrics", &ann).await.status, 200);
+    let events: Vec<Value> = (0..9_000).map(|_| json!({"symbol": "A", "price": 1, "qty": 1})).collect();
+    let send = async || {
+        let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+        server.call("POST", at, &ann, json!(events)).await
+    };
+    assert_eq!(send().await.status, 200);
+    assert_eq!(send().await.status, 200, "the last one may make a debt");
+    let refused = send().await;
+    assert_eq!((refused.status, refused.code()), (429, "ingest_rate"));
+    assert!(refused.headers.contains_key("retry-after"));
+    let usage = server.get("/api/v1/workspaces/acme/usage", &ann).await.body;
+    assert_eq!((&usage["tier"], &usage["requests"]["remaining"]), (&json!("free"), &json!(0)), "{usage}");
+    assert_eq!(usage["metrics"], json!({"used": 0, "limit": 20}));
+    assert_eq!(server.call("PATCH", "/api/v1/workspaces/acme", &root, json!({"tier": "enterprise"})).await.status, 200);
+    assert_eq!(ask().await.status, 200);
+    // a workspace of the default tier has no quota of its own, only its user's
+    let open = server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "open"})).await;
+    assert_eq!(
+        (open.body["tier"].as_str(), &open.headers["ratelimit-limit"]),
+        (Some("enterprise"), &HeaderValue::from_static("600000"))
+    );
+}
+
+#[tokio::test]
+async fn every_refusal_is_in_the_audit_log_and_the_log_proves_itself() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme"})).await;
+    let foreign = server.get("/api/v1/workspaces/acme/metrics", &bob).await;
+    let log = server.get("/api/v1/workspaces/acme/audit", &ann).await;
+    let entry = &log.body["entries"][0];
+    assert_eq!((&entry["actor"], &entry["outcome"]), (&json!("bob@example.com"), &json!("workspace_not_found")));
+    assert_eq!(entry["request_id"], foreign.headers["x-request-id"].to_str().unwrap());
+    let check = server.state.system.store().check_audit().await.unwrap();
+    assert!(matches!(check, sql::store::AuditCheck::Intact { entries, .. } if entries >= 6), "{check:?}");
+}
+
+#[tokio::test]
+async fn the_sandbox_of_sql_reads_the_tables_of_the_workspace_and_nothing_else() {
+    let limits = actors::Limits { query_rows: 1000, query_memory: 8 << 20, ..actors::Limits::default() };
+    let server = Server::of(Config::default(), limits).await;
+    let root = server.token("root@example.com").await;
+    for id in ["acme", "other"] {
+        server.call("POST", "/api/v1/workspaces", &root, json!({"id": id})).await;
+    }
+    let events: Vec<Value> = (0..3_000).map(|n| json!({"symbol": format!("S{n}"), "price": n, "qty": 1})).collect();
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(server.call("POST", at, &root, json!(events)).await.status, 200);
+    let ask = async |body: Value| server.call("POST", "/api/v1/workspaces/acme/query", &root, body).await;
+    for sql in [
+        "INSERT INTO market.trades VALUES (1)",
+        "UPDATE market.trades SET price = 0",
+        "DELETE FROM market.trades",
+        "DROP TABLE market.trades",
+        "CREATE TABLE t AS SELECT 1",
+        "CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '/etc/passwd'",
+        "COPY market.trades TO '/tmp/x.csv'",
+        "COPY (SELECT 1) TO '/tmp/x.parquet'",
+        "SET datafusion.execution.target_partitions = 64",
+        "SHOW ALL",
+        "SHOW TABLES",
+        "DESCRIBE market.trades",
+        "EXPLAIN ANALYZE SELECT 1",
+        "PREPARE p AS SELECT 1",
+        "SELECT * INTO stolen FROM market.trades",
+        "SELECT 1; SELECT 2",
+        "SELECT * FROM information_schema.tables",
+        "SELECT * FROM datafusion.information_schema.df_settings",
+        "SELECT * FROM pg_catalog.pg_tables",
+        "SELECT * FROM sqlite_master",
+        "SELECT * FROM users",
+        "SELECT * FROM other.market.trades",
+        "SELECT * FROM '/etc/passwd'",
+        "SELECT * FROM 'file:///etc/passwd'",
+        "SELECT * FROM \"s3://bucket/x.parquet\"",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT pg_read_file('/etc/passwd')",
+        "SELECT repeat('x', 2000000000)",
+        "SELECT lpad('x', 2000000000)",
+        "SELECT range(1, 2000000000)",
+        "SELECT array_repeat(1, 2000000000)",
+        "SELECT * FROM generate_series(1, 2000000000)",
+        "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r) SELECT * FROM r",
+    ] {
+        let answer = ask(json!({"sql": sql})).await;
+        assert!((400..500).contains(&answer.status), "{sql}: {} {}", answer.status, answer.body);
+        assert!(!answer.body.to_string().contains("root:"), "{sql}: {}", answer.body);
+    }
+    let answer = ask(json!({"sql": "SELECT a.symbol FROM market.trades a, market.trades b"})).await;
+    assert_eq!((answer.status, answer.code()), (400, "too_many_rows"));
+    let sorted =
+        "SELECT a.symbol, b.symbol AS other, a.price * b.price AS p FROM market.trades a, market.trades b ORDER BY p";
+    let answer = ask(json!({"sql": sorted, "timeout_ms": 9_000})).await;
+    assert_eq!((answer.status, answer.code()), (400, "query_memory"), "{}", answer.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_query_that_runs_away_is_stopped_at_its_limit_and_a_workspace_runs_few_at_once() {
+    let limits = actors::Limits { queries: 2, ..actors::Limits::default() };
+    let server = Arc::new(Server::of(Config::default(), limits).await);
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let events: Vec<Value> = (0..20_000).map(|n| json!({"symbol": format!("S{n}"), "price": n, "qty": 1})).collect();
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(server.call("POST", at, &root, json!(events)).await.status, 200);
+    let endless =
+        "SELECT count(*) FROM market.trades a, market.trades b, market.trades c WHERE a.price + b.price > c.price";
+    let body = json!({"sql": endless, "timeout_ms": 500});
+    let asked = |n: u32| {
+        let (server, root, body) = (server.clone(), root.clone(), body.clone());
+        tokio::spawn(async move {
+            let started = std::time::Instant::now();
+            let answer = server.call("POST", "/api/v1/workspaces/acme/query", &root, body).await;
+            (n, answer, started.elapsed())
+        })
+    };
+    let mut slowest = Duration::ZERO;
+    for asked in [asked(1), asked(2)] {
+        let (_, answer, took) = asked.await.unwrap();
+        assert_eq!((answer.status, answer.code()), (400, "query_timeout"), "{}", answer.body);
+        slowest = slowest.max(took);
+    }
+    // 100 ms on an idle machine; tests share theirs
+    println!("a query with 500 ms was stopped after {slowest:?}");
+    assert!(slowest < Duration::from_millis(1_500), "{slowest:?}");
+    let three = [asked(1), asked(2), asked(3)];
+    let answers = futures::future::join_all(three).await;
+    let refused = answers.iter().filter(|answer| answer.as_ref().unwrap().1.code() == "too_many_queries").count();
+    assert_eq!(refused, 1);
+}
+
+#[tokio::test]
+async fn a_silenced_alert_is_listed_as_such() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let ws = "/api/v1/workspaces/acme";
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 hour')";
+    assert_eq!(server.call("PUT", &format!("{ws}/metrics/volume"), &root, json!({"sql": sql})).await.status, 200);
+    let rule = json!({"name": "much", "metric": "volume", "condition": "volume > 10"});
+    assert_eq!(server.call("POST", &format!("{ws}/alert-rules"), &root, rule).await.status, 201);
+    let silence = json!({"matchers": {"symbol": "A"}, "duration": "1h"});
+    let made = server.call("POST", &format!("{ws}/silences"), &root, silence).await;
+    assert_eq!(made.status, 201, "{}", made.body);
+    let at = format!("{ws}/streams/market.trades/events");
+    let trades = json!([{"symbol": "A", "price": 1, "qty": 50}, {"symbol": "B", "price": 1, "qty": 50}]);
+    let sent = server.call("POST", &at, &root, trades).await;
+    assert_eq!((sent.status, &sent.body["accepted"]), (200, &json!(2)), "{}", sent.body);
+    let alerts = async || server.get(&format!("{ws}/alerts"), &root).await.body["alerts"].as_array().unwrap().clone();
+    let started = std::time::Instant::now();
+    let listed = loop {
+        let listed = alerts().await;
+        if listed.len() == 2 {
+            break listed;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "{listed:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    for alert in &listed {
+        let silenced = alert["labels"]["symbol"] == "A" && alert["state"] == "firing";
+        assert_eq!(alert["silenced"], silenced, "{alert}");
     }
 }
 
@@ -347,7 +711,149 @@ async fn answers_tell_browsers_to_be_careful() {
     );
     let page = server.get("/docs", "").await;
     assert!(page.headers["content-security-policy"].to_str().unwrap().contains("default-src 'none'"));
+    let nothing = axum::http::HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+    assert_eq!(answer.headers["content-security-policy"], nothing);
     assert!(server.get("/", "").await.headers.contains_key("content-security-policy"));
+}
+
+/// Where a log goes in this test.
+#[derive(Clone, Default)]
+struct Written(Arc<parking_lot::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn no_secret_is_in_the_log_whatever_its_level() {
+    let written = Written::default();
+    let writer = written.clone();
+    let log = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(move || writer.clone());
+    let _guard = tracing::subscriber::set_default(log.finish());
+    let server = Server::start().await;
+    let tokens = server.sign_in("root@example.com").await.body;
+    let root = tokens["access_token"].as_str().unwrap();
+    server.call("POST", "/api/v1/workspaces", root, json!({"id": "acme"})).await;
+    let key = json!({"name": "k", "role": "viewer"});
+    let key = server.call("POST", "/api/v1/workspaces/acme/keys", root, key).await.body["key"].clone();
+    server.get("/api/v1/workspaces/acme/metrics", key.as_str().unwrap()).await;
+    let totp = server.call("POST", "/api/v1/me/totp", root, json!({"password": PASSWORD})).await.body["secret"].clone();
+    let refreshed = json!({"refresh_token": tokens["refresh_token"]});
+    let again = server.call("POST", "/api/v1/auth/refresh", "", refreshed.clone()).await.body["access_token"].clone();
+    // a reuse is logged as a warning
+    server.call("POST", "/api/v1/auth/refresh", "", refreshed).await;
+    server
+        .call("POST", "/api/v1/auth/login", "", json!({"email": "root@example.com", "password": "wrong horse"}))
+        .await;
+    let log = String::from_utf8(written.0.lock().clone()).unwrap();
+    assert!(log.contains("came again"), "the log is taken");
+    let secrets = [&tokens["access_token"], &tokens["refresh_token"], &key, &totp, &again];
+    let secrets = secrets.map(|secret| secret.as_str().unwrap());
+    for secret in secrets.into_iter().chain([PASSWORD, "wrong horse", SECRET]) {
+        assert!(!log.contains(secret), "{secret}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn https_is_served_beside_http_with_the_certificate_of_the_settings() {
+    let dir = TempDir::new().unwrap();
+    let Some(files) = tls::tests::certificate(dir.path(), "localhost") else { return };
+    let server = Server::start().await;
+    let free = async || tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (plain, taken) = (free().await, free().await);
+    let (http, https) = (plain.local_addr().unwrap(), taken.local_addr().unwrap());
+    drop(taken);
+    let config = Config { listen_tls: Some(https), tls: files.clone(), ..Config::default() };
+    let (state, stop) = (server.state.clone(), CancellationToken::new());
+    let stopped = stop.clone().cancelled_owned();
+    let serving = tokio::spawn(async move { serve(plain, state, &config, stopped).await });
+    let pem = std::fs::read(files.cert_file.unwrap()).unwrap();
+    let certificate = reqwest::Certificate::from_pem(&pem).unwrap();
+    _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder().tls_certs_only([certificate]).build().unwrap();
+    let url = format!("https://localhost:{}/health", https.port());
+    let began = std::time::Instant::now();
+    let answer = loop {
+        match client.get(&url).send().await {
+            Ok(answer) => break answer,
+            // it does not listen yet
+            Err(error) => assert!(error.is_connect() && began.elapsed() < Duration::from_secs(20), "{error:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(answer.status().as_u16(), 200);
+    assert_eq!(answer.headers()["strict-transport-security"], "max-age=31536000");
+    assert_eq!(client.get(format!("http://{http}/health")).send().await.unwrap().status().as_u16(), 200);
+
+    // the WebSocket too, and all of a message that is larger than what is encrypted at once
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let mut trusted = rustls::RootCertStore::empty();
+    trusted.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
+    let config = rustls::ClientConfig::builder().with_root_certificates(trusted).with_no_client_auth();
+    let connector = tokio_tungstenite::Connector::Rustls(Arc::new(config));
+    let url = format!("wss://localhost:{}/api/v1/ws", https.port());
+    let connecting = tokio_tungstenite::connect_async_tls_with_config(url, None, false, Some(connector));
+    let mut socket = connecting.await.unwrap().0;
+    assert_eq!(ask(&mut socket, json!({"type": "auth", "token": root})).await["type"], "ok");
+    let subscribe = json!({"type": "subscribe", "workspace": "acme", "channel": "streams/chat.messages"});
+    assert_eq!(ask(&mut socket, subscribe).await["type"], "ok");
+    let text = "x".repeat(40_000);
+    let events: Vec<Value> = (0..20).map(|_| json!({"thread": "t", "sender": "s", "text": text})).collect();
+    let at = "/api/v1/workspaces/acme/streams/chat.messages/events";
+    assert_eq!(server.call("POST", at, &root, json!(events)).await.status, 200);
+    let mut come = 0;
+    while come < events.len() {
+        let message = hear(&mut socket).await;
+        come += message["event"]["value"]["events"].as_array().unwrap().len();
+    }
+    drop(socket);
+    stop.cancel();
+    serving.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_browser_signs_in_by_an_issuer_and_the_page_fetches_its_tokens() {
+    let issuer = oidc::testing::Issuer::start().await;
+    let one = OidcConfig {
+        issuer: issuer.url.clone(),
+        client_id: "tidewatch".into(),
+        client_secret: Some("client secret".into()),
+        redirect_url: "http://127.0.0.1:1/api/v1/auth/oidc/local/callback".into(),
+        ..OidcConfig::default()
+    };
+    let oidc = std::collections::BTreeMap::from([("local".to_owned(), one)]);
+    let auth = AuthConfig { oidc, ..AuthConfig::default() };
+    let server = Server::of(Config { auth, ..Config::default() }, actors::Limits::default()).await;
+    let root = server.token("root@example.com").await;
+    assert_eq!(server.get("/api/v1/auth/oidc", "").await.body, json!({"issuers": ["local"]}));
+    let go = async || {
+        let away = server.get("/api/v1/auth/oidc/local/start", "").await;
+        assert_eq!(away.status, 303);
+        let cookie = away.headers["set-cookie"].to_str().unwrap().to_owned();
+        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Lax"));
+        let (state, code) = issuer.sign_in(away.headers["location"].to_str().unwrap());
+        let back = format!("/api/v1/auth/oidc/local/callback?state={state}&code={code}&session_state=more");
+        let request = Request::builder().uri(back).header("cookie", cookie.split(';').next().unwrap());
+        server.send(request.body(Body::empty()).unwrap()).await
+    };
+    let stranger = go().await;
+    assert_eq!((stranger.status, stranger.code()), (403, "unknown_user"), "users are not made unless settings say so");
+    server.user(&root, "ann@example.com").await;
+    let back = go().await;
+    let code = back.headers["location"].to_str().unwrap().strip_prefix("/#sign_in=").unwrap().to_owned();
+    let fetch = async || server.call("POST", "/api/v1/auth/oidc/token", "", json!({"code": code})).await;
+    let tokens = fetch().await;
+    let me = server.get("/api/v1/me", tokens.body["access_token"].as_str().unwrap()).await;
+    assert_eq!(me.body["user"]["email"], "ann@example.com");
+    assert_eq!(fetch().await.code(), "sign_in_refused");
 }
 
 type Socket = tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>;

@@ -1,10 +1,11 @@
-//! Administration of a data directory whose server does not run: users and workspaces.
+//! Administration of a data directory beside its server: users, workspaces, API keys, tokens and the audit log. What the
+//! server has looked up it knows for a second longer.
 
 use crate::config::Config;
 use actors::clock::{Clock, SystemClock};
 use anyhow::{Context, Result, bail};
 use engine::event::WorkspaceId;
-use sql::store::{Store, User, Workspace};
+use sql::store::{AuditCheck, AuditEntry, Store, User, Workspace};
 use std::io::Read;
 use std::path::PathBuf;
 
@@ -44,10 +45,100 @@ pub enum UserCommand {
         #[arg(long)]
         config: Option<PathBuf>,
     },
+    /// Another password, read from standard input; ends every sign-in.
+    Password {
+        email: String,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Takes the second factor away from a user who has lost it.
+    ResetTotp {
+        email: String,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+}
+
+#[derive(clap::Subcommand)]
+pub enum KeyCommand {
+    /// The keys of a workspace, without the keys themselves.
+    List {
+        #[arg(long, short)]
+        workspace: WorkspaceId,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// A new key, printed this once.
+    Create {
+        name: String,
+        #[arg(long, short)]
+        workspace: WorkspaceId,
+        /// owner, admin, general_partner, associate, analyst, limited_partner, member, viewer or guest.
+        #[arg(long)]
+        role: String,
+        /// What of the role the key may do, such as stream:ingest; all of it unless said. May be repeated.
+        #[arg(long = "scope")]
+        scopes: Vec<String>,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Makes a key useless.
+    Revoke {
+        /// Its id, as `list` shows it.
+        id: String,
+        #[arg(long, short)]
+        workspace: WorkspaceId,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+}
+
+#[derive(clap::Subcommand)]
+pub enum TokenCommand {
+    /// An access token of a user, without a password; good as long as one of a sign-in.
+    Create {
+        email: String,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Ends every sign-in of a user.
+    Revoke {
+        email: String,
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+}
+
+#[derive(clap::Subcommand)]
+pub enum AuditCommand {
+    /// Computes the hash chain of the audit log again, and names the first entry that is not as it was written.
+    Verify {
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+}
+
+/// Notes in the audit log what was done here: by whom the operating system says, from this machine.
+async fn note(store: &Store, workspace: Option<&WorkspaceId>, action: &str, target: &str) -> Result<()> {
+    let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| "unknown".to_owned());
+    let entry = AuditEntry {
+        at: SystemClock.now(),
+        workspace: workspace.cloned(),
+        actor: format!("cli:{user}"),
+        action: format!("tidewatch {action}"),
+        target: target.to_owned(),
+        outcome: "ok".to_owned(),
+        from: "command line".to_owned(),
+        request_id: String::new(),
+    };
+    Ok(store.audit(&entry).await?)
 }
 
 async fn store(config: Option<PathBuf>) -> Result<Store> {
-    let config = Config::load(config.as_deref())?;
+    open(&Config::load(config.as_deref())?).await
+}
+
+async fn open(config: &Config) -> Result<Store> {
     Ok(Store::open_with(&config.store_url()?, &config.store.options()).await?)
 }
 
@@ -59,14 +150,16 @@ pub async fn workspace(command: WorkspaceCommand) -> Result<()> {
             }
         }
         WorkspaceCommand::Create { id, name, owner, config } => {
-            let store = store(config).await?;
+            let config = Config::load(config.as_deref())?;
+            let (store, tier) = (open(&config).await?, config.limits.default_tier);
             let user = store.user_by_email(&owner.to_lowercase()).await?;
             let user =
                 user.with_context(|| format!("there is no user `{owner}`; create it with `tidewatch user create`"))?;
             let name = name.unwrap_or_else(|| id.to_string());
             let created_at = SystemClock.now();
-            let workspace = Workspace { id: id.clone(), name, pack: None, tier: "free".to_owned(), created_at };
+            let workspace = Workspace { id: id.clone(), name, pack: None, tier, created_at };
             store.create_workspace(&workspace, &user.id).await?;
+            note(&store, Some(&id), "workspace create", id.as_str()).await?;
             println!("created workspace {id}, owned by {owner}");
         }
     }
@@ -81,22 +174,115 @@ pub async fn user(command: UserCommand) -> Result<()> {
             }
         }
         UserCommand::Create { email, admin, config } => {
-            let mut password = String::new();
-            std::io::stdin().take(4096).read_to_string(&mut password)?;
-            let password = password.trim_end_matches(['\r', '\n']);
-            if password.chars().count() < gateway::PASSWORD_CHARS_MIN {
-                bail!("the password on standard input needs at least {} characters", gateway::PASSWORD_CHARS_MIN);
-            }
+            let password = read_password()?;
             let user = User {
                 id: uuid::Uuid::now_v7().to_string(),
                 email: email.to_lowercase(),
-                password_hash: gateway::hash_password(password)?,
+                password_hash: gateway::hash_password(&password)?,
                 admin,
                 created_at: SystemClock.now(),
             };
-            store(config).await?.create_user(&user).await?;
+            let store = store(config).await?;
+            store.create_user(&user).await?;
+            note(&store, None, "user create", &email).await?;
             println!("created user {email}");
         }
+        UserCommand::Password { email, config } => {
+            let store = store(config).await?;
+            let user = user_of(&store, &email).await?;
+            store.set_password(&user.id, &gateway::hash_password(&read_password()?)?).await?;
+            store.revoke_families_of(&user.id).await?;
+            note(&store, None, "user password", &email).await?;
+            println!("changed the password of {email}; every sign-in has ended");
+        }
+        UserCommand::ResetTotp { email, config } => {
+            let store = store(config).await?;
+            if !store.delete_totp(&user_of(&store, &email).await?.id).await? {
+                bail!("`{email}` has no second factor");
+            }
+            note(&store, None, "user reset-totp", &email).await?;
+            println!("{email} signs in without a second factor now");
+        }
+    }
+    Ok(())
+}
+
+fn read_password() -> Result<String> {
+    let mut password = String::new();
+    std::io::stdin().take(4096).read_to_string(&mut password)?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    if password.chars().count() < gateway::PASSWORD_CHARS_MIN {
+        bail!("the password on standard input needs at least {} characters", gateway::PASSWORD_CHARS_MIN);
+    }
+    Ok(password.to_owned())
+}
+
+async fn user_of(store: &Store, email: &str) -> Result<User> {
+    let user = store.user_by_email(&email.to_lowercase()).await?;
+    user.with_context(|| format!("there is no user `{email}`; create it with `tidewatch user create`"))
+}
+
+pub async fn key(command: KeyCommand) -> Result<()> {
+    match command {
+        KeyCommand::List { workspace, config } => {
+            for key in store(config).await?.list_api_keys(&workspace).await? {
+                let scopes = key.scopes.map_or("*".to_owned(), |scopes| scopes.join(","));
+                let state = if key.revoked_at.is_some() { "revoked" } else { "good" };
+                println!("{}\t{}…\t{}\t{}\t{scopes}\t{state}", key.id, key.prefix, key.name, key.role);
+            }
+        }
+        KeyCommand::Create { name, workspace, role, scopes, config } => {
+            let store = store(config).await?;
+            if store.workspace(&workspace).await?.is_none() {
+                bail!("there is no workspace `{workspace}`; create it with `tidewatch workspace create`");
+            }
+            let scopes = (!scopes.is_empty()).then_some(scopes.as_slice());
+            let (key, stored) = gateway::key_of(&workspace, &name, &role, scopes, SystemClock.now())?;
+            store.create_api_key(&stored).await?;
+            note(&store, Some(&workspace), "key create", &stored.id).await?;
+            println!("{key}");
+        }
+        KeyCommand::Revoke { id, workspace, config } => {
+            let store = store(config).await?;
+            if !store.revoke_api_key(&workspace, &id, SystemClock.now()).await? {
+                bail!("workspace `{workspace}` has no key `{id}`, or it is revoked already");
+            }
+            note(&store, Some(&workspace), "key revoke", &id).await?;
+            println!("revoked {id}");
+        }
+    }
+    Ok(())
+}
+
+pub async fn token(command: TokenCommand) -> Result<()> {
+    match command {
+        TokenCommand::Create { email, config } => {
+            let config = Config::load(config.as_deref())?;
+            let auth = gateway::Auth::new(&config.auth)?;
+            let store = open(&config).await?;
+            let user = user_of(&store, &email).await?;
+            let tokens = auth.tokens_of(&store, &user, SystemClock.now()).await?;
+            note(&store, None, "token create", &email).await?;
+            println!("{}", tokens.access_token);
+        }
+        TokenCommand::Revoke { email, config } => {
+            let store = store(config).await?;
+            let ended = store.revoke_families_of(&user_of(&store, &email).await?.id).await?;
+            note(&store, None, "token revoke", &email).await?;
+            println!("ended {ended} sign-ins of {email}");
+        }
+    }
+    Ok(())
+}
+
+pub async fn audit(command: AuditCommand) -> Result<()> {
+    let AuditCommand::Verify { config } = command;
+    match store(config).await?.check_audit().await? {
+        AuditCheck::Intact { entries, emptied, head } => {
+            println!("intact: {entries} entries, {emptied} of them emptied with their workspaces, head {head}");
+        }
+        AuditCheck::Broken { seq } => bail!("entry {seq} is not what was written, or one before it is missing"),
+        AuditCheck::Truncated { last } => bail!("entries after {last} are missing: the last one is not the newest"),
     }
     Ok(())
 }

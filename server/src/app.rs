@@ -49,6 +49,10 @@ impl App {
         let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
+        let resealed = auth.reseal(&store).await?;
+        if resealed > 0 {
+            tracing::info!(resealed, "secrets in the store are encrypted with the new auth.encryption_key");
+        }
         let wire = config.gateway();
         let hub = Hub::new(&wire.limits, &wire.history);
         let system = System::start(Parts {

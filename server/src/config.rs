@@ -15,6 +15,9 @@ use std::path::{Path, PathBuf};
 pub struct Config {
     /// Where HTTP and WebSocket are served.
     pub listen: SocketAddr,
+    /// Where HTTPS is served too, with the certificate of `tls`.
+    pub listen_tls: Option<SocketAddr>,
+    pub tls: gateway::TlsConfig,
     /// Where `/metrics` is served, when it shall not be on `listen`.
     pub metrics_listen: Option<SocketAddr>,
     /// Origins of browsers that may call from elsewhere.
@@ -37,6 +40,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: ([127, 0, 0, 1], 8080).into(),
+            listen_tls: None,
+            tls: gateway::TlsConfig::default(),
             metrics_listen: None,
             cors_origins: Vec::new(),
             data_dir: PathBuf::from("data"),
@@ -185,6 +190,12 @@ pub struct Limits {
     pub live_queries: usize,
     pub queue_bytes: usize,
     pub send_buffer_bytes: usize,
+    pub user_requests_per_minute: u32,
+    pub queries: usize,
+    /// What the workspaces of each tier may ask for.
+    pub tiers: BTreeMap<String, gateway::Tier>,
+    /// The tier of a workspace that names none.
+    pub default_tier: String,
 }
 
 impl Default for Limits {
@@ -219,6 +230,10 @@ impl Default for Limits {
             live_queries: wire.live_queries,
             queue_bytes: wire.queue_bytes,
             send_buffer_bytes: wire.send_buffer_bytes,
+            user_requests_per_minute: wire.user_requests_per_minute,
+            queries: system.queries,
+            tiers: gateway::default_tiers().into_iter().map(|(name, tier)| (name.to_owned(), tier)).collect(),
+            default_tier: gateway::DEFAULT_TIER.to_owned(),
         }
     }
 }
@@ -242,6 +257,7 @@ impl Limits {
             metric_state_groups: self.metric_state_groups,
             workspace_state_bytes: self.workspace_state_bytes,
             workspace_state_groups: self.workspace_state_groups,
+            queries: self.queries,
         }
     }
 
@@ -259,6 +275,7 @@ impl Limits {
             live_queries: self.live_queries,
             queue_bytes: self.queue_bytes,
             send_buffer_bytes: self.send_buffer_bytes,
+            user_requests_per_minute: self.user_requests_per_minute,
         }
     }
 }
@@ -306,6 +323,10 @@ impl Config {
             limits: self.limits.wire(),
             history: self.history,
             cors_origins: self.cors_origins.clone(),
+            tiers: self.limits.tiers.clone(),
+            default_tier: self.limits.default_tier.clone(),
+            listen_tls: self.listen_tls,
+            tls: self.tls.clone(),
             metrics_listen: self.metrics_listen,
         }
     }

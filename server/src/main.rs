@@ -74,6 +74,18 @@ enum Command {
     /// Users of a data directory.
     #[command(subcommand, after_help = "Example: tidewatch user create ada@example.com --admin < password.txt")]
     User(admin::UserCommand),
+    /// API keys of a workspace.
+    #[command(
+        subcommand,
+        after_help = "Example: tidewatch key create collector -w acme --role member --scope stream:ingest"
+    )]
+    Key(admin::KeyCommand),
+    /// Access tokens without a password.
+    #[command(subcommand, after_help = "Example: TOKEN=$(tidewatch token create ada@example.com)")]
+    Token(admin::TokenCommand),
+    /// The audit log.
+    #[command(subcommand, after_help = "Example: tidewatch audit verify --config tidewatch.toml")]
+    Audit(admin::AuditCommand),
     /// Applies migrations to the store.
     #[command(after_help = "Example: tidewatch migrate --config tidewatch.toml")]
     Migrate {
@@ -140,6 +152,9 @@ async fn run(command: Command) -> Result<()> {
         Command::Check { file } => check::run(&file).await,
         Command::Workspace(command) => admin::workspace(command).await,
         Command::User(command) => admin::user(command).await,
+        Command::Key(command) => admin::key(command).await,
+        Command::Token(command) => admin::token(command).await,
+        Command::Audit(command) => admin::audit(command).await,
         Command::Migrate { config } => {
             let config = Config::load(config.as_deref())?;
             let version = sql::store::migrate(&config.store_url()?, &config.store.options()).await?;

@@ -6,6 +6,7 @@ use datafusion::arrow::array::RecordBatch;
 use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
 use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
+use datafusion::execution::FunctionRegistry;
 use datafusion::execution::SessionStateBuilder;
 use datafusion::execution::context::{SQLOptions, SessionContext};
 use datafusion::execution::memory_pool::FairSpillPool;
@@ -56,6 +57,22 @@ pub enum QueryError {
     Failed(String),
 }
 
+/// Functions that make much of little in one step, which neither the memory pool nor the clock can stop.
+const FORBIDDEN: &[&str] = &[
+    "repeat",
+    "lpad",
+    "rpad",
+    "range",
+    "generate_series",
+    "array_repeat",
+    "list_repeat",
+    "array_resize",
+    "list_resize",
+];
+
+/// Bytes of a question.
+const SQL_BYTES_MAX: usize = 256 << 10;
+
 /// A question that may be run: one statement that reads.
 pub struct Question {
     sql: String,
@@ -65,6 +82,12 @@ pub struct Question {
 impl Question {
     /// Parses `sql` and refuses all but one query.
     pub fn parse(sql: &str) -> Result<Question, SqlError> {
+        if sql.len() > SQL_BYTES_MAX {
+            return Err(SqlError::new(format!(
+                "the SQL has {} bytes, more than the {SQL_BYTES_MAX} it may",
+                sql.len()
+            )));
+        }
         let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
         let statements =
             parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
@@ -112,9 +135,15 @@ impl Question {
             )
             .build_arc()
             .map_err(convert)?;
-        let state =
+        let mut state =
             SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
+        for name in FORBIDDEN {
+            state.deregister_udf(name).map_err(convert)?;
+        }
         let context = SessionContext::new_with_state(state);
+        for name in FORBIDDEN {
+            context.deregister_udtf(name);
+        }
         functions::indicators().for_each(|function| context.register_udwf(function));
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         for table in tables {

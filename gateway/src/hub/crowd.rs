@@ -1,4 +1,5 @@
-//! How many clients are connected, by address, user and workspace, within bounds.
+//! How many clients are connected, by address, user and workspace, within bounds; and whose rights have changed since
+//! they were looked at.
 
 use crate::config::Limits;
 use crate::problem::Problem;
@@ -8,6 +9,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Of whom there are only so many connections.
@@ -21,18 +23,37 @@ pub(crate) enum Group {
 /// Connections that follow channels, WebSocket or not.
 pub(crate) struct Crowd {
     limits: Limits,
-    counts: Mutex<HashMap<Group, usize>>,
+    present: Mutex<HashMap<Group, Present>>,
+}
+
+/// Those of a group.
+#[derive(Default)]
+struct Present {
+    connections: usize,
+    /// How often something was taken from them.
+    changes: Arc<AtomicU64>,
 }
 
 /// A connection that counts for as long as this lives.
 pub(crate) struct Seat {
     crowd: Arc<Crowd>,
     group: Group,
+    changes: Arc<AtomicU64>,
+    /// As many changes are known to the connection.
+    seen: u64,
+}
+
+impl Seat {
+    /// Whether the group's rights have changed since this was last asked.
+    pub(crate) fn has_changed(&mut self) -> bool {
+        let changes = self.changes.load(Ordering::Acquire);
+        std::mem::replace(&mut self.seen, changes) != changes
+    }
 }
 
 impl Crowd {
     pub(super) fn new(limits: Limits) -> Arc<Crowd> {
-        Arc::new(Crowd { limits, counts: Mutex::default() })
+        Arc::new(Crowd { limits, present: Mutex::default() })
     }
 
     /// Counts a connection, if the group may have another one.
@@ -44,9 +65,9 @@ impl Crowd {
                 (self.limits.connections_per_workspace, "connections_per_workspace", "the workspace")
             }
         };
-        let mut counts = self.counts.lock();
-        let count = counts.entry(group.clone()).or_default();
-        if *count >= most {
+        let mut all = self.present.lock();
+        let present = all.entry(group.clone()).or_default();
+        if present.connections >= most {
             metrics::counter!("tidewatch_ws_refused_total", "limit" => key).increment(1);
             let detail = format!(
                 "limits.{key} = {most} live connections of {who} are open; close some or ask an admin to raise the limit"
@@ -54,18 +75,27 @@ impl Crowd {
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_connections", detail);
             return Err(problem.retry_after(Duration::from_secs(10)));
         }
-        *count += 1;
-        Ok(Seat { crowd: self.clone(), group })
+        present.connections += 1;
+        let changes = present.changes.clone();
+        let seen = changes.load(Ordering::Acquire);
+        Ok(Seat { crowd: self.clone(), group, changes, seen })
+    }
+
+    /// Something was taken from a group: each of its connections looks again at its rights before it gets anything more.
+    pub(crate) fn look_again(&self, group: &Group) {
+        if let Some(present) = self.present.lock().get(group) {
+            present.changes.fetch_add(1, Ordering::Release);
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut counts = self.crowd.counts.lock();
-        if let Some(count) = counts.get_mut(&self.group) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.group);
+        let mut all = self.crowd.present.lock();
+        if let Some(present) = all.get_mut(&self.group) {
+            present.connections -= 1;
+            if present.connections == 0 {
+                all.remove(&self.group);
             }
         }
     }
@@ -88,6 +118,18 @@ mod tests {
         drop(one);
         assert!(ann().is_ok());
         drop(_two);
-        assert!(crowd.counts.lock().is_empty(), "nobody is remembered who left");
+        assert!(crowd.present.lock().is_empty(), "nobody is remembered who left");
+    }
+
+    #[test]
+    fn a_change_is_seen_once_by_each_connection_of_its_group_and_by_no_other() {
+        let crowd = Crowd::new(Limits::default());
+        let enter = |user: &str| crowd.enter(Group::User(user.into())).unwrap();
+        let mut seats = [enter("ann"), enter("ann"), enter("bob")];
+        crowd.look_again(&Group::User("ann".into()));
+        crowd.look_again(&Group::User("eve".into()));
+        assert_eq!(seats.each_mut().map(Seat::has_changed), [true, true, false]);
+        assert_eq!(seats.each_mut().map(Seat::has_changed), [false; 3]);
+        assert!(!enter("ann").has_changed(), "who comes later was looked at later");
     }
 }

@@ -17,7 +17,7 @@ use axum::routing::{delete, get, post, put};
 use engine::event::ItemName;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sql::store::Silence;
+use sql::store::{Alert, Silence};
 use std::collections::BTreeMap;
 
 pub(super) fn routes() -> Router<AppState> {
@@ -42,7 +42,7 @@ fn rule_json(name: &ItemName, rule: &RuleDefinition) -> Value {
 }
 
 async fn rules(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AlertRead)?;
     let rules = state.system.alert_rules(&member.workspace).await?;
     let rules: Vec<Value> = rules.iter().map(|(name, rule)| rule_json(name, rule)).collect();
     Ok(axum::Json(json!({"rules": rules})))
@@ -76,7 +76,7 @@ async fn create_rule(
     member: Member,
     Json(mut rule): Json<Rule>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::AlertDefine)?;
     let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
     let name: ItemName = name.parse()?;
     if state.system.alert_rules(&member.workspace).await?.iter().any(|(known, _)| *known == name) {
@@ -100,7 +100,7 @@ async fn put_rule(
 }
 
 async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::AlertDefine)?;
     let definition = rule.definition()?;
     let shown = rule_json(&name, &definition);
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
@@ -122,7 +122,7 @@ async fn backtest(
     member: Member,
     Json(body): Json<BacktestBody>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AlertRead)?;
     let (from, to) = (instant("from", &body.from)?, instant("to", &body.to)?);
     if to <= from {
         return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
@@ -148,7 +148,7 @@ async fn remove_rule(
     member: Member,
     Path((_, name)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::AlertDefine)?;
     state.system.remove_alert_rule(&member.workspace, &name.parse()?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -158,7 +158,7 @@ async fn alerts(
     member: Member,
     mut page: Listing,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AlertRead)?;
     let (limit, wanted, before) = (page.limit, page.take("state"), page.take("before"));
     page.done()?;
     if wanted.as_deref().is_some_and(|state| !matches!(state, "firing" | "resolved")) {
@@ -166,7 +166,15 @@ async fn alerts(
     }
     let store = state.system.store();
     let (alerts, next) = store.alerts(&member.workspace, wanted.as_deref(), limit, before.as_deref()).await?;
-    let mut answer = json!({"alerts": alerts.iter().map(encode::alert).collect::<Vec<Value>>()});
+    let shown = |alert: &Alert| {
+        let mut shown = encode::alert(alert);
+        // resolved alerts are told no more, silenced or not
+        let by = state.system.silenced_by(alert).filter(|_| alert.resolved_at.is_none());
+        shown["silenced"] = by.is_some().into();
+        shown["silenced_by"] = by.into();
+        shown
+    };
+    let mut answer = json!({"alerts": alerts.iter().map(shown).collect::<Vec<Value>>()});
     if let Some(next) = next {
         answer["next"] = next.into();
     }
@@ -178,7 +186,7 @@ async fn ack(
     member: Member,
     Path((_, alert)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Respond)?;
+    member.may(Permission::AlertRespond)?;
     let acked = state.system.ack_alert(&member.workspace, &alert, &member.name).await?;
     Ok(axum::Json(encode::alert(&acked)))
 }
@@ -191,7 +199,7 @@ fn silence_json(silence: &Silence) -> Value {
 }
 
 async fn silences(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may(Permission::AlertRead)?;
     let silences = state.system.store().silences(&member.workspace).await?;
     Ok(axum::Json(json!({"silences": silences.iter().map(silence_json).collect::<Vec<Value>>()})))
 }
@@ -217,7 +225,7 @@ async fn create_silence(
     member: Member,
     Json(new): Json<NewSilence>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Respond)?;
+    member.may(Permission::AlertRespond)?;
     let starts_at = match &new.starts_at {
         Some(text) => instant("starts_at", text)?,
         None => state.system.now(),
@@ -249,7 +257,7 @@ async fn create_silence(
         comment: new.comment,
         created_by: member.name,
     };
-    store.put_silence(&silence).await?;
+    state.system.put_silence(silence.clone()).await?;
     Ok((StatusCode::CREATED, axum::Json(silence_json(&silence))).into_response())
 }
 
@@ -258,9 +266,7 @@ async fn remove_silence(
     member: Member,
     Path((_, silence)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Respond)?;
-    if !state.system.store().delete_silence(&member.workspace, &silence).await? {
-        return Err(Problem::not_found("unknown_silence", "there is no such silence"));
-    }
+    member.may(Permission::AlertRespond)?;
+    state.system.remove_silence(&member.workspace, &silence).await?;
     Ok(StatusCode::NO_CONTENT)
 }

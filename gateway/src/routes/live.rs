@@ -24,7 +24,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::time::sleep_until;
 
-/// A stream that is silent for so long shows that it lives, and its client's rights are looked at again.
+/// A stream that is silent for so long shows that it lives; and its client's rights are looked at again this often, and
+/// at once when they have changed.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Clients of a server that restarts come back over this long.
 const RETURN_SPREAD_MS: u64 = 5_000;
@@ -77,8 +78,9 @@ async fn follow(
         ends: None,
         follows: Vec::new(),
         silent_since: Instant::now(),
+        check_at: Instant::now() + KEEP_ALIVE,
         is_over: false,
-        _seats: seats,
+        seats,
     };
     follower.ends = caller.expires_at.map(|end| follower.instant(end));
     let mut positions = last.split(',').map(position);
@@ -117,6 +119,8 @@ struct Head {
 struct Follow {
     name: String,
     topic: Topic,
+    /// The question of a live query.
+    sql: Option<String>,
     subscription: Subscription,
     at: Option<Since>,
 }
@@ -131,8 +135,10 @@ struct Follower {
     ends: Option<Instant>,
     follows: Vec<Follow>,
     silent_since: Instant,
+    /// When the client's rights are looked at again.
+    check_at: Instant,
     is_over: bool,
-    _seats: Vec<Seat>,
+    seats: Vec<Seat>,
 }
 
 impl Drop for Follower {
@@ -158,14 +164,14 @@ impl Follower {
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = (!is_system).then(|| self.workspace.clone());
-        may_listen(&self.state, caller, workspace.as_ref(), &name.topic).await?;
+        may_listen(&self.state, caller, workspace.as_ref(), &name.topic, sql.as_deref()).await?;
         if self.follows.iter().any(|follow| *follow.name == *name.text) {
             return Err(Problem::invalid("bad_parameter", format!("channel `{}` is named twice", name.text)));
         }
         let (text, topic) = (name.text.to_string(), name.topic.clone());
         let wish = Wish { outbox: &self.outbox, since, rate, reference: None };
-        let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql, wish).await?;
-        self.follows.push(Follow { name: text, topic, subscription, at: None });
+        let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
+        self.follows.push(Follow { name: text, topic, sql, subscription, at: None });
         Ok(())
     }
 
@@ -176,6 +182,18 @@ impl Follower {
         }
         let closing = self.state.closing.clone();
         loop {
+            let now = Instant::now();
+            if self.ends.is_some_and(|end| end <= now) {
+                return None;
+            }
+            // all seats: each notes what it has seen
+            let has_changed = self.seats.iter_mut().fold(false, |changed, seat| seat.has_changed() | changed);
+            if has_changed || self.check_at <= now {
+                self.check_at = now + KEEP_ALIVE;
+                if self.check().await.is_err() {
+                    return None; // the next attempt is told why
+                }
+            }
             let mut frames = Vec::new();
             let due = match self.outbox.take(Instant::now(), &mut frames) {
                 Taken::Cut(Cut::TooSlow(why)) => {
@@ -190,7 +208,7 @@ impl Follower {
                 return Some(self.events(&frames));
             }
             let alive_at = self.silent_since + KEEP_ALIVE;
-            let at = [due, self.ends].into_iter().flatten().fold(alive_at, Instant::min);
+            let at = [due, self.ends].into_iter().flatten().fold(alive_at.min(self.check_at), Instant::min);
             tokio::select! {
                 () = self.outbox.ready() => {}
                 () = closing.cancelled() => {
@@ -200,14 +218,8 @@ impl Follower {
                     return Some(format!("retry: {after}\n{}", data(&hint)));
                 }
                 () = sleep_until(at.into()) => {
-                    if self.ends.is_some_and(|end| end <= Instant::now()) {
-                        return None;
-                    }
                     if alive_at <= Instant::now() {
                         self.silent_since = Instant::now();
-                        if self.check().await.is_err() {
-                            return None; // the next attempt is told why
-                        }
                         return Some(":\n\n".to_owned());
                     }
                 }
@@ -223,7 +235,8 @@ impl Follower {
             found => found?,
         };
         for follow in &self.follows {
-            match may_listen(&self.state, &caller, Some(&self.workspace), &follow.topic).await {
+            let sql = follow.sql.as_deref();
+            match may_listen(&self.state, &caller, Some(&self.workspace), &follow.topic, sql).await {
                 Err(problem) if problem.is_final() => return Err(problem),
                 _ => {}
             }

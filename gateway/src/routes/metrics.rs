@@ -118,8 +118,8 @@ async fn plan(
     member: Member,
     Path((_, name)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
     let name: ItemName = name.parse()?;
+    member.may_on(Permission::MetricRead, &format!("metrics/{name}"))?;
     let all = state.system.metrics(&member.workspace).await?;
     let Some(info) = all.iter().find(|info| info.name == name) else {
         return Err(Problem::not_found("unknown_metric", format!("there is no metric `{name}`")));
@@ -129,8 +129,10 @@ async fn plan(
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
-    let metrics: Vec<Value> = state.system.metrics(&member.workspace).await?.iter().map(shown).collect();
+    member.may_somewhere(Permission::MetricRead)?;
+    let metrics = state.system.metrics(&member.workspace).await?;
+    let metrics = metrics.iter().filter(|info| member.sees(Permission::MetricRead, "metrics", &info.name));
+    let metrics: Vec<Value> = metrics.map(shown).collect();
     Ok(axum::Json(json!({"metrics": metrics})))
 }
 
@@ -151,8 +153,19 @@ async fn define(
     Path((_, name)): Path<(String, String)>,
     Json(body): Json<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Define)?;
+    member.may_on(Permission::MetricDefine, &format!("metrics/{name}"))?;
     let name: ItemName = name.parse()?;
+    // whoever defines a metric sees its rows: they must not show what is hidden otherwise
+    member.may_read_tables(&body.sql)?;
+    if let Some(most) = state.tier(&member.workspace).await?.metrics {
+        let known = state.system.metrics(&member.workspace).await?;
+        if known.len() >= most && !known.iter().any(|info| info.name == name) {
+            return Err(Problem::conflict(
+                "limit_reached",
+                format!("this workspace has reached metrics = {most} of its tier"),
+            ));
+        }
+    }
     let span = |text: Option<Text>| text.map(|text| text.0);
     let definition = MetricDefinition {
         sql: body.sql,
@@ -173,7 +186,7 @@ async fn remove(
     member: Member,
     Path((_, name)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Define)?;
+    member.may_on(Permission::MetricDefine, &format!("metrics/{name}"))?;
     state.system.remove_metric(&member.workspace, &name.parse()?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -226,7 +239,7 @@ async fn rows(
     Path((_, name)): Path<(String, String)>,
     page: Listing,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_on(Permission::MetricRead, &format!("metrics/{name}"))?;
     let page =
         state.system.metric_rows(&member.workspace, &name.parse()?, rows_query(page, state.system.now())?).await?;
     let mut answer = json!({"rows": page.rows});

@@ -1,9 +1,11 @@
-//! Members and API keys of a workspace. Nobody gives away more than they have, and one owner always stays.
+//! Members, grants and API keys of a workspace. Nobody gives away more than they have, and one owner always stays.
 
+use super::metrics::instant;
 use crate::AppState;
-use crate::auth::{Caller, new_key};
-use crate::extract::{Json, Member, Path};
-use crate::permission::{Permission, Role};
+use crate::auth::new_key;
+use crate::extract::{Json, Member, Path, Query};
+use crate::hub::Group;
+use crate::permission::{PERMISSIONS, Permission, ROLES, Role, parse_scopes};
 use crate::problem::Problem;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -13,14 +15,24 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sql::store::ApiKey;
+use sql::store::{ApiKey, Grant};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
+        .route("/api/v1/permissions", get(permissions))
+        .route("/api/v1/workspaces/{ws}/grants", get(grants).put(put_grant).delete(remove_grant))
         .route("/api/v1/workspaces/{ws}/members", get(members).put(set_member))
         .route("/api/v1/workspaces/{ws}/members/{user}", delete(remove_member))
         .route("/api/v1/workspaces/{ws}/keys", get(keys).post(create_key))
         .route("/api/v1/workspaces/{ws}/keys/{key}", delete(revoke_key))
+}
+
+/// The table of roles and permissions; it is no secret.
+async fn permissions() -> axum::Json<Value> {
+    let permissions: Vec<Value> =
+        PERMISSIONS.iter().map(|(_, name, meaning)| json!({"name": name, "allows": meaning})).collect();
+    let role = |(_, name, held): &(Role, &str, &[Permission])| json!({"name": name, "permissions": held.iter().map(|held| held.as_str()).collect::<Vec<_>>()});
+    axum::Json(json!({"permissions": permissions, "roles": ROLES.iter().map(role).collect::<Vec<_>>()}))
 }
 
 fn member_json(member: &sql::store::Member) -> Value {
@@ -28,7 +40,7 @@ fn member_json(member: &sql::store::Member) -> Value {
 }
 
 async fn members(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_see_people()?;
     let members: Vec<Value> = state.system.store().members(&member.workspace).await?.iter().map(member_json).collect();
     Ok(axum::Json(json!({"members": members})))
 }
@@ -45,23 +57,16 @@ async fn set_member(
     member: Member,
     Json(new): Json<Assignment>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Manage)?;
+    member.may(Permission::WorkspaceManage)?;
     let role: Role = new.role.parse()?;
     covers(&member, role)?;
     let store = state.system.store();
-    let unknown = || {
-        let email: String = new.email.chars().take(80).collect();
-        Problem::not_found(
-            "unknown_user",
-            format!("there is no user `{email}`; an admin makes users by POST /api/v1/users"),
-        )
-    };
-    let user = store.user_by_email(&new.email).await?.ok_or_else(unknown)?;
+    let user = store.user_by_email(&new.email).await?.ok_or_else(|| unknown_user(&new.email))?;
     if role != Role::Owner {
         another_owner(&state, &member, &user.id).await?;
     }
     store.set_member(&member.workspace, &user.id, role.as_str(), state.system.now()).await?;
-    state.auth.forget();
+    state.took_from(&Group::User(user.id.as_str().into()));
     let members = store.members(&member.workspace).await?;
     let set = members.iter().find(|other| other.user == user.id).map(member_json);
     Ok(axum::Json(set.unwrap_or(Value::Null)))
@@ -74,7 +79,7 @@ async fn remove_member(
 ) -> Result<StatusCode, Problem> {
     // everybody may leave
     if member.user != user {
-        member.may(Permission::Manage)?;
+        member.may(Permission::WorkspaceManage)?;
     }
     let store = state.system.store();
     let members = store.members(&member.workspace).await?;
@@ -82,15 +87,15 @@ async fn remove_member(
     let found = found.ok_or_else(|| Problem::not_found("unknown_member", format!("`{user}` is no member here")))?;
     another_owner(&state, &member, &found.user).await?;
     store.remove_member(&member.workspace, &found.user).await?;
-    state.auth.forget();
+    state.took_from(&Group::User(found.user.as_str().into()));
     Ok(StatusCode::NO_CONTENT)
 }
 
 fn covers(member: &Member, role: Role) -> Result<(), Problem> {
-    if member.role.covers(role) {
+    if member.access.covers(role, None) {
         return Ok(());
     }
-    Err(Problem::forbidden(format!("your role `{}` may not give the role `{role}`", member.role)))
+    Err(Problem::forbidden(format!("your role `{}` may not give the role `{role}`", member.access.role)))
 }
 
 /// Refuses to take the last owner of a workspace away.
@@ -105,15 +110,99 @@ async fn another_owner(state: &AppState, member: &Member, leaving: &str) -> Resu
     }
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewGrant {
+    email: String,
+    /// A permission, mostly on one resource: `portfolio:read@portfolio/main`.
+    scope: String,
+}
+
+fn grant_json(grant: &Grant) -> Value {
+    json!({
+        "user": grant.user, "email": grant.email, "scope": grant.scope, "created_by": grant.created_by,
+        "created_at": rfc3339(grant.created_at),
+    })
+}
+
+async fn grants(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::WorkspaceManage)?;
+    let grants: Vec<Value> = state.system.store().grants(&member.workspace).await?.iter().map(grant_json).collect();
+    Ok(axum::Json(json!({"grants": grants})))
+}
+
+/// The most grants of one member.
+const GRANTS_MAX: usize = 200;
+
+/// Grants a scope. Somebody who is no member becomes one as a guest, who may do nothing else.
+async fn put_grant(
+    State(state): State<AppState>,
+    member: Member,
+    Json(new): Json<NewGrant>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::WorkspaceManage)?;
+    let scopes = parse_scopes(std::slice::from_ref(&new.scope))?;
+    if !member.access.covers(Role::Guest, Some(&scopes)) {
+        return Err(Problem::forbidden(format!("you may not grant `{}`, which you do not hold yourself", new.scope)));
+    }
+    let (store, now) = (state.system.store(), state.system.now());
+    let user = store.user_by_email(&new.email).await?.ok_or_else(|| unknown_user(&new.email))?;
+    if store.role(&member.workspace, &user.id).await?.is_none() {
+        store.set_member(&member.workspace, &user.id, Role::Guest.as_str(), now).await?;
+    }
+    if store.granted(&member.workspace, &user.id).await?.len() + scopes.len() > GRANTS_MAX {
+        let detail = format!("a member has {GRANTS_MAX} grants at most; a role may serve better");
+        return Err(Problem::conflict("limit_reached", detail));
+    }
+    for scope in scopes {
+        let grant = Grant {
+            user: user.id.clone(),
+            email: user.email.clone(),
+            scope: scope.to_string(),
+            created_by: member.name.clone(),
+            created_at: now,
+        };
+        store.put_grant(&member.workspace, &grant).await?;
+    }
+    state.auth.forget();
+    let grants = store.grants(&member.workspace).await?;
+    let grants: Vec<Value> = grants.iter().filter(|grant| grant.user == user.id).map(grant_json).collect();
+    Ok(axum::Json(json!({"grants": grants})))
+}
+
+async fn remove_grant(
+    State(state): State<AppState>,
+    member: Member,
+    Query(old): Query<NewGrant>,
+) -> Result<StatusCode, Problem> {
+    member.may(Permission::WorkspaceManage)?;
+    let store = state.system.store();
+    let user = store.user_by_email(&old.email).await?.ok_or_else(|| unknown_user(&old.email))?;
+    if !store.delete_grant(&member.workspace, &user.id, &old.scope).await? {
+        return Err(Problem::not_found("unknown_grant", format!("`{}` holds no grant of this scope", user.email)));
+    }
+    state.took_from(&Group::User(user.id.as_str().into()));
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn unknown_user(email: &str) -> Problem {
+    let email: String = email.chars().take(80).collect();
+    Problem::not_found(
+        "unknown_user",
+        format!("there is no user `{email}`; an admin makes users by POST /api/v1/users"),
+    )
+}
+
 fn key_json(key: &ApiKey) -> Value {
     json!({
-        "id": key.id, "name": key.name, "role": key.role, "prefix": key.prefix, "created_by": key.created_by,
+        "id": key.id, "name": key.name, "role": key.role, "scopes": key.scopes,
+        "expires_at": key.expires_at.map(rfc3339), "prefix": key.prefix, "created_by": key.created_by,
         "created_at": rfc3339(key.created_at), "revoked_at": key.revoked_at.map(rfc3339),
     })
 }
 
 async fn keys(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Manage)?;
+    member.may(Permission::WorkspaceManage)?;
     let keys: Vec<Value> = state.system.store().list_api_keys(&member.workspace).await?.iter().map(key_json).collect();
     Ok(axum::Json(json!({"keys": keys})))
 }
@@ -126,17 +215,36 @@ const KEYS_MAX: usize = 100;
 struct NewKey {
     name: String,
     role: String,
+    /// What of the role the key may do; all of it unless said.
+    scopes: Option<Vec<String>>,
+    /// RFC 3339; good until revoked unless said.
+    expires_at: Option<String>,
 }
+
+/// The most scopes of a key.
+const SCOPES_MAX: usize = 100;
 
 async fn create_key(
     State(state): State<AppState>,
-    caller: Caller,
     member: Member,
     Json(new): Json<NewKey>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::Manage)?;
+    member.may(Permission::WorkspaceManage)?;
     let role: Role = new.role.parse()?;
-    covers(&member, role)?;
+    let scopes = new.scopes.as_deref().map(parse_scopes).transpose()?;
+    if let Some(scopes) = &scopes
+        && (scopes.is_empty() || scopes.len() > SCOPES_MAX)
+    {
+        return Err(Problem::invalid("bad_body", format!("`scopes` must be 1 to {SCOPES_MAX}, or be left out")));
+    }
+    if !member.access.covers(role, scopes.as_deref()) {
+        return Err(Problem::forbidden("a key may not do more than you may yourself; give it less"));
+    }
+    let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
+    let expires_at = new.expires_at.as_deref().map(|text| instant("expires_at", text)).transpose()?;
+    if expires_at.is_some_and(|end| end <= state.system.now()) {
+        return Err(Problem::invalid("bad_body", "`expires_at` must be in the future"));
+    }
     let name = new.name.trim();
     if name.is_empty() || name.chars().count() > 100 || name.chars().any(char::is_control) {
         return Err(Problem::invalid("bad_body", "`name` must be 1 to 100 characters without control characters"));
@@ -147,10 +255,11 @@ async fn create_key(
         let detail = format!("this workspace has {KEYS_MAX} API keys, the most there can be; delete one first");
         return Err(Problem::conflict("limit_reached", detail));
     }
-    let (key, stored) = new_key(&member.workspace, name.to_owned(), role, &caller, state.system.now());
+    let (key, stored) =
+        new_key(&member.workspace, name.to_owned(), role, scopes, expires_at, &member.user, state.system.now());
     store.create_api_key(&stored).await?;
-    let answer =
-        json!({"id": stored.id, "key": key, "name": stored.name, "role": stored.role, "prefix": stored.prefix});
+    let mut answer = key_json(&stored);
+    answer["key"] = key.into();
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 
@@ -159,10 +268,10 @@ async fn revoke_key(
     member: Member,
     Path((_, key)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Manage)?;
+    member.may(Permission::WorkspaceManage)?;
     if !state.system.store().revoke_api_key(&member.workspace, &key, state.system.now()).await? {
         return Err(Problem::not_found("unknown_key", "there is no such API key, or it is revoked already"));
     }
-    state.auth.forget();
+    state.took_from(&Group::User(format!("key:{key}").into()));
     Ok(StatusCode::NO_CONTENT)
 }

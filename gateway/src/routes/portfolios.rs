@@ -29,9 +29,12 @@ fn shown(portfolio: &Portfolio) -> Value {
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    let see = [Permission::PortfolioRead, Permission::FundPerformanceRead];
+    let seen = |id: &str| see.iter().any(|permission| member.sees(*permission, "portfolio", id));
+    member.may_somewhere(see[0]).or_else(|problem| member.may_somewhere(see[1]).map_err(|_| problem))?;
     let portfolios = state.system.store().portfolios(&member.workspace).await?;
-    Ok(axum::Json(json!({"portfolios": portfolios.iter().map(shown).collect::<Vec<Value>>()})))
+    let portfolios = portfolios.iter().filter(|portfolio| seen(&portfolio.id));
+    Ok(axum::Json(json!({"portfolios": portfolios.map(shown).collect::<Vec<Value>>()})))
 }
 
 #[derive(Deserialize)]
@@ -47,7 +50,7 @@ const PORTFOLIOS_MAX: usize = 1_000;
 const POSITIONS_MAX: usize = 10_000;
 
 async fn create(State(state): State<AppState>, member: Member, Json(new): Json<New>) -> Result<Response, Problem> {
-    member.may(Permission::Hold)?;
+    member.may(Permission::PortfolioUpdate)?;
     let id: ItemName = new.id.parse()?;
     let currency = new.currency.unwrap_or_else(|| "USD".to_owned());
     if !(3..=8).contains(&currency.len()) || !currency.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit()) {
@@ -78,7 +81,7 @@ async fn remove(
     member: Member,
     Path((_, id)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Hold)?;
+    member.may(Permission::PortfolioUpdate)?;
     state.system.remove_portfolio(&member.workspace, &id.parse()?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -145,7 +148,7 @@ async fn positions(
     member: Member,
     Path((_, id)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_on(Permission::PortfolioRead, &format!("portfolio/{id}"))?;
     let id: ItemName = id.parse()?;
     let store = state.system.store();
     if store.portfolio(&member.workspace, id.as_str()).await?.is_none() {
@@ -182,7 +185,7 @@ async fn hold(
     body: Positions,
     replace: bool,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Hold)?;
+    member.may_on(Permission::PortfolioUpdate, &format!("portfolio/{id}"))?;
     let (id, positions): (ItemName, _) = (id.parse()?, body.checked()?);
     let count = positions.len();
     if !replace {
@@ -203,7 +206,7 @@ async fn remove_position(
     member: Member,
     Path((_, id, symbol)): Path<(String, String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Hold)?;
+    member.may_on(Permission::PortfolioUpdate, &format!("portfolio/{id}"))?;
     state.system.remove_position(&member.workspace, &id.parse()?, &symbol).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -213,7 +216,7 @@ async fn summary(
     member: Member,
     Path((_, id)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_see_value(&id)?;
     let summary = state.system.portfolio_summary(&member.workspace, &id.parse()?).await?;
     Ok(axum::Json(encode::portfolio(&summary)))
 }

@@ -2,18 +2,19 @@
 
 use crate::AppState;
 use crate::auth::{By, Caller, Tokens};
-use crate::extract::{Address, Json, Seen};
+use crate::extract::{Address, Json, Path, Query, Seen};
+use crate::hub::Group;
 use crate::permission::Role;
 use crate::problem::Problem;
 use actors::rows::rfc3339;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::header::{COOKIE as COOKIE_HEADER, LOCATION, SET_COOKIE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Extension, Router};
 use bytes::Bytes;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 pub(super) fn routes() -> Router<AppState> {
@@ -21,7 +22,15 @@ pub(super) fn routes() -> Router<AppState> {
         .route("/api/v1/auth/login", post(login))
         .route("/api/v1/auth/refresh", post(refresh))
         .route("/api/v1/auth/logout", post(logout))
+        .route("/api/v1/auth/oidc", get(issuers))
+        .route("/api/v1/auth/oidc/token", post(fetch))
+        .route("/api/v1/auth/oidc/{issuer}/start", get(depart))
+        .route("/api/v1/auth/oidc/{issuer}/callback", get(arrive))
         .route("/api/v1/me", get(me))
+        .route("/api/v1/me/password", put(change_password))
+        .route("/api/v1/me/totp", post(enrol))
+        .route("/api/v1/me/totp/confirm", post(confirm))
+        .route("/api/v1/me/totp/disable", post(disable))
         .route("/api/v1/users", get(users).post(create_user))
 }
 
@@ -30,9 +39,8 @@ pub(super) fn routes() -> Router<AppState> {
 struct Login {
     email: String,
     password: String,
-    /// Clients may send the field; no account asks for a one-time password.
-    #[serde(default, rename = "otp")]
-    _otp: Option<IgnoredAny>,
+    /// The code of the second factor, where the account has one.
+    otp: Option<String>,
 }
 
 async fn login(
@@ -45,7 +53,74 @@ async fn login(
         seen.tell(login.email.chars().take(254).collect());
     }
     let (store, now) = (state.system.store(), state.system.now());
-    Ok(axum::Json(state.auth.login(store, &login.email, login.password, from, now).await?))
+    Ok(axum::Json(state.auth.login(store, &login.email, login.password, login.otp.as_deref(), from, now).await?))
+}
+
+/// The issuers that somebody may sign in with.
+async fn issuers(State(state): State<AppState>) -> axum::Json<Value> {
+    axum::Json(json!({"issuers": state.auth.oidc.names()}))
+}
+
+/// Names the browser that begins a sign-in elsewhere.
+const COOKIE: &str = "tidewatch_oidc";
+
+/// Sends the browser to the issuer.
+async fn depart(State(state): State<AppState>, Path(issuer): Path<String>) -> Result<Response, Problem> {
+    let departure = state.auth.oidc.depart(&issuer, state.system.now()).await?;
+    let secure = if departure.is_secure { "; Secure" } else { "" };
+    let browser = departure.browser;
+    // Lax: the way back is a navigation that begins at the issuer
+    let cookie = format!("{COOKIE}={browser}; Path=/api/v1/auth/oidc; HttpOnly; SameSite=Lax; Max-Age=600{secure}");
+    Ok((StatusCode::SEE_OTHER, [(LOCATION, departure.to), (SET_COOKIE, cookie)]).into_response())
+}
+
+/// What the issuer sends the browser back with (RFC 6749, section 4.1.2); it may say more.
+#[derive(Deserialize)]
+struct Arrival {
+    state: Option<String>,
+    code: Option<String>,
+    error: Option<String>,
+}
+
+/// Takes the browser back, and sends it on to the console with a code for its tokens.
+async fn arrive(
+    State(state): State<AppState>,
+    Path(issuer): Path<String>,
+    Query(arrival): Query<Arrival>,
+    seen: Option<Extension<Seen>>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    if let Some(error) = arrival.error {
+        let error: String = error.chars().filter(char::is_ascii_graphic).take(60).collect();
+        let detail = format!("the issuer refused the sign-in: {error}");
+        return Err(Problem::unauthorized(detail).code("sign_in_refused"));
+    }
+    let (Some(from), Some(code)) = (arrival.state, arrival.code) else {
+        return Err(Problem::invalid("bad_parameter", "`state` and `code` are missing; begin at …/start"));
+    };
+    let cookies = headers.get_all(COOKIE_HEADER).into_iter().filter_map(|value| value.to_str().ok());
+    let mut cookies = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    let browser = cookies.find(|(name, _)| *name == COOKIE).map(|(_, value)| value);
+    let (store, now) = (state.system.store(), state.system.now());
+    let identity = state.auth.oidc.arrive(&issuer, &from, &code, browser, now).await?;
+    if let Some(Extension(seen)) = seen {
+        seen.tell(identity.email.clone().unwrap_or_else(|| format!("{issuer}:{}", identity.subject)));
+    }
+    let user = state.auth.user_of(store, identity, now).await?;
+    let code = state.auth.oidc.hand_over(user.id, now);
+    // behind `#`, so that no log of a server or proxy gets it
+    let cookie = format!("{COOKIE}=; Path=/api/v1/auth/oidc; HttpOnly; SameSite=Lax; Max-Age=0");
+    Ok((StatusCode::SEE_OTHER, [(LOCATION, format!("/#sign_in={code}")), (SET_COOKIE, cookie)]).into_response())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Fetch {
+    code: String,
+}
+
+async fn fetch(State(state): State<AppState>, Json(body): Json<Fetch>) -> Result<axum::Json<Tokens>, Problem> {
+    Ok(axum::Json(state.auth.fetch(state.system.store(), &body.code, state.system.now()).await?))
 }
 
 #[derive(Deserialize)]
@@ -63,31 +138,41 @@ async fn refresh(State(state): State<AppState>, Json(body): Json<Refresh>) -> Re
 #[serde(deny_unknown_fields)]
 struct Logout {
     refresh_token: Option<String>,
+    /// Ends all sign-ins of the user, not only this one.
+    #[serde(default)]
+    everywhere: bool,
 }
 
-/// Ends the sign-in that the access token or the refresh token in the body belongs to.
+/// Ends the sign-in that the access token or the refresh token in the body belongs to, or all of that user.
 async fn logout(
     State(state): State<AppState>,
     caller: Result<Caller, Problem>,
     body: Bytes,
 ) -> Result<StatusCode, Problem> {
     let logout = match body.as_ref() {
-        b"" => Logout { refresh_token: None },
+        b"" => Logout { refresh_token: None, everywhere: false },
         body => serde_json::from_slice(body).map_err(|error| Problem::invalid("bad_body", error.to_string()))?,
     };
     let (store, now) = (state.system.store(), state.system.now());
+    if logout.everywhere {
+        let caller = caller?.user()?;
+        state.auth.revoke_all(store, &caller.id).await?;
+        state.took_from(&Group::User(caller.id.into()));
+        return Ok(StatusCode::NO_CONTENT);
+    }
     let by_refresh = match &logout.refresh_token {
         Some(token) => state.auth.family_of(store, token, now).await?,
         None => None,
     };
     let by_access = match caller {
-        Ok(Caller { by: By::Session { family }, .. }) => Some(family),
+        Ok(Caller { id, by: By::Session { family }, .. }) => Some((family, id)),
         Ok(_) => return Err(Problem::forbidden("an API key has no sign-in to end; delete the key instead")),
         Err(problem) if by_refresh.is_none() => return Err(problem),
         Err(_) => None,
     };
-    for family in by_access.iter().chain(&by_refresh) {
-        state.auth.revoke(store, family).await?;
+    for (family, user) in by_access.into_iter().chain(by_refresh) {
+        state.auth.revoke(store, &family).await?;
+        state.took_from(&Group::User(user.into()));
     }
     Ok(StatusCode::NO_CONTENT)
 }
@@ -96,16 +181,87 @@ async fn me(State(state): State<AppState>, caller: Caller) -> Result<axum::Json<
     let store = state.system.store();
     let workspaces = match &caller.by {
         By::Session { .. } => store.workspaces_of(&caller.id).await?,
-        By::Key { workspace, role } => {
-            store.workspace(workspace).await?.map(|found| (found, role.to_string())).into_iter().collect()
+        By::Key { workspace, access } => {
+            store.workspace(workspace).await?.map(|found| (found, access.role.to_string())).into_iter().collect()
         }
     };
-    let workspaces: Vec<Value> = workspaces
-        .iter()
-        .map(|(workspace, role)| json!({"id": workspace.id, "name": workspace.name, "role": role, "tier": workspace.tier}))
-        .collect();
+    let mut shown = Vec::new();
+    for (workspace, role) in &workspaces {
+        let access = state.auth.access(store, &caller, &workspace.id, state.system.now()).await?;
+        shown.push(json!({
+            "id": workspace.id, "name": workspace.name, "role": role, "tier": workspace.tier,
+            "permissions": access.names(),
+        }));
+    }
     let user = json!({"id": caller.id, "email": caller.name, "admin": caller.admin});
-    Ok(axum::Json(json!({"user": user, "workspaces": workspaces})))
+    Ok(axum::Json(json!({"user": user, "workspaces": shown})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PasswordChange {
+    password: String,
+    new_password: String,
+}
+
+/// Another password, which ends every sign-in.
+async fn change_password(
+    State(state): State<AppState>,
+    caller: Caller,
+    Address(from): Address,
+    Json(change): Json<PasswordChange>,
+) -> Result<StatusCode, Problem> {
+    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
+    let user = state.auth.confirm_password(store, &caller, change.password, from, now).await?;
+    state.auth.change_password(store, &user, change.new_password).await?;
+    state.took_from(&Group::User(user.id.into()));
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Password {
+    password: String,
+}
+
+/// Makes a secret for an authenticator. Sign-ins ask for its codes once one was confirmed.
+async fn enrol(
+    State(state): State<AppState>,
+    caller: Caller,
+    Address(from): Address,
+    Json(body): Json<Password>,
+) -> Result<axum::Json<Value>, Problem> {
+    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
+    let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
+    let (secret, url) = state.auth.enrol(store, &user).await?;
+    Ok(axum::Json(json!({"secret": secret, "url": url})))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Code {
+    otp: String,
+}
+
+async fn confirm(State(state): State<AppState>, caller: Caller, Json(body): Json<Code>) -> Result<StatusCode, Problem> {
+    let caller = caller.user()?;
+    state.auth.confirm_enrolment(state.system.store(), &caller.id, &body.otp, state.system.now()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Sign-ins ask for no code any more.
+async fn disable(
+    State(state): State<AppState>,
+    caller: Caller,
+    Address(from): Address,
+    Json(body): Json<Password>,
+) -> Result<StatusCode, Problem> {
+    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
+    let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
+    if !store.delete_totp(&user.id).await? {
+        return Err(Problem::not_found("not_enrolled", "this account has no second factor"));
+    }
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn users(State(state): State<AppState>, caller: Caller) -> Result<axum::Json<Value>, Problem> {

@@ -6,7 +6,7 @@ use crate::ingest::take_body;
 use crate::permission::Permission;
 use crate::problem::Problem;
 use ::streams::decode::TsUnit;
-use ::streams::schema::{Column, StreamSchema, UnknownFields};
+use ::streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 use actors::StreamInfo;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -29,6 +29,11 @@ pub(super) fn routes() -> Router<AppState> {
         )
 }
 
+/// Whether every workspace has this stream.
+pub(super) fn is_built_in(stream: &StreamName) -> bool {
+    built_in().iter().any(|known| known.stream == *stream)
+}
+
 fn shown(info: &StreamInfo) -> Value {
     json!({
         "name": info.schema.stream, "columns": info.schema.columns, "unknown_fields": info.schema.unknown_fields,
@@ -37,8 +42,10 @@ fn shown(info: &StreamInfo) -> Value {
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
-    let streams: Vec<Value> = state.system.streams(&member.workspace).await?.iter().map(shown).collect();
+    member.may_somewhere(Permission::StreamRead)?;
+    let streams = state.system.streams(&member.workspace).await?;
+    let streams = streams.iter().filter(|info| member.sees(Permission::StreamRead, "streams", &info.schema.stream));
+    let streams: Vec<Value> = streams.map(shown).collect();
     Ok(axum::Json(json!({"streams": streams})))
 }
 
@@ -56,8 +63,18 @@ async fn define(
     Path((_, stream)): Path<(String, String)>,
     Json(body): Json<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::StreamDefine)?;
     let stream: StreamName = stream.parse()?;
+    if let Some(most) = state.tier(&member.workspace).await?.streams {
+        let known = state.system.streams(&member.workspace).await?;
+        let own = known.iter().filter(|info| !is_built_in(&info.schema.stream)).count();
+        if own >= most && !known.iter().any(|info| info.schema.stream == stream) {
+            return Err(Problem::conflict(
+                "limit_reached",
+                format!("this workspace has reached streams = {most} of its tier"),
+            ));
+        }
+    }
     let schema = StreamSchema::new(stream.clone(), body.columns, body.unknown_fields)?;
     state.system.define_stream(&member.workspace, schema).await?;
     let streams = state.system.streams(&member.workspace).await?;
@@ -79,8 +96,8 @@ async fn ingest(
     headers: HeaderMap,
     body: Body,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Ingest)?;
     let stream: StreamName = stream.parse()?;
+    member.may_on(Permission::StreamIngest, &format!("streams/{stream}"))?;
     let unit = parameters.ts_unit.map_or(Ok(TsUnit::default()), |unit| unit.parse());
     let unit = unit.map_err(|error: String| Problem::invalid("bad_parameter", error))?;
     Ok(axum::Json(take_body(&state, &member, &stream, unit, &headers, body).await?))

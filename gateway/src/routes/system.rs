@@ -38,7 +38,7 @@ fn entry(entry: &AuditEntry) -> Value {
 }
 
 async fn audit(State(state): State<AppState>, member: Member, mut page: Listing) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Audit)?;
+    member.may(Permission::AuditRead)?;
     let (limit, before) = (page.limit, page.take("before"));
     page.done()?;
     let (entries, next) = state.system.store().audit_log(&member.workspace, limit, before.as_deref()).await?;

@@ -40,9 +40,9 @@ fn shown(info: &TableInfo) -> Value {
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
-    let tables: Vec<Value> = state.system.tables(&member.workspace).await?.iter().map(shown).collect();
-    Ok(axum::Json(json!({"tables": tables})))
+    let tables = state.system.tables(&member.workspace).await?;
+    let seen = |info: &&TableInfo| member.may_read_table(info.table.name()).is_ok();
+    Ok(axum::Json(json!({"tables": tables.iter().filter(seen).map(shown).collect::<Vec<Value>>()})))
 }
 
 async fn one(state: &AppState, member: &Member, table: &str) -> Result<axum::Json<Value>, Problem> {
@@ -58,7 +58,7 @@ async fn show(
     member: Member,
     Path((_, table)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    member.may_read_table(&table_name(&table)?)?;
     one(&state, &member, &table).await
 }
 
@@ -75,7 +75,7 @@ async fn define(
     Path((_, table)): Path<(String, String)>,
     Json(body): Json<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::StreamDefine)?;
     // a primary key is never NULL: nobody needs to say so
     let key = |column: &Column| body.primary_key.contains(&column.name);
     let columns =
@@ -90,7 +90,7 @@ async fn remove(
     member: Member,
     Path((_, table)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    member.may(Permission::Define)?;
+    member.may(Permission::StreamDefine)?;
     state.system.remove_table(&member.workspace, &table_name(&table)?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -109,7 +109,7 @@ async fn change(
     headers: HeaderMap,
     body: Body,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Ingest)?;
+    member.may_on(Permission::StreamIngest, &format!("tables/{table}"))?;
     let unit = parameters.ts_unit.map_or(Ok(TsUnit::default()), |unit| unit.parse());
     let unit = unit.map_err(|error: String| Problem::invalid("bad_parameter", error))?;
     let table = state.system.table_definition(&member.workspace, &table_name(&table)?)?;
@@ -122,14 +122,15 @@ async fn rows(
     Path((_, table)): Path<(String, String)>,
     mut page: Listing,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
+    let table = table_name(&table)?;
+    member.may_read_table(&table)?;
     let at = page.take("at").map(|text| instant("at", &text)).transpose()?;
     let after = page.take("after").map(|text| text.parse::<usize>()).transpose();
     let after = after.map_err(|_| Problem::invalid("bad_cursor", "`after` is the `next` of an earlier page"))?;
     let (limit, from) = (page.limit, after.unwrap_or(0));
     page.done()?;
     let at = at.unwrap_or_else(|| state.system.now());
-    let rows = state.system.table_rows(&member.workspace, &table_name(&table)?, at).await?;
+    let rows = state.system.table_rows(&member.workspace, &table, at).await?;
     let count = rows.num_rows();
     let from = from.min(count);
     let part = rows.slice(from, limit.min(count - from));

@@ -1,11 +1,14 @@
 //! Workspaces: the tenants.
 
 use super::session::workspace as shown;
+use super::streams::is_built_in;
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{Json, Listing, Member};
+use crate::hub::Group;
 use crate::permission::{Permission, Role};
 use crate::problem::Problem;
+use crate::quota::{Of, Rate, Tier};
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -20,6 +23,7 @@ pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/api/v1/workspaces", get(list).post(create))
         .route("/api/v1/workspaces/{ws}", get(read).patch(update).delete(delete))
+        .route("/api/v1/workspaces/{ws}/usage", get(usage))
 }
 
 /// The caller's own; an admin of the installation sees all.
@@ -63,7 +67,13 @@ async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<N
     let workspace = Workspace {
         name: label("name", new.name.as_deref().unwrap_or(id.as_str()))?,
         pack: new.pack.map(|pack| label("pack", &pack)).transpose()?,
-        tier: label("tier", new.tier.as_deref().unwrap_or("standard"))?,
+        tier: match new.tier {
+            Some(tier) => {
+                allowed_tier(&state, caller.admin, &tier, state.config.tier(&state.config.default_tier))?;
+                tier
+            }
+            None => state.config.default_tier.clone(),
+        },
         created_at: state.system.now(),
         id,
     };
@@ -77,6 +87,47 @@ async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<N
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 
+/// Refuses a tier that is not configured, and to anybody but an admin one that allows more than `most`.
+fn allowed_tier(state: &AppState, admin: bool, name: &str, most: Tier) -> Result<(), Problem> {
+    let Some(tier) = state.config.tiers.get(name) else {
+        let known: Vec<&str> = state.config.tiers.keys().map(String::as_str).collect();
+        let shown: String = name.chars().take(40).collect();
+        let detail = format!("there is no tier `{shown}`; there are {}", known.join(", "));
+        return Err(Problem::invalid("unknown_tier", detail));
+    };
+    if admin || tier.is_within(&most) {
+        return Ok(());
+    }
+    Err(Problem::forbidden(format!("only admins of this installation may give the tier `{name}`"))
+        .code("tier_not_allowed"))
+}
+
+/// How much of its tier the workspace uses. Rates are the caller's own, or the workspace's where the tier says so.
+async fn usage(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may_see_people()?;
+    let (id, now) = (&member.workspace, state.system.now());
+    let name = state.auth.tier(state.system.store(), id, now).await?;
+    let tier = state.config.tier(&name);
+    let rate = |of: Of, most: Option<u32>| {
+        let most = most?;
+        let standing = state.quotas.standing(of, Rate::per_hour(most), now);
+        let reset = standing.reset.as_secs_f64().ceil() as u64;
+        Some(json!({"limit": standing.limit, "remaining": standing.remaining, "reset_seconds": reset}))
+    };
+    let metrics = state.system.metrics(id).await?.len();
+    let streams = state.system.streams(id).await?;
+    let events: u64 = streams.iter().map(|stream| stream.events).sum();
+    let own = streams.iter().filter(|info| !is_built_in(&info.schema.stream)).count();
+    Ok(axum::Json(json!({
+        "tier": name,
+        "requests": rate(Of::Requests(id.clone(), member.user.clone()), tier.requests_per_hour),
+        "agent_runs": rate(Of::Runs(id.clone()), tier.agent_runs_per_hour),
+        "events": {"accepted": events, "limit_per_second": tier.events_per_second},
+        "metrics": {"used": metrics, "limit": tier.metrics},
+        "streams": {"used": own, "limit": tier.streams},
+    })))
+}
+
 /// A short text for people: what `field` says.
 fn label(field: &str, text: &str) -> Result<String, Problem> {
     let text = text.trim();
@@ -88,10 +139,9 @@ fn label(field: &str, text: &str) -> Result<String, Problem> {
 }
 
 async fn read(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Read)?;
     let found = state.system.store().workspace(&member.workspace).await?;
     let found = found.ok_or_else(|| Problem::workspace_not_found(member.workspace.as_str()))?;
-    Ok(axum::Json(shown(&found, member.role)))
+    Ok(axum::Json(shown(&found, member.access.role)))
 }
 
 #[derive(Deserialize)]
@@ -106,18 +156,22 @@ async fn update(
     member: Member,
     Json(changes): Json<Changes>,
 ) -> Result<axum::Json<Value>, Problem> {
-    member.may(Permission::Manage)?;
+    member.may(Permission::FundSettingsUpdate)?;
     let name = changes.name.map(|name| label("name", &name)).transpose()?;
-    let tier = changes.tier.map(|tier| label("tier", &tier)).transpose()?;
+    let tier = changes.tier;
+    if let Some(tier) = &tier {
+        allowed_tier(&state, member.admin, tier, state.tier(&member.workspace).await?)?;
+    }
     let store = state.system.store();
     let changed = store.update_workspace(&member.workspace, name.as_deref(), tier.as_deref()).await?;
     let changed = changed.ok_or_else(|| Problem::workspace_not_found(member.workspace.as_str()))?;
-    Ok(axum::Json(shown(&changed, member.role)))
+    state.auth.forget();
+    Ok(axum::Json(shown(&changed, member.access.role)))
 }
 
 async fn delete(State(state): State<AppState>, member: Member) -> Result<StatusCode, Problem> {
-    member.may(Permission::Delete)?;
+    member.may(Permission::WorkspaceDelete)?;
     state.system.delete_workspace(&member.workspace).await?;
-    state.auth.forget();
+    state.took_from(&Group::Workspace(member.workspace));
     Ok(StatusCode::NO_CONTENT)
 }

@@ -97,6 +97,8 @@ pub(super) struct Peer {
     written: usize,
     session: Option<Box<Session>>,
     work: Option<Work>,
+    /// Whether that work is to look at rights that have changed, before which the client gets nothing.
+    is_checking: bool,
     pending: Option<Box<FuturesUnordered<Pending>>>,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     timer: Pin<Box<Sleep>>,
@@ -134,6 +136,7 @@ impl Peer {
             closing: Box::pin(session.state.closing.clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
+            is_checking: false,
             pending: None,
             timer: Box::pin(sleep_until((now + AUTH_WAIT).into())),
             end: (Some(now + AUTH_WAIT), false),
@@ -165,10 +168,22 @@ impl Peer {
         }
     }
 
+    /// Looks again at what the client may have.
+    fn check(&mut self) {
+        self.start(|mut session| async move {
+            let done = session.check().await.map(|()| None);
+            (session, done)
+        });
+    }
+
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Close> {
         self.outbox.register(context);
         let now = Instant::now();
         loop {
+            if self.session.as_mut().is_some_and(|session| session.has_changed()) {
+                self.is_checking = true;
+                self.check();
+            }
             if let Poll::Ready(close) = self.poll_write(context, now) {
                 return Poll::Ready(close);
             }
@@ -214,6 +229,9 @@ impl Peer {
             }
             self.writing.clear();
             self.at = 0;
+            if self.is_checking {
+                return Poll::Pending;
+            }
             match self.outbox.take(now, &mut self.writing) {
                 Taken::Cut(cut) => return Poll::Ready(cut.into()),
                 Taken::More => self.due = None,
@@ -223,7 +241,12 @@ impl Peer {
                         if self.writing.capacity() > 4 {
                             self.writing = Vec::new();
                         }
-                        self.took = now;
+                        // of an encrypted connection something may still be on its way
+                        match self.io.poll_flush(context) {
+                            Poll::Ready(Ok(())) => self.took = now,
+                            Poll::Ready(Err(_)) => return Poll::Ready(Close::Gone),
+                            Poll::Pending => {}
+                        }
                         return Poll::Pending;
                     }
                 }
@@ -246,6 +269,7 @@ impl Peer {
             && let Poll::Ready((session, done)) = work.as_mut().poll(context)
         {
             self.work = None;
+            self.is_checking = false;
             has_worked = true;
             self.end = session.end().map_or((self.end.0, self.end.1), |end| (end, true));
             self.session = Some(session);
@@ -344,10 +368,7 @@ impl Peer {
             }
             if self.check_at <= now && self.session.is_some() {
                 self.check_at = now + PING_EVERY;
-                self.start(|mut session| async move {
-                    let done = session.check().await.map(|()| None);
-                    (session, done)
-                });
+                self.check();
                 context.waker().wake_by_ref(); // to go on with it
             }
             if self.due.is_some_and(|due| due <= now) {

@@ -2,11 +2,13 @@
 
 use super::peer::Close;
 use crate::AppState;
-use crate::agui::{self, Asker};
+use crate::agents::asker;
+use crate::agui;
 use crate::auth::{By, Caller};
+use crate::edge::audit_frame;
 use crate::extract::Member;
 use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seat, Since, Subscription, Topic};
-use crate::ingest::decode_frame;
+use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span;
@@ -56,6 +58,13 @@ struct Position {
 /// An answer that comes once something is durable.
 pub(super) type Pending = BoxFuture<'static, Value>;
 
+/// What a client listens to.
+struct Followed {
+    subscription: Subscription,
+    /// The question of a live query.
+    sql: Option<String>,
+}
+
 /// Who is at the other end.
 struct SignedIn {
     token: String,
@@ -68,7 +77,7 @@ pub(super) struct Session {
     outbox: Arc<Outbox>,
     signed_in: Option<SignedIn>,
     /// By workspace and channel, as the client named them.
-    subscriptions: HashMap<(Option<WorkspaceId>, String), Subscription>,
+    subscriptions: HashMap<(Option<WorkspaceId>, String), Followed>,
     /// The workspaces of runs that were started here.
     runs: HashMap<String, WorkspaceId>,
     /// What this connection counts as.
@@ -98,9 +107,15 @@ impl Session {
 
     /// Ends all subscriptions.
     pub(super) fn leave(&mut self) {
-        for (_, subscription) in self.subscriptions.drain() {
-            self.state.hub.unsubscribe(&subscription, &self.outbox);
+        for (_, followed) in self.subscriptions.drain() {
+            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
         }
+    }
+
+    /// Whether what the client may do has changed since this was last asked.
+    pub(super) fn has_changed(&mut self) -> bool {
+        // all of them: each notes what it has seen
+        self.seats.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
     }
 
     /// The moment at which the clock will show `at`.
@@ -148,16 +163,18 @@ impl Session {
     pub(super) async fn check(&mut self) -> Result<(), Close> {
         let Some(signed_in) = &self.signed_in else { return Ok(()) };
         let (store, now) = (self.state.system.store(), self.state.system.now());
+        let has_expired = signed_in.caller.expires_at.is_some_and(|end| end <= now);
         let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
             Ok(caller) => caller,
+            Err(_) if has_expired => return Err(Close::Expired),
             Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
             Err(_) => return Ok(()), // the store is away: the next round knows more
         };
         let mut lost = Vec::new();
-        for (workspace, channel) in self.subscriptions.keys() {
+        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
             let name = ChannelName::parse(channel, self.id);
             let Ok(name) = name else { continue };
-            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic).await;
+            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
             if let Err(problem) = allowed
                 && problem.is_final()
             {
@@ -165,8 +182,8 @@ impl Session {
             }
         }
         for (key, problem) in lost {
-            if let Some(subscription) = self.subscriptions.remove(&key) {
-                self.state.hub.unsubscribe(&subscription, &self.outbox);
+            if let Some(followed) = self.subscriptions.remove(&key) {
+                self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
                 let (workspace, channel) = &key;
                 let error = json!({
                     "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
@@ -205,6 +222,8 @@ impl Session {
             return Err(Close::Unauthenticated);
         };
         let caller = signed_in.caller.clone();
+        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
+        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
         let done = match incoming.kind {
             "subscribe" => self.subscribe(&caller, incoming).await,
             "unsubscribe" => self.unsubscribe(incoming),
@@ -225,6 +244,8 @@ impl Session {
             }
         };
         if let Err(problem) = done {
+            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
+            audit_frame(&self.state, &caller.name, kind, on, &problem).await;
             self.refuse(reference, &problem);
         }
         Ok(None)
@@ -256,14 +277,14 @@ impl Session {
             Some(id) => Some(id.parse::<WorkspaceId>().map_err(|_| Problem::workspace_not_found(&id))?),
             None => None,
         };
-        may_listen(&self.state, caller, workspace.as_ref(), &name.topic).await?;
+        may_listen(&self.state, caller, workspace.as_ref(), &name.topic, sql.as_deref()).await?;
         if let Some(workspace) = &workspace {
             self.enter(Group::Workspace(workspace.clone()))?;
         }
         let key = (workspace.clone(), channel);
         // a second subscription takes the place of the first
         if let Some(old) = self.subscriptions.remove(&key) {
-            self.state.hub.unsubscribe(&old, &self.outbox);
+            self.state.hub.unsubscribe(&old.subscription, &self.outbox);
         }
         let most = self.state.config.limits.subscriptions;
         if self.subscriptions.len() >= most {
@@ -278,8 +299,8 @@ impl Session {
             return Err(Problem::conflict("too_many_subscriptions", detail));
         }
         let wish = Wish { outbox: &self.outbox, since, rate, reference };
-        let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql, wish).await?;
-        self.subscriptions.insert(key, subscription);
+        let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
+        self.subscriptions.insert(key, Followed { subscription, sql });
         Ok(())
     }
 
@@ -287,10 +308,10 @@ impl Session {
         let channel = required(incoming.channel, "channel")?;
         let is_system = channel.starts_with("system/");
         let workspace = incoming.workspace.filter(|_| !is_system).and_then(|id| id.parse().ok());
-        let Some(subscription) = self.subscriptions.remove(&(workspace, channel)) else {
+        let Some(followed) = self.subscriptions.remove(&(workspace, channel)) else {
             return Err(Problem::not_found("not_subscribed", "this connection has no such subscription"));
         };
-        self.state.hub.unsubscribe(&subscription, &self.outbox);
+        self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
         self.answer(incoming.reference.as_ref(), json!({}));
         Ok(())
     }
@@ -299,17 +320,17 @@ impl Session {
     /// in the order in which it came.
     async fn publish(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<Pending, Problem> {
         let member = Member::of(&self.state, caller, &required(incoming.workspace, "workspace")?).await?;
-        member.may(Permission::Ingest)?;
         let stream: StreamName = required(incoming.stream, "stream")?.parse()?;
+        member.may_on(Permission::StreamIngest, &format!("streams/{stream}"))?;
         let events = required(incoming.events, "events")?;
         let events = Bytes::copy_from_slice(events.get().as_bytes());
-        let decoded = decode_frame(&self.state, &member, &stream, events).await?;
-        let (system, reference) = (self.state.system.clone(), incoming.reference);
+        let tier = self.state.tier(&member.workspace).await?;
+        let decoded = decode_frame(&self.state, &member, &stream, &tier, events).await?;
+        let (state, reference) = (self.state.clone(), incoming.reference);
         Ok(Box::pin(async move {
-            let done = system.ingest(&member.workspace, &stream, decoded).await;
-            match done {
-                Ok(done) => ok(reference.as_ref(), crate::ingest::answer(&done)),
-                Err(fault) => refusal(reference.as_ref(), &fault.into()),
+            match take(&state, &member.workspace, &stream, &tier, decoded).await {
+                Ok(answer) => ok(reference.as_ref(), answer),
+                Err(problem) => refusal(reference.as_ref(), &problem),
             }
         }))
     }
@@ -318,16 +339,15 @@ impl Session {
     async fn run(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
         let workspace = required(incoming.workspace, "workspace")?;
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::Chat)?;
+        member.may_run_agents()?;
         let agent: ItemName = required(incoming.agent, "agent")?.parse()?;
-        let may_hold = member.role.may(Permission::Hold);
-        let asker = Asker { agent, user: member.user.clone(), may_hold };
-        let request = agui::read_input(asker, required(incoming.input, "input")?)?;
+        let request = agui::read_input(asker(&member, agent), required(incoming.input, "input")?)?;
         let channel = format!("thread/{}", request.thread);
         if !self.subscriptions.contains_key(&(Some(member.workspace.clone()), channel.clone())) {
             let name = ChannelName::parse(&channel, self.id)?;
             self.listen(caller, Some(workspace), channel.clone(), name, None, None, None, None).await?;
         }
+        member.count_run(&self.state).await?;
         let run = self.state.system.start_run(&member.workspace, request).await?;
         if self.runs.len() >= RUNS_MAX {
             self.runs.clear();
@@ -352,27 +372,31 @@ impl Session {
             }
         };
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::Chat)?;
+        member.may(Permission::AiUse)?;
         self.state.system.cancel_run(&member.workspace, &run).await?;
         self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
         Ok(())
     }
 }
 
-/// Whether somebody may follow a channel.
+/// Whether somebody may follow a channel; of a live query with what it asks.
 pub(crate) async fn may_listen(
     state: &AppState,
     caller: &Caller,
     workspace: Option<&WorkspaceId>,
     topic: &Topic,
+    sql: Option<&str>,
 ) -> Result<(), Problem> {
     match (topic, workspace) {
         (Topic::Throughput | Topic::Actors, _) => caller.clone().admin().map(drop),
         (_, None) => Err(Problem::invalid("bad_request", "`workspace` is missing")),
         (topic, Some(workspace)) => {
             let member = Member::of(state, caller, workspace.as_str()).await?;
-            let is_query = matches!(topic, Topic::Query { .. });
-            member.may(if is_query { Permission::Query } else { Permission::Read })
+            member.may_listen(topic)?;
+            match (topic, sql) {
+                (Topic::Query { .. }, Some(sql)) => member.may_ask(sql),
+                _ => Ok(()),
+            }
         }
     }
 }

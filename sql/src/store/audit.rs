@@ -1,10 +1,13 @@
-//! The audit log: who did what, from where, and what came of it. Entries are added and read, never changed.
+//! The audit log: who did what, from where, and what came of it. Entries are added and read, never changed; each is
+//! chained to the one before by a hash, so that a change made past this code shows. Of a workspace that is deleted the
+//! entries are emptied: what they said goes, their place in the chain stays.
 
-use super::db::{Builder, FromRow, Row, Scope, query};
+use super::db::{Builder, Dialect, FromRow, Row, Scope, Tx, query, query_as, query_scalar, without_nul};
 use super::page;
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, WorkspaceId};
+use sha2::{Digest, Sha256};
 
 /// One act, done or refused.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,37 +40,154 @@ impl FromRow for AuditEntry {
     }
 }
 
+impl AuditEntry {
+    /// SHA-256, in hexadecimal, of this entry as a JSON array, in which NUL stands as PostgreSQL keeps it.
+    fn digest(&self) -> String {
+        let workspace = self.workspace.as_ref().map(WorkspaceId::as_str);
+        let texts = [&self.actor, &self.action, &self.target, &self.outcome, &self.from, &self.request_id];
+        let fields = (self.at.0, workspace, texts.map(|text| without_nul(text.into())));
+        let text = serde_json::to_string(&fields).expect("numbers and text are JSON");
+        hex(Sha256::digest(text))
+    }
+
+    /// Whether it is of a workspace that was deleted.
+    fn is_emptied(&self) -> bool {
+        let Self { at: _, workspace, actor, action, target, outcome, from, request_id } = self;
+        workspace.is_none() && [actor, action, target, outcome, from, request_id].iter().all(|text| text.is_empty())
+    }
+}
+
+/// The hash of an entry: h(n) = SHA-256(h(n-1) ‖ SHA-256(entry n)), all of it in hexadecimal.
+fn chained(before: &str, digest: &str) -> String {
+    hex(Sha256::new().chain_update(before).chain_update(digest).finalize())
+}
+
+fn hex(bytes: impl AsRef<[u8]>) -> String {
+    bytes.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What the first entry is chained to.
+const GENESIS: &str = "";
+/// Where `meta` keeps the hash of the last entry. The migration has put it there.
+const HEAD: &str = "audit_head";
+/// Entries that are read at a time when the chain is checked.
+const CHECKED_AT_ONCE: i64 = 1_000;
+
+/// What a check of the whole audit log found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum AuditCheck {
+    /// Every entry is as it was written, but for those of deleted workspaces, which were emptied. `head` is the hash of
+    /// the last one, empty without entries: whoever noted it elsewhere can tell later that nothing before it was
+    /// changed.
+    Intact { entries: u64, emptied: u64, head: String },
+    /// The entry with this number, or one before it, is not what was written: changed, added or removed.
+    Broken { seq: i64 },
+    /// Entries at the end are missing: the one that was written last is not there.
+    Truncated { last: i64 },
+}
+
 /// An entry and its place in the log, which a page ends at.
 struct Placed {
     seq: i64,
     entry: AuditEntry,
+    /// Digest and hash; `None` for entries from before the chain began.
+    link: Option<(String, String)>,
 }
 
 impl FromRow for Placed {
     fn from_row(row: &Row) -> Result<Placed, sqlx::Error> {
-        Ok(Placed { seq: row.try_get("seq")?, entry: AuditEntry::from_row(row)? })
+        let link: (Option<String>, Option<String>) = (row.try_get("digest")?, row.try_get("hash")?);
+        Ok(Placed { seq: row.try_get("seq")?, entry: AuditEntry::from_row(row)?, link: link.0.zip(link.1) })
     }
 }
 
+/// Empties the entries of a workspace that is deleted in the same transaction, which sees the whole installation.
+pub(super) async fn empty(tx: &mut Tx, workspace: &WorkspaceId) -> Result<(), sqlx::Error> {
+    query(
+        "UPDATE audit SET workspace = NULL, actor = '', action = '', target = '', outcome = '', came_from = '', \
+         request_id = '' WHERE workspace = $1",
+    )
+    .bind(workspace.as_str())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 impl Store {
-    /// Adds an entry at the end.
+    /// Adds an entry at the end, chained to the one before.
     pub async fn audit(&self, entry: &AuditEntry) -> Result<(), StoreError> {
-        query(
-            "INSERT INTO audit (at, workspace, actor, action, target, outcome, came_from, request_id) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-        )
-        .bind(entry.at)
-        .bind(entry.workspace.as_ref().map(WorkspaceId::as_str))
-        .bind(&entry.actor)
-        .bind(&entry.action)
-        .bind(&entry.target)
-        .bind(&entry.outcome)
-        .bind(&entry.from)
-        .bind(&entry.request_id)
-        .execute(self.write(Scope::Installation))
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            // one writer at a time from here on: SQLite has no other, PostgreSQL locks the head
+            let head = match tx.dialect() {
+                Dialect::Sqlite => "SELECT value FROM meta WHERE key = $1",
+                Dialect::Postgres => "SELECT value FROM meta WHERE key = $1 FOR UPDATE",
+            };
+            let before: String = query_scalar(head).bind(HEAD).fetch_one(&mut tx).await?;
+            let digest = entry.digest();
+            let hash = chained(&before, &digest);
+            query(
+                "INSERT INTO audit (at, workspace, actor, action, target, outcome, came_from, request_id, digest, hash) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+            )
+            .bind(entry.at)
+            .bind(entry.workspace.as_ref().map(WorkspaceId::as_str))
+            .bind(&entry.actor)
+            .bind(&entry.action)
+            .bind(&entry.target)
+            .bind(&entry.outcome)
+            .bind(&entry.from)
+            .bind(&entry.request_id)
+            .bind(&digest)
+            .bind(&hash)
+            .execute(&mut tx)
+            .await?;
+            query("UPDATE meta SET value = $2 WHERE key = $1").bind(HEAD).bind(&hash).execute(&mut tx).await?;
+            tx.commit().await
+        }
         .await
-        .map_err(failed("write audit entry"))?;
-        Ok(())
+        .map_err(failed("write audit entry"))
+    }
+
+    /// Computes the whole chain again. Entries from before the chain began are not covered; those that are written
+    /// meanwhile may be.
+    pub async fn check_audit(&self) -> Result<AuditCheck, StoreError> {
+        async {
+            let written: String = query_scalar("SELECT value FROM meta WHERE key = $1")
+                .bind(HEAD)
+                .fetch_one(self.read(Scope::Installation))
+                .await?;
+            let (mut head, mut entries, mut emptied, mut last) = (GENESIS.to_owned(), 0, 0, 0);
+            let mut is_complete = written == GENESIS;
+            loop {
+                let page: Vec<Placed> = query_as("SELECT * FROM audit WHERE seq > $1 ORDER BY seq LIMIT $2")
+                    .bind(last)
+                    .bind(CHECKED_AT_ONCE)
+                    .fetch_all(self.read(Scope::Installation))
+                    .await?;
+                let Some(end) = page.last().map(|placed| placed.seq) else { break };
+                for Placed { seq, entry, link } in page {
+                    let Some((digest, hash)) = link else {
+                        if head == GENESIS {
+                            continue;
+                        }
+                        return Ok(AuditCheck::Broken { seq });
+                    };
+                    let is_emptied = entry.is_emptied();
+                    if (!is_emptied && entry.digest() != digest) || chained(&head, &digest) != hash {
+                        return Ok(AuditCheck::Broken { seq });
+                    }
+                    is_complete |= hash == written;
+                    entries += 1;
+                    emptied += u64::from(is_emptied);
+                    head = hash;
+                }
+                last = end;
+            }
+            Ok(if is_complete { AuditCheck::Intact { entries, emptied, head } } else { AuditCheck::Truncated { last } })
+        }
+        .await
+        .map_err(failed("check the audit log"))
     }
 
     /// A page of a workspace's entries, newest first, and the cursor of the next page if there is one. At least one
@@ -119,5 +239,118 @@ mod tests {
         let (second, next) = store.audit_log(&name("acme"), 3, next.as_deref()).await.unwrap();
         assert_eq!(second, [1, 0].map(|at| entry(Some("acme"), at)));
         assert_eq!(next, None);
+    }
+
+    fn entry(at: i64) -> AuditEntry {
+        AuditEntry {
+            at: Micros(at),
+            workspace: None,
+            actor: "ann".into(),
+            action: "login".into(),
+            target: format!("target {at}"),
+            outcome: "ok".into(),
+            from: "::1".into(),
+            request_id: "r".into(),
+        }
+    }
+
+    /// Does what no code of ours does: changes the table past the triggers.
+    async fn tamper(store: &Store, sql: &'static str) {
+        let on = match store.db.dialect() {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " ON audit",
+        };
+        for trigger in ["audit_is_not_changed", "audit_is_not_shortened"] {
+            let drop = format!("DROP TRIGGER IF EXISTS {trigger}{on}");
+            query(drop).execute(store.write(Scope::Installation)).await.unwrap();
+        }
+        query(sql).execute(store.write(Scope::Installation)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_log_refuses_to_be_changed() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        store.audit(&AuditEntry { workspace: Some(acme), ..entry(1) }).await.unwrap();
+        for sql in [
+            "UPDATE audit SET actor = 'bob'",
+            "UPDATE audit SET workspace = NULL, actor = '', action = '', target = '', outcome = '', came_from = '', \
+             request_id = ''",
+            "DELETE FROM audit",
+        ] {
+            let error = query(sql).execute(store.write(Scope::Installation)).await.unwrap_err().to_string();
+            assert!(error.contains("append-only"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_change_past_the_triggers_is_found_where_it_was_made() {
+        let cases = [
+            ("UPDATE audit SET outcome = 'refused' WHERE seq = 2", AuditCheck::Broken { seq: 2 }),
+            ("UPDATE audit SET digest = hash WHERE seq = 2", AuditCheck::Broken { seq: 2 }),
+            ("DELETE FROM audit WHERE seq = 2", AuditCheck::Broken { seq: 3 }),
+            ("UPDATE audit SET hash = NULL WHERE seq = 3", AuditCheck::Broken { seq: 3 }),
+            ("DELETE FROM audit WHERE seq = 4", AuditCheck::Truncated { last: 3 }),
+            ("DELETE FROM audit", AuditCheck::Truncated { last: 0 }),
+        ];
+        for (sql, found) in cases {
+            let (store, _dir) = store().await;
+            let nothing = AuditCheck::Intact { entries: 0, emptied: 0, head: String::new() };
+            assert_eq!(store.check_audit().await.unwrap(), nothing);
+            for at in 1..=4 {
+                store.audit(&entry(at)).await.unwrap();
+            }
+            let AuditCheck::Intact { entries: 4, emptied: 0, head } = store.check_audit().await.unwrap() else {
+                panic!()
+            };
+            assert_eq!(head.len(), 64);
+            tamper(&store, sql).await;
+            assert_eq!(store.check_audit().await.unwrap(), found, "{sql}");
+        }
+        let (store, _dir) = store().await;
+        for at in 1..=4 {
+            store.audit(&entry(at)).await.unwrap();
+        }
+        tamper(&store, "DELETE FROM audit WHERE seq = 4").await;
+        store.audit(&entry(5)).await.unwrap();
+        // what comes after a gap does not close it
+        assert_eq!(store.check_audit().await.unwrap(), AuditCheck::Broken { seq: 5 });
+    }
+
+    #[tokio::test]
+    async fn the_entries_of_a_deleted_workspace_are_emptied_and_the_chain_holds() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        for workspace in [None, Some(acme.clone()), Some(name("none")), Some(acme.clone())] {
+            store.audit(&AuditEntry { workspace, ..entry(1) }).await.unwrap();
+        }
+        store.delete_workspace(&acme).await.unwrap();
+        assert_eq!(store.audit_log(&acme, 10, None).await.unwrap().0, []);
+        store.audit(&entry(2)).await.unwrap();
+        let check = store.check_audit().await.unwrap();
+        assert!(matches!(check, AuditCheck::Intact { entries: 5, emptied: 2, .. }), "{check:?}");
+    }
+
+    #[tokio::test]
+    async fn an_entry_with_any_text_is_chained_as_it_will_be_read() {
+        let (store, _dir) = store().await;
+        let odd = "\0 \u{1f30a} \\u0000 \" \n";
+        store.audit(&AuditEntry { target: odd.into(), actor: odd.into(), ..entry(1) }).await.unwrap();
+        let check = store.check_audit().await.unwrap();
+        assert!(matches!(check, AuditCheck::Intact { entries: 1, .. }), "{check:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn entries_that_are_written_at_once_make_one_chain() {
+        let (store, _dir) = store().await;
+        let writers = (0..8).map(|at| {
+            let store = store.clone();
+            tokio::spawn(async move { store.audit(&entry(at)).await })
+        });
+        for written in futures::future::join_all(writers).await {
+            written.unwrap().unwrap();
+        }
+        let check = store.check_audit().await.unwrap();
+        assert!(matches!(check, AuditCheck::Intact { entries: 8, .. }), "{check:?}");
     }
 }

@@ -229,6 +229,7 @@ args! {
     &'q str => |text| Arg::Text(Some(text.into())),
     &'q String => |text| Arg::Text(Some(text.as_str().into())),
     String => |text| Arg::Text(Some(text.into())),
+    Option<String> => |text| Arg::Text(text.map(Into::into)),
     Option<&'q str> => |text| Arg::Text(text.map(Into::into)),
     &'q Option<String> => |text| Arg::Text(text.as_deref().map(Into::into)),
     &'q [u8] => |bytes| Arg::Bytes(Some(bytes.into())),
@@ -266,7 +267,7 @@ fn amount(x: f64) -> String {
 
 /// PostgreSQL's text has no NUL, and an event refused for one must not stop the commit that reports it: U+2400 ("␀")
 /// stands in its place.
-fn without_nul(text: Cow<'_, str>) -> Cow<'_, str> {
+pub(super) fn without_nul(text: Cow<'_, str>) -> Cow<'_, str> {
     if text.contains('\0') { text.replace('\0', "\u{2400}").into() } else { text }
 }
 
@@ -473,7 +474,6 @@ impl<'q, T: Field> QueryScalar<'q, T> {
         self.0.fetch_optional(on).await?.as_ref().map(Row::first).transpose()
     }
 
-    #[cfg(test)]
     pub(super) async fn fetch_all<'t>(self, on: impl Into<On<'t>>) -> Result<Vec<T>, Error> {
         self.0.fetch_all(on).await?.iter().map(Row::first).collect()
     }

@@ -372,6 +372,14 @@ impl Store {
             .map_err(failed("list silences"))
     }
 
+    /// The silences of all workspaces.
+    pub async fn all_silences(&self) -> Result<Vec<Silence>, StoreError> {
+        query_as("SELECT * FROM silences ORDER BY workspace, starts_at, id")
+            .fetch_all(self.read(Scope::Installation))
+            .await
+            .map_err(failed("list silences"))
+    }
+
     /// Deletes a silence: whether there was one.
     pub async fn delete_silence(&self, workspace: &WorkspaceId, id: &str) -> Result<bool, StoreError> {
         let deleted = query("DELETE FROM silences WHERE workspace = $1 AND id = $2")

@@ -12,6 +12,8 @@ pub struct ApiKey {
     pub workspace: WorkspaceId,
     pub name: String,
     pub role: String,
+    /// What of its role the key may do; `None`: all of it.
+    pub scopes: Option<Vec<String>>,
     pub key_hash: String,
     /// First characters of the key, for people to recognise it by.
     pub prefix: String,
@@ -29,6 +31,10 @@ impl FromRow for ApiKey {
             workspace: row.name("workspace")?,
             name: row.try_get("name")?,
             role: row.try_get("role")?,
+            scopes: match row.try_get::<Option<String>>("scopes_json")? {
+                None => None,
+                Some(json) => Some(serde_json::from_str(&json).map_err(|e| sqlx::Error::Decode(e.into()))?),
+            },
             key_hash: row.try_get("key_hash")?,
             prefix: row.try_get("prefix")?,
             created_by: row.try_get("created_by")?,
@@ -44,7 +50,7 @@ impl Store {
     pub async fn create_api_key(&self, key: &ApiKey) -> Result<(), StoreError> {
         query(
             "INSERT INTO api_keys (workspace, id, name, role, key_hash, prefix, created_by, created_at, expires_at, \
-             revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+             revoked_at, scopes_json) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         )
         .bind(key.workspace.as_str())
         .bind(&key.id)
@@ -56,6 +62,7 @@ impl Store {
         .bind(key.created_at)
         .bind(key.expires_at)
         .bind(key.revoked_at)
+        .bind(key.scopes.as_ref().map(|scopes| serde_json::json!(scopes).to_string()))
         .execute(self.write(&key.workspace))
         .await
         .map_err(failed("create API key"))?;
@@ -107,6 +114,7 @@ mod tests {
             workspace: add_workspace(&store, "acme").await,
             name: "ingest".into(),
             role: "writer".into(),
+            scopes: Some(vec!["stream:ingest".into()]),
             key_hash: "hash".into(),
             prefix: "tw_ab".into(),
             created_by: "acme".into(),

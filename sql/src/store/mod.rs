@@ -18,6 +18,8 @@ mod audit; // who did what
 mod checkpoints; // state, results and log offset in one transaction
 mod dead_letters; // events that could not be used
 mod definitions; // streams, metrics, alert rules and silences
+mod factors; // second factors, and identities of other issuers
+mod grants; // what members may do beyond their role
 mod keys; // API keys
 mod portfolios; // portfolios and positions
 mod rows; // final rows of metrics
@@ -30,10 +32,12 @@ mod workspaces; // workspaces and their members
 mod suite; // this folder's tests again, on PostgreSQL and TimescaleDB
 
 pub use alerts::Alert;
-pub use audit::AuditEntry;
+pub use audit::{AuditCheck, AuditEntry};
 pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
 pub use definitions::{AlertRule, MetricRow, Silence, StreamRow, TableRow};
+pub use factors::Totp;
+pub use grants::Grant;
 pub use keys::ApiKey;
 pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};

@@ -68,6 +68,7 @@ migrations! {
     5 "0005_agents",
     6 "0006_operations",
     7 "0007_products",
+    8 "0008_security",
     9 "0009_tables",
 }
 

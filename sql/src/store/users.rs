@@ -199,6 +199,31 @@ impl Store {
         Ok(())
     }
 
+    /// Makes the tokens of every sign-in of a user useless: how many sign-ins there were.
+    pub async fn revoke_families_of(&self, user: &str) -> Result<u64, StoreError> {
+        let revoked = query(
+            "UPDATE refresh_families SET revoked = $2 WHERE NOT revoked \
+             AND family IN (SELECT family FROM refresh_tokens WHERE user_id = $1)",
+        )
+        .bind(user)
+        .bind(true)
+        .execute(self.write(Scope::Installation))
+        .await
+        .map_err(failed("revoke sign-ins"))?;
+        Ok(revoked)
+    }
+
+    /// Gives a user another password: whether there is such a user.
+    pub async fn set_password(&self, user: &str, password_hash: &str) -> Result<bool, StoreError> {
+        let changed = query("UPDATE users SET password_hash = $2 WHERE id = $1")
+            .bind(user)
+            .bind(password_hash)
+            .execute(self.write(Scope::Installation))
+            .await
+            .map_err(failed("set password"))?;
+        Ok(changed > 0)
+    }
+
     /// Whether the family was revoked; `false` for one the store does not know.
     pub async fn family_revoked(&self, family: &str) -> Result<bool, StoreError> {
         let revoked: Option<bool> = query_scalar("SELECT revoked FROM refresh_families WHERE family = $1")
@@ -287,6 +312,24 @@ mod tests {
         store.insert_refresh(&token("second", Micros(3))).await.unwrap();
         assert_eq!(store.spend_refresh("second", Micros(4)).await.unwrap(), Spent::Unknown);
         assert!(store.family_revoked("family").await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn all_sign_ins_of_a_user_end_together_and_those_of_others_go_on() {
+        let (store, _dir) = store().await;
+        for user in ["ann", "bob"] {
+            add_user(&store, user).await;
+            for n in 0..2 {
+                let (hash, user) = (format!("{user}{n}"), user.to_owned());
+                let token = RefreshToken { family: hash.clone(), user, ..token(&hash, Micros(0)) };
+                store.insert_refresh(&token).await.unwrap();
+            }
+        }
+        assert_eq!(store.revoke_families_of("ann").await.unwrap(), 2);
+        assert_eq!(store.revoke_families_of("ann").await.unwrap(), 0);
+        assert_eq!(store.spend_refresh("ann0", Micros(1)).await.unwrap(), Spent::Unknown);
+        assert!(store.family_revoked("ann1").await.unwrap() && !store.family_revoked("bob1").await.unwrap());
+        assert!(matches!(store.spend_refresh("bob0", Micros(1)).await.unwrap(), Spent::Ok(_)));
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
-use super::{Store, StoreError, failed};
+use super::{Store, StoreError, audit, failed};
 use engine::event::{Micros, WorkspaceId};
 
 /// A tenant.
@@ -128,15 +128,16 @@ impl Store {
             .map_err(failed("update workspace"))
     }
 
-    /// Deletes a workspace and everything in it, its audit log too: whether there was one. What its engine has not
-    /// committed yet is refused from then on ([`StoreError::NoWorkspace`]).
+    /// Deletes a workspace and everything in it, what its audit log says too: whether there was one. What its engine
+    /// has not committed yet is refused from then on ([`StoreError::NoWorkspace`]).
     pub async fn delete_workspace(&self, id: &WorkspaceId) -> Result<bool, StoreError> {
         async {
-            let mut tx = self.db.begin(id.into()).await?;
+            // of the whole installation: the emptied entries of the audit log belong to no workspace
+            let mut tx = self.db.begin(Scope::Installation).await?;
             // The workspace first: a commit under way holds it, and is waited for or refused. All tables but two
             // follow by cascade.
             let deleted = query("DELETE FROM workspaces WHERE id = $1").bind(id.as_str()).execute(&mut tx).await?;
-            query("DELETE FROM audit WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
+            audit::empty(&mut tx, id).await?;
             query("DELETE FROM final_rows WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
             if self.rollups {
                 query("SELECT forget_samples($1, NULL, 'infinity')").bind(id.as_str()).execute(&mut tx).await?;
@@ -278,6 +279,7 @@ mod tests {
             workspace: ws.clone(),
             name: "key".into(),
             role: "editor".into(),
+            scopes: None,
             key_hash: format!("hash of {ws}"),
             prefix: "tw_".into(),
             created_by: ws.to_string(),
@@ -286,6 +288,14 @@ mod tests {
             revoked_at: None,
         };
         store.create_api_key(&key).await.unwrap();
+        let grant = Grant {
+            user: ws.to_string(),
+            email: format!("{ws}@example.com"),
+            scope: "portfolio:read".into(),
+            created_by: ws.to_string(),
+            created_at: at,
+        };
+        store.put_grant(&ws, &grant).await.unwrap();
         let stream = StreamRow {
             workspace: ws.clone(),
             stream: name("shop.orders"),
@@ -383,7 +393,16 @@ mod tests {
     /// Rows of the workspace in each table of the database.
     async fn rows_of(store: &Store, workspace: &WorkspaceId) -> BTreeMap<String, i64> {
         // Tables that belong to no workspace. A new table is either named here or has a column `workspace`.
-        let shared = ["users", "refresh_families", "refresh_tokens", "meta", "_sqlx_migrations", "sqlite_sequence"];
+        let shared = [
+            "users",
+            "refresh_families",
+            "refresh_tokens",
+            "totp",
+            "identities",
+            "meta",
+            "_sqlx_migrations",
+            "sqlite_sequence",
+        ];
         let tables = match store.db.dialect() {
             Dialect::Sqlite => "SELECT name FROM sqlite_master WHERE type = 'table'",
             Dialect::Postgres => "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'",

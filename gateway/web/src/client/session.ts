@@ -62,6 +62,11 @@ export class Session {
     this.#keep(await this.#ask('login', { email, password, ...(otp ? { otp } : {}) }));
   }
 
+  /** Signs in with the code that an OpenID Connect sign-in came back with. Throws a `Problem` when it is refused. */
+  async loginByCode(code: string): Promise<void> {
+    this.#keep(await this.#ask('oidc/token', { code }));
+  }
+
   /** Ends the session here at once, and on the server as soon as it can be told. */
   async logout(): Promise<void> {
     const access = this.#pair?.access;
@@ -125,7 +130,7 @@ export class Session {
     }) as Promise<T>;
   }
 
-  async #ask(what: 'login' | 'refresh', body: object): Promise<Pair> {
+  async #ask(what: 'login' | 'refresh' | 'oidc/token', body: object): Promise<Pair> {
     const init = { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body) };
     const response = await this.env.fetch(`${this.base}/api/v1/auth/${what}`, init).catch((error: unknown) => {
       throw new Unreachable(error);

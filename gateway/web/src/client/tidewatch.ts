@@ -54,6 +54,17 @@ export class Tidewatch {
     return this.#session.login(email, password, otp);
   }
 
+  /** The names of the OpenID Connect issuers that `/api/v1/auth/oidc/{name}/start` leads to. */
+  async issuers(): Promise<string[]> {
+    const response = await this.#env.fetch(`${this.base}/api/v1/auth/oidc`);
+    return response.ok ? ((await response.json()) as { issuers: string[] }).issuers : [];
+  }
+
+  /** Signs in with the code behind `#sign_in=`, where an issuer sent the browser back. Throws like `login`. */
+  loginByCode(code: string): Promise<void> {
+    return this.#session.loginByCode(code);
+  }
+
   logout(): Promise<void> {
     return this.#session.logout();
   }

@@ -8,6 +8,22 @@ export interface Workspace {
   tier: string;
 }
 
+/** How much of its tier a workspace uses; `null` where the tier sets no limit. */
+export interface Usage {
+  tier: string;
+  requests: Quota | null;
+  agent_runs: Quota | null;
+  events: { accepted: number; limit_per_second: number | null };
+  metrics: { used: number; limit: number | null };
+  streams: { used: number; limit: number | null };
+}
+
+export interface Quota {
+  limit: number;
+  remaining: number;
+  reset_seconds: number;
+}
+
 export interface Me {
   user: { id: string; email: string; admin: boolean };
   workspaces: Workspace[];

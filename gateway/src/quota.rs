@@ -1,0 +1,310 @@
+//! How much a workspace and a user may ask for: token buckets, filled as time goes by. What each tier has is
+//! configured; what a tier does not name is bounded by `limits` alone.
+
+use crate::problem::Problem;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use engine::event::{Micros, WorkspaceId};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// What the workspaces of one tier may ask for; nothing: as much as the server can.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tier {
+    /// Requests an hour of one user or key: all of a key, and those of a signed-in user that change something, ask in
+    /// SQL or run an agent. What a console reads and events are not counted.
+    pub requests_per_hour: Option<u32>,
+    /// Agent runs an hour of the whole workspace.
+    pub agent_runs_per_hour: Option<u32>,
+    /// Events a second of the whole workspace; ten seconds' worth may come at once.
+    pub events_per_second: Option<u32>,
+    /// Metrics, beside `limits.metrics`.
+    pub metrics: Option<usize>,
+    /// Streams of its own, beside `limits.streams`.
+    pub streams: Option<usize>,
+}
+
+impl Tier {
+    /// Whether it allows no more than `other` in anything.
+    pub(crate) fn is_within(&self, other: &Tier) -> bool {
+        fn least<T: PartialOrd>(a: Option<T>, b: Option<T>) -> bool {
+            b.is_none_or(|b| a.is_some_and(|a| a <= b))
+        }
+        least(self.requests_per_hour, other.requests_per_hour)
+            && least(self.agent_runs_per_hour, other.agent_runs_per_hour)
+            && least(self.events_per_second, other.events_per_second)
+            && least(self.metrics, other.metrics)
+            && least(self.streams, other.streams)
+    }
+}
+
+/// The tiers there are unless others are configured, the smallest first.
+pub fn default_tiers() -> Vec<(&'static str, Tier)> {
+    let free = Tier {
+        requests_per_hour: Some(30),
+        agent_runs_per_hour: Some(10),
+        events_per_second: Some(1_000),
+        metrics: Some(20),
+        streams: Some(10),
+    };
+    let premium = Tier {
+        requests_per_hour: Some(100),
+        agent_runs_per_hour: Some(50),
+        events_per_second: Some(20_000),
+        metrics: Some(200),
+        streams: Some(50),
+    };
+    vec![("free", free), ("premium", premium), ("enterprise", Tier::default())]
+}
+
+/// A bucket that holds `burst` tokens when full and gains `rate` a second.
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    tokens: f64,
+    at: Micros,
+}
+
+/// A bucket's size and speed.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct Rate {
+    burst: f64,
+    per_second: f64,
+    /// Seconds in which as many tokens come as the bucket holds.
+    window: u64,
+}
+
+impl Rate {
+    pub(crate) fn per_hour(most: u32) -> Rate {
+        Rate { burst: f64::from(most), per_second: f64::from(most) / 3600.0, window: 3600 }
+    }
+
+    pub(crate) fn per_minute(most: u32) -> Rate {
+        Rate { burst: f64::from(most), per_second: f64::from(most) / 60.0, window: 60 }
+    }
+
+    /// Ten seconds' worth may come at once.
+    fn of_events(per_second: u32) -> Rate {
+        Rate { burst: f64::from(per_second) * 10.0, per_second: f64::from(per_second), window: 10 }
+    }
+}
+
+/// How a bucket stands after it was asked.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct Standing {
+    pub(crate) limit: u64,
+    pub(crate) remaining: u64,
+    pub(crate) window: u64,
+    /// Until one token is there; zero while there are some.
+    pub(crate) wait: Duration,
+    /// Until the bucket is full.
+    pub(crate) reset: Duration,
+}
+
+impl Bucket {
+    /// Takes `n` tokens where at least one is there. More than there are makes a debt, which later requests wait for:
+    /// so a batch larger than the bucket still goes through, and the rate holds.
+    fn take(&mut self, rate: Rate, n: f64, now: Micros) -> Result<Standing, Standing> {
+        let seconds = now.since(self.at).0.max(0) as f64 / 1e6;
+        self.tokens = (self.tokens + seconds * rate.per_second).min(rate.burst);
+        self.at = self.at.max(now);
+        let is_open = self.tokens >= 1.0;
+        if is_open {
+            self.tokens -= n;
+        }
+        let standing = self.standing(rate);
+        if is_open { Ok(standing) } else { Err(standing) }
+    }
+
+    fn standing(&self, rate: Rate) -> Standing {
+        // a rate of zero never fills: one window is as good an answer as any
+        let until = |tokens: f64| match (tokens - self.tokens).max(0.0) / rate.per_second {
+            seconds if seconds.is_finite() => Duration::from_secs_f64(seconds.min(86_400.0)),
+            _ => Duration::from_secs(rate.window),
+        };
+        Standing {
+            limit: rate.burst as u64,
+            remaining: self.tokens.max(0.0) as u64,
+            window: rate.window,
+            wait: if self.tokens >= 1.0 { Duration::ZERO } else { until(1.0) },
+            reset: until(rate.burst),
+        }
+    }
+}
+
+/// What a bucket is for.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Of {
+    /// All requests of a user or key.
+    User(String),
+    /// Counted requests of a user or key in a workspace.
+    Requests(WorkspaceId, String),
+    Runs(WorkspaceId),
+    Events(WorkspaceId),
+}
+
+/// Buckets kept; full ones are forgotten beyond that.
+const BUCKETS_MAX: usize = 100_000;
+
+/// All buckets of the process.
+#[derive(Default)]
+pub(crate) struct Quotas {
+    buckets: Mutex<HashMap<Of, (Bucket, Rate)>>,
+}
+
+impl Quotas {
+    fn take(&self, of: Of, rate: Rate, n: f64, now: Micros) -> Result<Standing, Standing> {
+        let mut buckets = self.buckets.lock();
+        if buckets.len() >= BUCKETS_MAX && !buckets.contains_key(&of) {
+            buckets.retain(|_, (bucket, rate)| {
+                bucket.tokens + now.since(bucket.at).0 as f64 / 1e6 * rate.per_second < rate.burst
+            });
+        }
+        let (bucket, known) = buckets.entry(of).or_insert((Bucket { tokens: rate.burst, at: now }, rate));
+        if *known != rate {
+            // another tier: what was used counts on
+            bucket.tokens += rate.burst - known.burst;
+            *known = rate;
+        }
+        bucket.take(rate, n, now)
+    }
+
+    /// How a bucket stands, without taking from it.
+    pub(crate) fn standing(&self, of: Of, rate: Rate, now: Micros) -> Standing {
+        self.take(of, rate, 0.0, now).unwrap_or_else(|standing| standing)
+    }
+
+    /// One request.
+    pub(crate) fn request(&self, of: Of, rate: Rate, now: Micros) -> Result<Standing, Box<Refused>> {
+        let name = match &of {
+            Of::User(_) => "limits.user_requests_per_minute",
+            Of::Runs(_) => "agent_runs_per_hour of its tier",
+            Of::Requests(..) | Of::Events(_) => "requests_per_hour of its tier",
+        };
+        self.take(of, rate, 1.0, now).map_err(|standing| Box::new(Refused { name, standing }))
+    }
+
+    /// Whether events may come now; asked before they are read.
+    pub(crate) fn may_ingest(&self, id: &WorkspaceId, tier: &Tier, now: Micros) -> Result<(), Problem> {
+        let Some(most) = tier.events_per_second else { return Ok(()) };
+        let standing = self.standing(Of::Events(id.clone()), Rate::of_events(most), now);
+        if standing.wait.is_zero() {
+            return Ok(());
+        }
+        let detail = format!(
+            "this workspace sends more than events_per_second = {most} of its tier; wait, or ask for another tier"
+        );
+        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "ingest_rate", detail).retry_after(standing.wait))
+    }
+
+    /// Counts events that were taken in.
+    pub(crate) fn ingested(&self, id: &WorkspaceId, tier: &Tier, events: u64, now: Micros) {
+        if let Some(most) = tier.events_per_second {
+            _ = self.take(Of::Events(id.clone()), Rate::of_events(most), events as f64, now); // asked for before
+        }
+    }
+}
+
+/// A request over its quota.
+pub(crate) struct Refused {
+    name: &'static str,
+    pub(crate) standing: Standing,
+}
+
+impl From<Box<Refused>> for Problem {
+    fn from(refused: Box<Refused>) -> Self {
+        let Refused { name, standing } = *refused;
+        let detail = format!("{name} = {} is used up; the answer says when to come again", standing.limit);
+        Problem::new(StatusCode::TOO_MANY_REQUESTS, "quota_exceeded", detail).retry_after(standing.wait)
+    }
+}
+
+impl Standing {
+    /// Tells a client where it stands: draft-ietf-httpapi-ratelimit-headers-07, the fields of which most clients read.
+    pub(crate) fn tell(&self, headers: &mut HeaderMap) {
+        let fields = [
+            ("ratelimit-limit", self.limit),
+            ("ratelimit-remaining", self.remaining),
+            ("ratelimit-reset", self.reset.as_secs_f64().ceil() as u64),
+        ];
+        for (name, value) in fields {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from(value));
+        }
+        let policy = format!("{};w={}", self.limit, self.window);
+        if let Ok(policy) = HeaderValue::from_str(&policy) {
+            headers.insert(HeaderName::from_static("ratelimit-policy"), policy);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::event::Span;
+
+    const NOW: Micros = Micros(1_700_000_000_000_000);
+
+    fn ws() -> WorkspaceId {
+        "acme".parse().unwrap()
+    }
+
+    #[test]
+    fn after_thirty_requests_the_next_one_waits_two_minutes() {
+        let (quotas, rate) = (Quotas::default(), Rate::per_hour(30));
+        let ask = |now| quotas.request(Of::Requests(ws(), "ann".into()), rate, now);
+        for left in (0..30).rev() {
+            assert_eq!(ask(NOW).map_err(drop).unwrap().remaining, left);
+        }
+        let refused = ask(NOW).err().unwrap();
+        assert_eq!((refused.standing.wait.as_secs_f64().round(), refused.standing.limit), (120.0, 30));
+        assert!(ask(NOW.plus(Span::seconds(119))).is_err() && ask(NOW.plus(Span::seconds(121))).is_ok());
+        // others have quotas of their own
+        assert!(quotas.request(Of::Requests(ws(), "bob".into()), rate, NOW).is_ok());
+    }
+
+    #[test]
+    fn a_batch_larger_than_the_bucket_goes_through_and_those_after_it_wait() {
+        let quotas = Quotas::default();
+        let tier = Tier { events_per_second: Some(100), ..Tier::default() };
+        assert!(quotas.may_ingest(&ws(), &tier, NOW).is_ok());
+        quotas.ingested(&ws(), &tier, 3_000, NOW);
+        let refused = quotas.may_ingest(&ws(), &tier, NOW).unwrap_err();
+        assert_eq!((refused.status(), refused.code), (StatusCode::TOO_MANY_REQUESTS, "ingest_rate"));
+        assert!(quotas.may_ingest(&ws(), &tier, NOW.plus(Span::seconds(20))).is_err());
+        assert!(quotas.may_ingest(&ws(), &tier, NOW.plus(Span::seconds(21))).is_ok());
+        assert!(quotas.may_ingest(&ws(), &Tier::default(), NOW).is_ok());
+    }
+
+    #[test]
+    fn a_larger_tier_counts_what_was_used() {
+        let quotas = Quotas::default();
+        let of = || Of::Requests(ws(), "ann".into());
+        for _ in 0..30 {
+            assert!(quotas.request(of(), Rate::per_hour(30), NOW).is_ok());
+        }
+        let standing = quotas.request(of(), Rate::per_hour(100), NOW).map_err(drop).unwrap();
+        assert_eq!(standing.remaining, 69);
+        let mut headers = HeaderMap::new();
+        standing.tell(&mut headers);
+        assert_eq!(headers["ratelimit-limit"], "100");
+        assert_eq!(headers["ratelimit-policy"], "100;w=3600");
+    }
+
+    #[test]
+    fn a_smaller_tier_is_within_a_larger_one() {
+        let tiers: Vec<Tier> = default_tiers().into_iter().map(|(_, tier)| tier).collect();
+        for pair in tiers.windows(2) {
+            assert!(pair[0].is_within(&pair[1]) && !pair[1].is_within(&pair[0]));
+        }
+        assert!(tiers[0].is_within(&tiers[0]));
+    }
+
+    #[test]
+    fn time_that_goes_back_gives_nothing() {
+        let quotas = Quotas::default();
+        let ask = |now| quotas.request(Of::User("ann".into()), Rate::per_minute(1), now).is_ok();
+        assert!(ask(NOW) && !ask(NOW.minus(Span::seconds(600))) && !ask(NOW.plus(Span::seconds(1))));
+        assert!(ask(NOW.plus(Span::seconds(61))));
+    }
+}

@@ -1,0 +1,324 @@
+//! Who may follow and send what over the WebSocket and over server-sent events, and until when.
+
+use super::*;
+use axum::body::BodyDataStream;
+
+fn subscribe(channel: &str) -> Value {
+    json!({"type": "subscribe", "workspace": "acme", "channel": channel, "ref": channel})
+}
+
+fn trade() -> Value {
+    json!([{"symbol": "A", "price": 1, "qty": 2}])
+}
+
+fn publish(stream: &str, events: Value) -> Value {
+    json!({"type": "publish", "workspace": "acme", "stream": stream, "events": events, "ref": "publish"})
+}
+
+/// What the server says first that is no event of a channel.
+async fn answer(socket: &mut Socket, message: Value) -> Value {
+    tell(socket, message).await;
+    loop {
+        let heard = hear(socket).await;
+        if heard["type"] != "event" {
+            return heard;
+        }
+    }
+}
+
+async fn signed_in(listening: &Listening, token: &str) -> Socket {
+    let mut socket = listening.connect().await;
+    assert_eq!(ask(&mut socket, json!({"type": "auth", "token": token})).await["type"], "ok");
+    socket
+}
+
+/// A workspace with something of each kind; tokens of its owner and of Bob, who is no member yet.
+async fn workspace() -> (Listening, String, String) {
+    let listening = Listening::start(Limits::default()).await;
+    let (_, root) = listening.signed_in().await;
+    let bob = listening.server.user(&root, "bob@example.com").await;
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
+    for (method, path, body) in [
+        ("PUT", "metrics/volume", json!({"sql": sql})),
+        ("POST", "portfolios", json!({"id": "main"})),
+        ("POST", "portfolios", json!({"id": "secret"})),
+    ] {
+        let made = listening.server.call(method, &format!("/api/v1/workspaces/acme/{path}"), &root, body).await;
+        assert!(made.status < 300, "{path}: {}", made.body);
+    }
+    (listening, root, bob)
+}
+
+async fn give_role(listening: &Listening, root: &str, role: &str) {
+    let body = json!({"email": "bob@example.com", "role": role});
+    assert_eq!(listening.server.call("PUT", "/api/v1/workspaces/acme/members", root, body).await.status, 200);
+}
+
+async fn grant(listening: &Listening, root: &str, scope: &str) {
+    let body = json!({"email": "bob@example.com", "scope": scope});
+    assert_eq!(listening.server.call("PUT", "/api/v1/workspaces/acme/grants", root, body).await.status, 200);
+}
+
+async fn key(listening: &Listening, root: &str, key: Value) -> String {
+    let made = listening.server.call("POST", "/api/v1/workspaces/acme/keys", root, key).await;
+    made.body["key"].as_str().unwrap_or_else(|| panic!("{}", made.body)).to_owned()
+}
+
+/// Server-sent events as they come.
+struct Events {
+    body: BodyDataStream,
+    text: String,
+}
+
+impl Events {
+    /// Follows a channel, or tells the status and code with which that is refused.
+    async fn follow(listening: &Listening, token: &str, channel: &str) -> Result<Events, (u16, String)> {
+        let channel = channel.replace(' ', "%20");
+        let request = Request::builder().uri(format!("/api/v1/workspaces/acme/events?channel={channel}"));
+        let request = request.header("authorization", format!("Bearer {token}")).body(Body::empty()).unwrap();
+        let response = listening.server.router.clone().oneshot(request).await.unwrap();
+        let status = response.status().as_u16();
+        if status == 200 {
+            return Ok(Events { body: response.into_body().into_data_stream(), text: String::new() });
+        }
+        let bytes = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        let problem: Value = serde_json::from_slice(&bytes).unwrap();
+        Err((status, problem["code"].as_str().unwrap().to_owned()))
+    }
+
+    /// The next message; nothing at the end.
+    async fn next(&mut self) -> Option<Value> {
+        loop {
+            if let Some((event, rest)) = self.text.split_once("\n\n") {
+                let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+                let message = data.map(|data| serde_json::from_str(data).unwrap());
+                self.text = rest.to_owned();
+                match message {
+                    Some(message) => return Some(message),
+                    None => continue,
+                }
+            }
+            let piece = tokio::time::timeout(Duration::from_secs(20), self.body.next()).await.unwrap()?.unwrap();
+            self.text.push_str(std::str::from_utf8(&piece).unwrap());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_follows_the_channels_that_it_may_read_and_sends_nothing_that_it_may_not() {
+    let (listening, root, bob) = workspace().await;
+    let channels = [
+        ("streams/market.trades", "viewer"),
+        ("alerts", "viewer"),
+        ("presence/alerts", "viewer"),
+        ("metrics/volume", "viewer limited_partner"),
+        ("portfolio/main", "viewer limited_partner"),
+        ("presence/metrics/volume", "viewer limited_partner"),
+        ("thread/t", ""),
+        ("presence/thread/t", ""),
+    ];
+    for role in ["viewer", "limited_partner", "guest"] {
+        give_role(&listening, &root, role).await;
+        let mut socket = signed_in(&listening, &bob).await;
+        for (channel, roles) in channels {
+            let may = roles.split(' ').any(|known| known == role);
+            let told = answer(&mut socket, subscribe(channel)).await;
+            let code = if may { Value::Null } else { json!("forbidden") };
+            assert_eq!((&told["code"], &told["ref"]), (&code, &json!(channel)), "{role}: {told}");
+            let followed = Events::follow(&listening, &bob, channel).await.map(drop);
+            let expected = if may { Ok(()) } else { Err((403, "forbidden".to_owned())) };
+            assert_eq!(followed, expected, "{role} {channel}");
+        }
+        let query = json!({
+            "type": "subscribe", "workspace": "acme", "channel": "query/q", "ref": "q",
+            "sql": "SELECT count(*) AS n FROM market.trades",
+        });
+        let code = if role == "viewer" { Value::Null } else { json!("forbidden") };
+        assert_eq!(answer(&mut socket, query).await["code"], code, "{role}");
+        let input = json!({"threadId": "t", "runId": "r", "messages": []});
+        for refused in [
+            publish("market.trades", trade()),
+            json!({"type": "run", "workspace": "acme", "agent": "analyst", "input": input}),
+            json!({"type": "cancel", "workspace": "acme", "run_id": "r"}),
+        ] {
+            assert_eq!(answer(&mut socket, refused.clone()).await["code"], "forbidden", "{role}: {refused}");
+        }
+    }
+    let log = listening.server.get("/api/v1/workspaces/acme/audit", &root).await;
+    let refusals = log.body["entries"].as_array().unwrap().iter();
+    let of_frames = refusals.filter(|entry| entry["action"] == "ws publish" && entry["outcome"] == "forbidden");
+    assert_eq!(of_frames.count(), 3, "{}", log.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_opens_one_channel_and_a_scope_leaves_one() {
+    let (listening, root, bob) = workspace().await;
+    for scope in ["portfolio:read@portfolio/main", "metric:read@metrics/volume", "stream:ingest@streams/market.trades"]
+    {
+        grant(&listening, &root, scope).await;
+    }
+    let reader = json!({"name": "k", "role": "member", "scopes": [
+        "query:run", "stream:read@streams/market.trades", "stream:ingest@streams/market.trades",
+    ]});
+    let key = key(&listening, &root, reader).await;
+    let mut guest = signed_in(&listening, &bob).await;
+    for (channel, may) in [
+        ("portfolio/main", true),
+        ("portfolio/secret", false),
+        ("metrics/volume", true),
+        ("metrics/volume?symbol=A", true),
+        ("metrics/other", false),
+        ("streams/market.trades", false),
+        ("alerts", false),
+        // who else is there is not for guests
+        ("presence/metrics/volume", false),
+        ("query/q", false),
+    ] {
+        let told = answer(&mut guest, subscribe(channel)).await;
+        assert_eq!(told["type"] == "ok", may, "{channel}: {told}");
+        assert_eq!(Events::follow(&listening, &bob, channel).await.is_ok(), may, "{channel}");
+    }
+    assert_eq!(answer(&mut guest, publish("market.trades", trade())).await["accepted"], 1);
+    assert_eq!(answer(&mut guest, publish("chat.messages", json!([]))).await["code"], "forbidden");
+
+    let mut machine = signed_in(&listening, &key).await;
+    assert_eq!(answer(&mut machine, subscribe("streams/market.trades")).await["type"], "ok");
+    assert_eq!(answer(&mut machine, subscribe("streams/chat.messages")).await["code"], "forbidden");
+    for (table, may) in
+        [("market.trades", true), ("chat.messages", false), ("volume", false), ("metrics.volume", false)]
+    {
+        let sql = format!("SELECT count(*) AS n FROM {table}");
+        let mut live = subscribe("query/q");
+        live["sql"] = sql.as_str().into();
+        let told = answer(&mut machine, live).await;
+        assert_eq!(told["type"] == "ok", may, "{table}: {told}");
+        let channel = format!("query/q&sql={sql}");
+        assert_eq!(Events::follow(&listening, &key, &channel).await.is_ok(), may, "{table}");
+        let once = listening.server.call("POST", "/api/v1/workspaces/acme/query", &key, json!({"sql": sql})).await;
+        assert_eq!(once.status == 200, may, "{table}: {}", once.body);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_metric_shows_nobody_what_they_may_not_read() {
+    let (listening, root, bob) = workspace().await;
+    for scope in ["metric:define@metrics/mine", "metric:read@metrics/mine", "stream:read@streams/market.trades"] {
+        grant(&listening, &root, scope).await;
+    }
+    let define = async |table: &str| {
+        let sql = format!("SELECT count(*) AS n FROM {table} GROUP BY tumble(ts, INTERVAL '1 minute')");
+        let at = "/api/v1/workspaces/acme/metrics/mine";
+        listening.server.call("PUT", at, &bob, json!({"sql": sql})).await.status
+    };
+    assert_eq!(define("chat.messages").await, 403);
+    assert_eq!(define("metrics.volume").await, 403);
+    assert_eq!(define("market.trades").await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_withdrawn_ends_before_the_next_message() {
+    let (listening, root, bob) = workspace().await;
+    let scope = "stream:read@streams/market.trades";
+    grant(&listening, &root, scope).await;
+    grant(&listening, &root, "metric:read@metrics/volume").await;
+    let mut socket = signed_in(&listening, &bob).await;
+    for channel in ["metrics/volume", "streams/market.trades"] {
+        assert_eq!(answer(&mut socket, subscribe(channel)).await["type"], "ok");
+    }
+    let mut events = Events::follow(&listening, &bob, "streams/market.trades").await.map_err(drop).unwrap();
+    let send = async || {
+        let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+        assert_eq!(listening.server.call("POST", at, &root, trade()).await.status, 200);
+    };
+    let is_stream = |message: &Value| message["channel"] == "streams/market.trades";
+    send().await;
+    while hear(&mut socket).await["event"]["name"] != "stream.events" {}
+    while events.next().await.unwrap()["event"]["name"] != "stream.events" {}
+
+    let at = format!("/api/v1/workspaces/acme/grants?email=bob@example.com&scope={scope}");
+    assert_eq!(listening.server.call("DELETE", &at, &root, Value::Null).await.status, 204);
+    send().await;
+    let told = loop {
+        let heard = hear(&mut socket).await;
+        if is_stream(&heard) {
+            break heard;
+        }
+    };
+    assert_eq!((&told["type"], &told["code"]), (&json!("error"), &json!("forbidden")), "{told}");
+    // the other channel goes on
+    send().await;
+    loop {
+        let heard = hear(&mut socket).await;
+        assert!(!is_stream(&heard), "{heard}");
+        if heard["channel"] == "metrics/volume" && heard["type"] == "event" {
+            break;
+        }
+    }
+    assert_eq!(events.next().await, None, "the stream of events ends, and the next attempt is told why");
+    assert!(Events::follow(&listening, &bob, "streams/market.trades").await.is_err());
+
+    // somebody who is no member any more, and somebody who has signed out
+    let me = listening.server.get("/api/v1/me", &bob).await.body["user"]["id"].as_str().unwrap().to_owned();
+    let removed = format!("/api/v1/workspaces/acme/members/{me}");
+    assert_eq!(listening.server.call("DELETE", &removed, &root, Value::Null).await.status, 204);
+    send().await;
+    let told = loop {
+        let heard = hear(&mut socket).await;
+        if heard["type"] == "error" {
+            break heard;
+        }
+    };
+    assert_eq!((&told["channel"], &told["code"]), (&json!("metrics/volume"), &json!("workspace_not_found")), "{told}");
+    let mut mine = signed_in(&listening, &root).await;
+    assert_eq!(answer(&mut mine, subscribe("streams/market.trades")).await["type"], "ok");
+    let other = listening.server.token("root@example.com").await;
+    let everywhere = json!({"everywhere": true});
+    assert_eq!(listening.server.call("POST", "/api/v1/auth/logout", &root, everywhere).await.status, 204);
+    assert_eq!(listening.server.get("/api/v1/me", &other).await.status, 401);
+    tell(&mut mine, json!({"type": "ping"})).await;
+    assert_eq!(closed(&mut mine).await, 4001);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_ends_with_its_credentials_however_busy_it_is() {
+    let (listening, root, _) = workspace().await;
+    let end = engine::event::Micros(actors::clock::Clock::now(&SystemClock).0 + 2_500_000);
+    let body = json!({"name": "k", "role": "member", "expires_at": actors::rows::rfc3339(end)});
+    let short = key(&listening, &root, body).await;
+    let (mut idle, mut busy) = (signed_in(&listening, &short).await, signed_in(&listening, &short).await);
+    assert_eq!(answer(&mut busy, subscribe("streams/market.trades")).await["type"], "ok");
+    let mut events = Events::follow(&listening, &short, "streams/market.trades").await.map_err(drop).unwrap();
+    let server = listening.server.router.clone();
+    let load = tokio::spawn(async move {
+        loop {
+            let request = Request::builder().method("POST").uri("/api/v1/workspaces/acme/streams/market.trades/events");
+            let request = request.header("authorization", format!("Bearer {root}"));
+            let request = request.header("content-type", "application/json");
+            let request = request.body(Body::from(trade().to_string())).unwrap();
+            assert_eq!(server.clone().oneshot(request).await.unwrap().status(), 200);
+        }
+    });
+    let ended = async { while events.next().await.is_some() {} };
+    let all = async { tokio::join!(closed(&mut idle), closed(&mut busy), ended) };
+    let codes = tokio::time::timeout(Duration::from_secs(20), all).await.expect("all end");
+    assert_eq!(codes, (4002, 4002, ()));
+    load.abort();
+    let refused = Events::follow(&listening, &short, "alerts").await.err();
+    assert_eq!(refused, Some((401, "unauthorized".to_owned())));
+    let mut late = listening.connect().await;
+    assert_eq!(ask(&mut late, json!({"type": "auth", "token": short})).await["code"], "unauthorized");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_published_counts_for_the_tier_as_what_is_posted_does() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "member").await;
+    let tier = json!({"tier": "free"});
+    assert_eq!(listening.server.call("PATCH", "/api/v1/workspaces/acme", &root, tier).await.status, 200);
+    let mut socket = signed_in(&listening, &bob).await;
+    let many: Vec<Value> = (0..9_000).map(|_| json!({"symbol": "A", "price": 1, "qty": 1})).collect();
+    for _ in 0..2 {
+        assert_eq!(answer(&mut socket, publish("market.trades", json!(many))).await["accepted"], 9_000);
+    }
+    assert_eq!(answer(&mut socket, publish("market.trades", trade())).await["code"], "ingest_rate");
+}
