@@ -48,7 +48,6 @@ rm -f /tmp/vitest.$$.json
 
 # The rest needs a running server: one of our own, on a port of its own, with data of its own.
 say "server for the clients below"
-cargo build --workspace --locked --bins 2>&1 | tail -1
 target=${CARGO_TARGET_DIR:-target}
 data=$(mktemp -d)
 port=$((20000 + RANDOM % 20000))

@@ -1,6 +1,6 @@
 //! The commands of the binary, run as a user runs them against a real server.
 
-use crate::harness::{EMAIL, PASSWORD, Server, binary};
+use crate::harness::{BINARY, EMAIL, PASSWORD, Server};
 use reqwest::Method;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -11,7 +11,7 @@ use tokio::process::Command;
 const HEADER: &str = "ts,symbol,price,qty,side\n";
 
 async fn run(server: &Server, args: &[&str]) -> Output {
-    let mut command = Command::new(binary());
+    let mut command = Command::new(BINARY);
     command.args(args).env("TIDEWATCH_URL", &server.url).env("TIDEWATCH_EMAIL", EMAIL);
     command.env("TIDEWATCH_PASSWORD", PASSWORD).output().await.unwrap()
 }

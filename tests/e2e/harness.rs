@@ -4,8 +4,7 @@ use futures::{SinkExt, StreamExt};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use server::{App, Config};
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::path::Path;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -16,21 +15,8 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 pub const EMAIL: &str = "owner@example.com";
 pub const PASSWORD: &str = "correct horse battery staple";
 
-/// The real binary, built from this source: once for all tests of this process.
-pub fn binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        // the whole workspace, so that features and with them the built dependencies stay the same
-        let built = std::process::Command::new(env!("CARGO"))
-            .args(["build", "--workspace", "--bins", "--locked"])
-            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
-            .output()
-            .expect("cargo runs");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let test = std::env::current_exe().expect("a test has a path");
-        test.ancestors().nth(2).expect("it lies in deps").join("tidewatch")
-    })
-}
+/// The real binary, of the same build as the tests.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_tidewatch");
 
 /// A running server; drained by [`Server::stop`].
 pub struct Server {

@@ -4,9 +4,9 @@
 //! `TIDEWATCH_TEST_KILLS`: how often in all, 50 unless said. `TIDEWATCH_TEST_SEED`: which load, and how long after a
 //! start it is killed; printed with every run.
 
-use crate::harness::{EMAIL, PASSWORD, binary};
+use crate::database::Database;
+use crate::harness::{BINARY, EMAIL, PASSWORD};
 use chrono::{DateTime, Utc};
-use database::Database;
 use futures::future::join_all;
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
@@ -18,9 +18,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
-
-#[path = "../support/database.rs"]
-mod database;
 
 const WORKSPACES: u64 = 5;
 /// November 2023: event time has nothing to do with the clock, but for the bound on events from the future.
@@ -68,7 +65,7 @@ impl Process {
 
     fn start(&mut self) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.directory.join("stderr.txt"));
-        let mut command = Command::new(binary());
+        let mut command = Command::new(BINARY);
         command
             .arg("serve")
             .env("TIDEWATCH__LISTEN", format!("127.0.0.1:{}", self.port))

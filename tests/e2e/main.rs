@@ -1,9 +1,12 @@
 //! End to end: the whole system on a port and in a directory of its own, spoken to as a client does.
 
 mod bad_input; // each kind of bad input: its problem, its code, and the process stays up
-mod command; // the commands of the binary against a real server
 mod chain; // metrics over metrics, live, in history and after a restart
+mod command; // the commands of the binary against a real server
+#[path = "../support/database.rs"]
+mod database; // a PostgreSQL of its own
 mod harness; // a server for one test, and a client of it
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart
 mod kill; // the real binary killed under load: nothing acknowledged is lost, nothing counts twice
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining
+mod stores; // the binary over PostgreSQL: killed, without its database, backed up and restored

@@ -55,7 +55,7 @@ pub(super) async fn prepare(dir: &TempDir) {
             "DO $$ DECLARE t REGCLASS; BEGIN \
                FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') \
                LOOP EXECUTE format('DROP TABLE %s CASCADE', t); END LOOP; \
-               DROP DOMAIN IF EXISTS finite_numeric; DROP FUNCTION IF EXISTS wall_off, forget_samples; END $$; DEALLOCATE ALL; RESET ALL"
+               DROP DOMAIN IF EXISTS finite_numeric; DROP FUNCTION IF EXISTS wall_off, forget_samples; END $$; DEALLOCATE ALL; RESET ALL; SET search_path TO public"
                 .to_owned(),
         ),
     };
