@@ -291,7 +291,7 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     // a metric that is defined later reads past them too
     let restarts = world.system.actors().await[0].restarts;
     let definition = serde_json::json!({
-        "sql": "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour')", "backfill": "1d",
+        "sql": "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour')", "backfill": Span::seconds(86_400),
     });
     let definition = serde_json::from_value(definition).unwrap();
     world.system.define_metric(&id, "all".parse().unwrap(), definition).await.unwrap();
