@@ -182,7 +182,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("delete", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "Deletes a reference table that no metric joins, with its rows.").needs(Permission::StreamDefine),
     Operation::new("post", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "Changes rows: objects with the table's columns put a row in the place of the one with its primary key; with `deleted: true` and the primary key they take it away. A change is valid from `valid_from` on, or from its arrival; the first of its key without `valid_from` has always been valid. Answers once the changes are durable; good ones count although others are bad.").needs(Permission::StreamIngest)
         .query(&[("ts_unit", "What an integer `valid_from` counts: s, ms (default), us or ns.")])
-        .takes_as(ROWS, "Events")
+        .takes_as(ROWS, "ReferenceTableChanges")
         .gives(200, "Ingested"),
     Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always).").needs(Permission::StreamRead)
         .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
@@ -409,6 +409,10 @@ fn example(schema: &str) -> Option<Value> {
         "StreamDefinition" => {
             json!({"columns": [{"name": "order_id", "type": "utf8", "nullable": false}], "unknown_fields": "keep"})
         }
+        "ReferenceTableDefinition" => json!({
+            "columns": [{"name": "symbol", "type": "utf8"}, {"name": "region", "type": "utf8"}], "primary_key": ["symbol"],
+        }),
+        "ReferenceTableChanges" => json!([{"symbol": "AAPL", "region": "US"}]),
         "Events" => json!([{"id": "t-1", "symbol": "AAPL", "price": 187.5, "qty": 2}]),
         "MetricDefinition" => json!({"sql": SQL, "emit": "250ms"}),
         "Query" => json!({"sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY symbol"}),
@@ -682,6 +686,7 @@ fn document() -> Value {
     schemas.insert("Object".to_owned(), json!({"type": "object"}));
     schemas.insert("Text".to_owned(), json!({"type": "string"}));
     let events = json!({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "object"}}]});
+    schemas.insert("ReferenceTableChanges".to_owned(), events.clone());
     schemas.insert("Events".to_owned(), events);
     let problem = content(&["application/problem+json"], "Problem");
     let header = |meaning: &str| json!({"description": meaning, "schema": {"type": "integer"}});

@@ -440,10 +440,12 @@ async fn messages_that_cannot_be_served_are_refused_by_name_and_the_connection_g
         assert!(refused["detail"].as_str().is_some_and(|detail| !detail.is_empty()), "{refused}");
         assert_eq!(refused.get("ref").is_some(), frame.is_object(), "{refused}");
     }
-    for channel in ["alerts", "thread/t"] {
+    for channel in ["alerts", "streams/chat.messages"] {
         socket.subscribe(channel, Value::Null).await;
     }
-    socket.send(json!({"type": "subscribe", "workspace": "acme", "channel": "thread/u", "ref": "u"})).await;
+    socket
+        .send(json!({"type": "subscribe", "workspace": "acme", "channel": "streams/market.trades", "ref": "u"}))
+        .await;
     let refused = socket.until(|frame| frame["ref"] == "u").await;
     assert_eq!(refused["code"], "too_many_subscriptions");
     assert!(refused["detail"].as_str().unwrap().contains("limits.subscriptions"), "{refused}");

@@ -40,6 +40,7 @@ fn shown(info: &TableInfo) -> Value {
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
+    member.may_somewhere(Permission::StreamRead)?;
     let tables = state.system.tables(&member.workspace).await?;
     let seen = |info: &&TableInfo| member.may_read_table(info.table.name()).is_ok();
     Ok(axum::Json(json!({"tables": tables.iter().filter(seen).map(shown).collect::<Vec<Value>>()})))
