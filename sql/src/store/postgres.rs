@@ -50,10 +50,19 @@ pub(super) async fn migrate(url: &str, options: &Options) -> Result<String, Stor
             Err(source) => return Err(StoreError::Connect { server, source }),
         }
     };
-    let mode = prepare(&mut connection, &server, options).await;
+    let mode = match forget_statements(&mut connection).await {
+        Ok(()) => prepare(&mut connection, &server, options).await,
+        Err(source) => Err(StoreError::Connect { server, source }),
+    };
+    _ = forget_statements(&mut connection).await;
     // The lock goes with the connection, whatever happened.
     _ = connection.close().await;
     mode
+}
+
+/// Behind a pooler a session had other users and will have more: their prepared statements are named as ours are.
+async fn forget_statements(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    raw_sql("DEALLOCATE ALL").execute(connection).await.map(|_| ())
 }
 
 async fn prepare(connection: &mut PgConnection, server: &str, options: &Options) -> Result<String, StoreError> {
