@@ -206,7 +206,7 @@ impl Joins {
     }
 
     /// The stream's own columns at their places; those nobody asks for are NULL.
-    fn from_stream(&self, batch: &RecordBatch) -> Vec<ArrayRef> {
+    fn own_columns(&self, batch: &RecordBatch) -> Vec<ArrayRef> {
         let rows = batch.num_rows();
         let own = self.stream.fields().iter().enumerate().map(|(at, field)| match self.needed[at] {
             true => column_of(batch, field),
@@ -505,7 +505,7 @@ fn absorb_with_tables(
 ) -> Result<usize> {
     let program = metric.program().clone();
     let joins = program.joins().expect("called for a metric with joins");
-    let rows = Wide::new(joins.from_stream(batch), batch.num_rows());
+    let rows = Wide::new(joins.own_columns(batch), batch.num_rows());
     let (rows, origin) = joins.join_tables(rows, 0, tables)?.finish(joins)?;
     let mut late = Vec::new();
     metric.absorb(&rows, frontier, out, &mut late)?;

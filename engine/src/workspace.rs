@@ -95,7 +95,7 @@ pub struct Outputs {
 pub enum Computation {
     Windows(Metric),
     /// The same over events that reference tables or another stream are joined to.
-    Joined(Joined),
+    Joined(Box<Joined>),
     Rollup(Rollup),
     Rows(RowMetric),
 }
@@ -139,7 +139,7 @@ impl Computation {
             Computation::Windows(metric) => {
                 Computation::Windows(Metric::new(metric.program().clone(), metric.timing())?)
             }
-            Computation::Joined(joined) => Computation::Joined(joined.emptied()?),
+            Computation::Joined(joined) => Computation::Joined(Box::new(joined.emptied()?)),
             Computation::Rollup(rollup) => Computation::Rollup(rollup.emptied()?),
             Computation::Rows(metric) => {
                 Computation::Rows(RowMetric::new(metric.program().clone(), metric.lateness())?)
@@ -227,7 +227,9 @@ impl Computation {
             (Computation::Rows(metric), [partitions, kept]) => {
                 RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
             }
-            (Computation::Joined(joined), state) => joined.restored(closed, state).map(Computation::Joined),
+            (Computation::Joined(joined), state) => {
+                joined.restored(closed, state).map(|joined| Computation::Joined(Box::new(joined)))
+            }
             (Computation::Rollup(rollup), state) => rollup.restored(closed, state).map(Computation::Rollup),
             (_, state) => Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
         }
@@ -275,7 +277,9 @@ impl Workspace {
     pub fn define(&mut self, name: ItemName, version: i64, program: Arc<Program>, timing: Timing) -> Result<()> {
         let mut since = Micros::MIN;
         let metric = match program.stream().metric() {
-            None if program.is_joined() => Computation::Joined(Joined::new(program, timing, self.limits.metric)?),
+            None if program.is_joined() => {
+                Computation::Joined(Box::new(Joined::new(program, timing, self.limits.metric)?))
+            }
             None => Computation::Windows(Metric::new(program, timing)?),
             Some(upstream) => {
                 if let Some(cycle) = self.cycle(&name, &program) {

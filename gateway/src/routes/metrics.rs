@@ -81,8 +81,15 @@ fn shown(info: &MetricInfo) -> Value {
     shown
 }
 
-/// How a metric runs: its panes, the state it holds and shares, and what its batches cost.
-fn planned(info: &MetricInfo, all: &[MetricInfo], tables: &[TableInfo], limits: &StateLimits) -> Value {
+/// How a metric runs: its panes, the state it holds and shares, and what its batches cost. Of the metrics that read it
+/// those are named that the member sees.
+fn planned(
+    member: &Member,
+    info: &MetricInfo,
+    all: &[MetricInfo],
+    tables: &[TableInfo],
+    limits: &StateLimits,
+) -> Value {
     let (program, window_of_it) = (&info.program, info.program.window());
     let panes = match window_of_it {
         _ if program.is_row_wise() => Value::Null,
@@ -92,7 +99,10 @@ fn planned(info: &MetricInfo, all: &[MetricInfo], tables: &[TableInfo], limits: 
             json!({"kind": "panes", "held": info.panes, "width": format(cut.pane()), "per_window": per_window, "windows_per_pane": cut.overlap()})
         }
     };
-    let read_by = all.iter().filter(|other| other.program.stream().metric().as_ref() == Some(&info.name));
+    let read_by = all.iter().filter(|other| {
+        other.program.stream().metric().as_ref() == Some(&info.name)
+            && member.sees(Permission::MetricRead, "metrics", &other.name)
+    });
     let size = |table: &StreamName| {
         let bytes = tables.iter().find(|known| known.table.name() == table).map_or(0, |known| known.size.bytes);
         let readers = all.iter().filter(|other| other.program.tables().any(|read| read == table)).count();
@@ -125,7 +135,7 @@ async fn plan(
         return Err(Problem::not_found("unknown_metric", format!("there is no metric `{name}`")));
     };
     let tables = state.system.tables(&member.workspace).await?;
-    Ok(axum::Json(planned(info, &all, &tables, &state.system.limits().state())))
+    Ok(axum::Json(planned(&member, info, &all, &tables, &state.system.limits().state())))
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
