@@ -11,6 +11,7 @@ mod fault; // why a request could not be served
 mod fault_point; // where a test makes this crate fail
 mod history; // rows of store and memory as one table
 pub mod outlet; // what actors push
+pub mod pack; // what a workspace of one domain starts with
 mod portfolio; // a portfolio's actor
 mod query; // the pool of query workers
 mod root; // starts workspaces, and starts them again

@@ -14,7 +14,7 @@ use crate::silence;
 use crate::table::{StoredTable, TableInfo};
 use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
-use arrow::array::RecordBatch;
+use arrow::array::{Array, ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::limit::{StateLimits, StateSize};
@@ -655,20 +655,7 @@ impl System {
     pub async fn define_stream(&self, id: &WorkspaceId, schema: StreamSchema) -> Result<(), Fault> {
         let tenant = self.tenant(id)?;
         let stream = schema.stream.clone();
-        if let (METRICS, name) = stream.parts() {
-            let detail =
-                format!("`{stream}` names the final rows of metric `{name}`; give the stream another first part");
-            return Err(Fault::new(FaultKind::Conflict, "reserved_stream", detail));
-        }
-        if built_in().iter().any(|known| known.stream == stream) {
-            let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
-            return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
-        }
-        if stream.is_table() {
-            let detail =
-                format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
-            return Err(Fault::invalid("bad_name", detail));
-        }
+        own_name(&stream)?;
         {
             let schemas = tenant.schemas.read();
             match schemas.get(&stream) {
@@ -925,7 +912,7 @@ impl System {
         let timeout = request.timeout.map_or(most, |asked| asked.min(most));
         let deadline = tokio::time::Instant::now() + timeout;
         let tenant = self.tenant(id)?;
-        let Some(_place) = Place::take(&tenant, limits.queries) else {
+        let Some(place) = Place::take(&tenant, limits.queries) else {
             let detail = format!(
                 "{} queries of this workspace run or wait already, the most of limits.queries; wait for one of them",
                 limits.queries
@@ -936,8 +923,8 @@ impl System {
         let question = Question::parse(&request.sql)?;
         let tables = tokio::time::timeout_at(deadline, self.tables_of(id, &question));
         let tables = tables.await.map_err(|_| crate::query::too_late(timeout))??;
-        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
-        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout, deadline).await?;
+        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory, until: deadline.into_std() };
+        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout, place).await?;
         Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
     }
 
@@ -947,7 +934,7 @@ impl System {
         let mut bytes = 0;
         for name in question.tables()? {
             let table = self.table(id, name).await?;
-            bytes += table.batches.iter().map(RecordBatch::get_array_memory_size).sum::<usize>();
+            bytes += table.batches.iter().map(held).sum::<usize>();
             if bytes > self.0.limits.query_memory {
                 let most = self.0.limits.query_memory;
                 let detail = format!("the query reads more than the {most} bytes of limits.query_memory");
@@ -961,9 +948,12 @@ impl System {
     async fn table(&self, id: &WorkspaceId, name: Vec<String>) -> Result<Table, Fault> {
         let tenant = self.tenant(id)?;
         let text = name.join(".");
-        if let Some(schema) = text.parse::<StreamName>().ok().and_then(|s| tenant.schemas.read().get(&s).cloned()) {
-            let batches = self.events(id, &schema).await?;
-            return Ok(Table { name, schema: schema.arrow().clone(), batches });
+        let stream = text.parse::<StreamName>().ok();
+        let known = stream.and_then(|stream| Some((tenant.schemas.read().get(&stream).cloned()?, stream)));
+        if let Some((schema, stream)) = known {
+            let schema = loose(schema.arrow());
+            let batches = self.events(id, stream, schema.clone()).await?;
+            return Ok(Table { name, schema, batches });
         }
         if let Some(table) = text.parse::<StreamName>().ok().filter(StreamName::is_table) {
             let rows = self.table_rows(id, &table, self.now()).await?;
@@ -1002,25 +992,24 @@ impl System {
         Ok(Table { name, schema, batches })
     }
 
-    /// The retained events of a stream, in today's columns.
-    async fn events(&self, id: &WorkspaceId, schema: &Arc<StreamSchema>) -> Result<Vec<RecordBatch>, Fault> {
-        let (log, schema, most) = (self.0.deps.log.clone(), schema.clone(), self.0.limits.query_memory);
+    /// The retained events of a stream in the columns of `schema`.
+    async fn events(&self, id: &WorkspaceId, stream: StreamName, schema: SchemaRef) -> Result<Vec<RecordBatch>, Fault> {
+        let (log, most) = (self.0.deps.log.clone(), self.0.limits.query_memory);
         let first = Offset(self.tenant(id)?.first);
-        let filter = Filter { workspace: Some(id.clone()), stream: Some(schema.stream.clone()), ..Filter::default() };
+        let filter = Filter { workspace: Some(id.clone()), stream: Some(stream.clone()), ..Filter::default() };
         let read = move || -> Result<Vec<RecordBatch>, Fault> {
             let (mut batches, mut bytes) = (Vec::new(), 0);
             for record in log.scan(log.head().max(first), filter).map_err(Fault::internal)? {
                 let (_, record) = record.map_err(Fault::internal)?;
                 let Body::Events { batch, .. } = record.body else { continue };
-                bytes += batch.get_array_memory_size();
+                bytes += held(&batch);
                 if bytes > most {
-                    let stream = &schema.stream;
                     let detail = format!(
                         "stream `{stream}` holds more than the {most} bytes of limits.query_memory; define a metric over it instead"
                     );
                     return Err(Fault::invalid("query_memory", detail));
                 }
-                batches.push(conform(&batch, schema.arrow())?);
+                batches.push(conform(&batch, &schema)?);
             }
             Ok(batches)
         };
@@ -1280,6 +1269,23 @@ impl System {
     }
 }
 
+/// Refuses names that a stream of the user's own cannot have.
+pub(crate) fn own_name(stream: &StreamName) -> Result<(), Fault> {
+    if let (METRICS, name) = stream.parts() {
+        let detail = format!("`{stream}` names the final rows of metric `{name}`; give the stream another first part");
+        return Err(Fault::new(FaultKind::Conflict, "reserved_stream", detail));
+    }
+    if built_in().iter().any(|known| known.stream == *stream) {
+        let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
+        return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
+    }
+    if stream.is_table() {
+        let detail = format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
+        return Err(Fault::invalid("bad_name", detail));
+    }
+    Ok(())
+}
+
 fn not_built_in(name: &StreamName) -> Result<(), Fault> {
     if built_in_tables().iter().any(|known| known.name() == name) {
         let detail = format!("table `{name}` is built in; choose another name for your own columns");
@@ -1302,18 +1308,29 @@ fn over_limit(name: &str, most: usize) -> Fault {
     Fault::new(FaultKind::Conflict, "limit_reached", detail)
 }
 
+/// Bytes of the batch's values: its columns may share one buffer, which each of them would count whole.
+fn held(batch: &RecordBatch) -> usize {
+    let bytes = |column: &ArrayRef| match column.to_data().get_slice_memory_size() {
+        Ok(bytes) => bytes,
+        Err(_) => column.get_array_memory_size(),
+    };
+    batch.columns().iter().map(bytes).sum()
+}
+
+/// The columns, each of which may be NULL: events that are older than a column have none in it.
+fn loose(schema: &SchemaRef) -> SchemaRef {
+    let fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone().with_nullable(true)).collect();
+    Arc::new(Schema::new(fields))
+}
+
 /// The batch in the columns of `schema`: those it lacks are NULL, those it has too many are left out.
 fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Fault> {
-    if batch.schema_ref() == schema {
-        return Ok(batch.clone());
-    }
     let column = |field: &Arc<Field>| match batch.column_by_name(field.name()) {
         Some(column) if column.data_type() == field.data_type() => column.clone(),
         _ => arrow::array::new_null_array(field.data_type(), batch.num_rows()),
     };
     let columns = schema.fields().iter().map(column).collect();
-    let loose: Vec<Field> = schema.fields().iter().map(|f| f.as_ref().clone().with_nullable(true)).collect();
-    RecordBatch::try_new(Arc::new(Schema::new(loose)), columns).map_err(Fault::internal)
+    RecordBatch::try_new(schema.clone(), columns).map_err(Fault::internal)
 }
 
 /// A metric's columns with `final` and `revision` behind, as a table of SQL.
@@ -1391,5 +1408,7 @@ async fn rouse(system: Weak<Inner>) {
     }
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ mod quota; // how much a workspace and a user may ask for
 mod oidc; // sign-in by an OpenID Connect issuer
 mod auth; // passwords, tokens, API keys
 mod extract; // what handlers take from a request
-mod span; // durations as people write them
+
 mod encode; // what is inside as JSON
 mod ingest; // bodies with events
 mod routes; // the HTTP API by area
@@ -32,6 +32,7 @@ pub use serve::serve;
 pub use tls::TlsConfig;
 
 use actors::System;
+use actors::pack::Packs;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
@@ -59,6 +60,7 @@ pub struct AppState {
     pub auth: Arc<Auth>,
     pub hub: Arc<Hub>,
     pub config: Arc<Config>,
+    pub packs: Arc<Packs>,
     /// Renders what `/metrics` answers.
     pub metrics: PrometheusHandle,
     /// Cancelled when the server drains: long answers end then.
@@ -69,12 +71,20 @@ pub struct AppState {
 
 impl AppState {
     /// The state of a server that is not draining.
-    pub fn new(system: System, auth: Arc<Auth>, hub: Arc<Hub>, config: Arc<Config>, metrics: PrometheusHandle) -> Self {
+    pub fn new(
+        system: System,
+        auth: Arc<Auth>,
+        hub: Arc<Hub>,
+        config: Arc<Config>,
+        packs: Arc<Packs>,
+        metrics: PrometheusHandle,
+    ) -> Self {
         Self {
             system,
             auth,
             hub,
             config,
+            packs,
             metrics,
             closing: CancellationToken::new(),
             intake: Arc::default(),

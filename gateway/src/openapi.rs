@@ -128,6 +128,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
     Operation::new("get", "/api/v1/users", "sign-in", "All users. Admins only.").gives(200, "Users"),
     Operation::new("post", "/api/v1/users", "sign-in", "A new user. Admins only.").takes("NewUser").gives(201, "User"),
+    Operation::new("get", "/api/v1/packs", "workspaces", "What a workspace of one domain can start with.").gives(200, "Packs"),
     Operation::new("get", "/api/v1/workspaces", "workspaces", "Mine; admins of the installation see all.")
         .query(&[LIMIT, ("after", "The `next` of the page before.")])
         .gives(200, "Workspaces"),
@@ -287,6 +288,11 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("NewUser", "email string, password string, admin? boolean"),
     ("User", "id string, email string, admin boolean, created_at time"),
     ("Users", "users User[]"),
+    (
+        "Pack",
+        "name string, title string, description string, streams string[], metrics string[], alert_rules string[], dashboard string[]",
+    ),
+    ("Packs", "packs Pack[]"),
     ("NewWorkspace", "id string, name? string, pack? string, tier? string"),
     ("WorkspaceChanges", "name? string, tier? string"),
     (

@@ -75,7 +75,7 @@ impl Server {
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics);
         Server { router: router(state.clone()), state, _dir: dir }
     }
 
@@ -477,6 +477,33 @@ async fn the_sandbox_of_sql_reads_the_tables_of_the_workspace_and_nothing_else()
         "SELECT a.symbol, b.symbol AS other, a.price * b.price AS p FROM market.trades a, market.trades b ORDER BY p";
     let answer = ask(json!({"sql": sorted, "timeout_ms": 9_000})).await;
     assert_eq!((answer.status, answer.code()), (400, "query_memory"), "{}", answer.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queries_that_cannot_be_stopped_keep_nobody_from_an_answer() {
+    let limits = actors::Limits { queries: 4, ..actors::Limits::default() };
+    let server = Arc::new(Server::of(Config::default(), limits).await);
+    let root = server.token("root@example.com").await;
+    for id in ["acme", "other"] {
+        server.call("POST", "/api/v1/workspaces", &root, json!({"id": id})).await;
+    }
+    // one call of one function that takes many seconds: nothing looks at the clock in the middle of it
+    let long = "a".repeat(60_000);
+    let body = json!({"sql": "SELECT levenshtein($1, $2)", "params": [long, "b".repeat(60_000)], "timeout_ms": 200});
+    let asked = (0..4).map(|_| {
+        let (server, root, body) = (server.clone(), root.clone(), body.clone());
+        tokio::spawn(async move { server.call("POST", "/api/v1/workspaces/acme/query", &root, body).await })
+    });
+    for answer in futures::future::join_all(asked).await {
+        let answer = answer.unwrap();
+        assert_eq!((answer.status, answer.code()), (400, "query_timeout"), "{}", answer.body);
+    }
+    let quick = json!({"sql": "SELECT 1 AS one", "timeout_ms": 5_000});
+    let answer = server.call("POST", "/api/v1/workspaces/other/query", &root, quick.clone()).await;
+    assert_eq!((answer.status, &answer.body["rows"]), (200, &json!([[1]])), "{}", answer.body);
+    // who has as many of them as it may ask waits for the end of one
+    let answer = server.call("POST", "/api/v1/workspaces/acme/query", &root, quick).await;
+    assert_eq!((answer.status, answer.code()), (429, "too_many_queries"), "{}", answer.body);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,6 +2,7 @@
 
 use crate::config::{Backend, Config};
 use actors::clock::{Clock, SystemClock};
+use actors::pack::Packs;
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
 use gateway::{AppState, Auth, Hub};
@@ -65,10 +66,11 @@ impl App {
             agents: config.agents.clone(),
         })
         .await?;
+        let packs = Arc::new(Packs::load(config.packs_dir.as_deref()).await?);
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), packs, metrics);
         Ok(App { state, listener })
     }
 
@@ -80,6 +82,11 @@ impl App {
     /// The system behind the gateway.
     pub fn system(&self) -> &System {
         &self.state.system
+    }
+
+    /// What workspaces can be made from.
+    pub fn packs(&self) -> &Packs {
+        &self.state.packs
     }
 
     /// Serves until `stop`, then drains: no new connections, answers finished, clients told to come back, state committed.

@@ -24,6 +24,8 @@ pub struct Config {
     pub cors_origins: Vec<String>,
     /// Holds the log and the embedded store.
     pub data_dir: PathBuf,
+    /// Holds packs of one's own, a folder each.
+    pub packs_dir: Option<PathBuf>,
     pub log: LogConfig,
     /// How repeats of events are found.
     pub dedup: streams::dedup::Config,
@@ -45,6 +47,7 @@ impl Default for Config {
             metrics_listen: None,
             cors_origins: Vec::new(),
             data_dir: PathBuf::from("data"),
+            packs_dir: None,
             log: LogConfig::default(),
             dedup: streams::dedup::Config::default(),
             store: StoreConfig::default(),

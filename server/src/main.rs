@@ -65,8 +65,10 @@ enum Command {
                       The file: metric = \"vwap_1m\"\n          condition = \"vwap > 100\"\n          for = \"30s\"\n          severity = \"critical\""
     )]
     Backtest(Backtest),
-    /// Validates a configuration file, an alert rule or a metric's SQL; says line, column and mend.
-    #[command(after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql")]
+    /// Validates a configuration file, an alert rule, a metric's SQL or a pack; says line, column and mend.
+    #[command(
+        after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql\n         tidewatch check packs/venture"
+    )]
     Check { file: PathBuf },
     /// Workspaces of a data directory.
     #[command(subcommand, after_help = "Example: tidewatch workspace create acme --owner ada@example.com")]
@@ -106,7 +108,7 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON.
+    /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON and a page with plots.
     #[command(after_help = "Example: tidewatch bench ingest --seconds 10")]
     Bench(measure::Bench),
 }

@@ -12,6 +12,7 @@ use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use streams::schema::built_in;
 
 const SECOND: i64 = 1_000_000;
@@ -148,7 +149,7 @@ fn assert_batch(finals: &Finals, chain: &Chain, upstream: &str, metric: &str, te
     let rows = table(finals, chain, upstream);
     let tables =
         vec![Table { name: vec!["metrics".into(), upstream.into()], schema: rows.schema(), batches: vec![rows] }];
-    let bounds = Bounds { rows: 1_000_000, memory: 256 << 20 };
+    let bounds = Bounds { rows: 1_000_000, memory: 256 << 20, until: Instant::now() + Duration::from_secs(60) };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let answer = runtime.block_on(Question::parse(text).unwrap().run(&[], tables, bounds)).unwrap();
     let keys = chain.program(metric).key_count();

@@ -11,7 +11,17 @@ use streams::log::EmbeddedLog;
 use tempfile::TempDir;
 
 /// A clock that stands where the test puts it.
-struct Hand(Mutex<Micros>);
+pub(super) struct Hand(Mutex<Micros>);
+
+impl Hand {
+    pub(super) fn at(now: Micros) -> Arc<Hand> {
+        Arc::new(Hand(Mutex::new(now)))
+    }
+
+    pub(super) fn set(&self, now: Micros) {
+        *self.0.lock() = now;
+    }
+}
 
 impl Clock for Hand {
     fn now(&self) -> Micros {
@@ -21,7 +31,7 @@ impl Clock for Hand {
 
 /// Remembers what was pushed.
 #[derive(Default)]
-struct Pushed(Mutex<Vec<Update>>);
+pub(super) struct Pushed(Mutex<Vec<Update>>);
 
 impl Outlet for Pushed {
     fn publish(&self, update: Update) {
@@ -51,21 +61,31 @@ impl Pushed {
     }
 }
 
-struct World {
-    system: System,
+pub(super) struct World {
+    pub(super) system: System,
     pushed: Arc<Pushed>,
-    clock: Arc<Hand>,
+    pub(super) clock: Arc<Hand>,
 }
 
-const START: i64 = 1_800_000_000_000_000;
+pub(super) const START: i64 = 1_800_000_000_000_000;
 
 impl World {
     async fn open(directory: &Path, limits: Limits) -> World {
+        World::open_with(directory, limits, Hand::at(Micros(START)), |log| log).await
+    }
+
+    pub(super) async fn open_with(
+        directory: &Path,
+        limits: Limits,
+        clock: Arc<Hand>,
+        around: impl FnOnce(Arc<dyn Log>) -> Arc<dyn Log>,
+    ) -> World {
         let store = Store::open(&format!("sqlite:{}/store.db", directory.display())).await.unwrap();
-        let (pushed, clock) = (Arc::new(Pushed::default()), Arc::new(Hand(Mutex::new(Micros(START)))));
+        let pushed = Arc::new(Pushed::default());
+        let log = EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap();
         let parts = Parts {
             store,
-            log: Arc::new(EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap()),
+            log: around(Arc::new(log)),
             dedup: Arc::new(Dedup::open(&directory.join("ids"), &Default::default()).unwrap()),
             outlet: pushed.clone(),
             clock: clock.clone(),
@@ -83,6 +103,12 @@ impl World {
     /// A world with workspaces of these names and a metric `sums` in each.
     async fn with(directory: &Path, limits: Limits, names: &[&str]) -> World {
         let world = World::open(directory, limits).await;
+        world.populate(names).await;
+        world
+    }
+
+    /// Workspaces of these names, with a metric `sums` in each.
+    pub(super) async fn populate(&self, names: &[&str]) {
         let ann = User {
             id: "ann".into(),
             email: "ann@example.com".into(),
@@ -90,14 +116,13 @@ impl World {
             admin: false,
             created_at: Micros(1),
         };
-        world.system.store().create_user(&ann).await.unwrap();
+        self.system.store().create_user(&ann).await.unwrap();
         for name in names {
-            world.create(name).await;
+            self.create(name).await;
             let sql = "SELECT symbol, count(*) AS n, sum(qty) AS total FROM market.trades \
                        GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol";
-            world.define(name, "sums", sql).await;
+            self.define(name, "sums", sql).await;
         }
-        world
     }
 
     async fn create(&self, name: &str) {
@@ -111,7 +136,7 @@ impl World {
         self.system.create_workspace(workspace, "ann").await.unwrap();
     }
 
-    async fn define(&self, name: &str, metric: &str, sql: &str) {
+    pub(super) async fn define(&self, name: &str, metric: &str, sql: &str) {
         let definition = serde_json::from_value(serde_json::json!({"sql": sql})).unwrap();
         self.system.define_metric(&name.parse().unwrap(), metric.parse().unwrap(), definition).await.unwrap();
     }
@@ -150,7 +175,7 @@ impl World {
     }
 
     /// Ends as a killed process does: nothing is committed any more.
-    async fn kill(self) {
+    pub(super) async fn kill(self) {
         for tenant in self.system.tenants() {
             tenant.gone.store(true, Relaxed); // its supervisor must not start it again
             if let Some(actor) = tenant.actor() {
@@ -166,7 +191,7 @@ impl World {
     }
 }
 
-async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+pub(super) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     for _ in 0..3_000 {
         if holds().await {
             return;
@@ -360,6 +385,31 @@ async fn an_alert_fires_once_through_panics_and_kills() {
     assert!(world.counted("alerting").await > 0);
     assert_eq!(world.pushed.alerts(), []);
     assert_eq!(world.system.store().alerts(&id, None, 10, None).await.unwrap().0, stored);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_from_before_a_column_was_added_are_read_in_the_columns_of_now_and_count_once_in_memory() {
+    let directory = TempDir::new().unwrap();
+    let world =
+        World::with(directory.path(), Limits { query_memory: 4 << 20, ..Limits::default() }, &["evolving"]).await;
+    let (id, stream): (WorkspaceId, StreamName) = ("evolving".parse().unwrap(), "my.events".parse().unwrap());
+    let columns = |names: &[&str]| -> Vec<Column> {
+        names.iter().map(|n| serde_json::from_value(serde_json::json!({"name": n, "type": "utf8"})).unwrap()).collect()
+    };
+    for (round, names) in [&["a"][..], &["a", "b"]].into_iter().enumerate() {
+        let schema = StreamSchema::new(stream.clone(), columns(names), UnknownFields::Keep).unwrap();
+        world.system.define_stream(&id, schema).await.unwrap();
+        let schema = world.system.schema(&id, &stream).await.unwrap();
+        let lines: Vec<String> = (0..10_000).map(|n| format!(r#"{{"a":"{round}-{n}","b":"b"}}"#)).collect();
+        let bounds = DecodeBounds::default();
+        let now = world.system.now();
+        let decoded = decode(&schema, lines.join("\n").as_bytes(), Format::Ndjson, TsUnit::Millis, &bounds, now);
+        world.system.ingest(&id, &stream, decoded.unwrap()).await.unwrap();
+    }
+    let sql = "SELECT count(a), count(b) FROM my.events".to_owned();
+    let answer = world.system.query(&id, QueryRequest { sql, params: Vec::new(), timeout: None }).await.unwrap();
+    let counted = |at: usize| answer.batches[0].column(at).as_primitive::<arrow::datatypes::Int64Type>().value(0);
+    assert_eq!((counted(0), counted(1)), (20_000, 10_000));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

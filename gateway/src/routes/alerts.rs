@@ -6,7 +6,6 @@ use crate::encode;
 use crate::extract::{Json, Listing, Member, Path};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use crate::span::{Text, format};
 use actors::RuleDefinition;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -19,6 +18,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use sql::store::{Alert, Silence};
 use std::collections::BTreeMap;
+use streams::span::{Text, format};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()

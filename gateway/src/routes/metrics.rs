@@ -4,7 +4,6 @@ use crate::AppState;
 use crate::extract::{Json, Listing, Member, Path};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use crate::span::{Text, format};
 use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
@@ -16,6 +15,7 @@ use engine::limit::{StateLimits, StateSize};
 use engine::window::Window;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use streams::span::{Text, format};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()

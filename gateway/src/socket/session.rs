@@ -11,7 +11,6 @@ use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seat, Since, Subsc
 use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use crate::span;
 use bytes::Bytes;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use futures::future::BoxFuture;
@@ -22,6 +21,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use streams::span;
 
 /// Live queries of one connection.
 const QUERIES_MAX: usize = 8;
