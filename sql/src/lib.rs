@@ -1,6 +1,7 @@
 //! Everything that speaks SQL: metrics become window programs, questions are answered over memory and history,
 //! and what must last is stored. Knows no actor and no HTTP.
 
+mod division; // division by zero is NULL
 mod error; // what is wrong with a piece of SQL, where, and what to write instead
 mod join; // a metric's FROM: its stream, and what is joined to it
 mod functions; // the engine's indicators as window functions

@@ -1,5 +1,6 @@
 //! Questions asked once: read-only SQL over tables that are handed in.
 
+use crate::division::ByZeroIsNull;
 use crate::error::SqlError;
 use crate::functions;
 use datafusion::arrow::array::RecordBatch;
@@ -135,8 +136,11 @@ impl Question {
             )
             .build_arc()
             .map_err(convert)?;
-        let mut state =
-            SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
+        let mut state = SessionStateBuilder::new_with_default_features()
+            .with_config(config)
+            .with_runtime_env(runtime)
+            .with_analyzer_rule(Arc::new(ByZeroIsNull))
+            .build();
         for name in FORBIDDEN {
             state.deregister_udf(name).map_err(convert)?;
         }

@@ -531,3 +531,23 @@ mod arroyo {
         assert_eq!(ours, golden);
     }
 }
+
+#[test]
+fn a_zero_divisor_makes_a_row_null_and_the_metric_goes_on() {
+    for value in [
+        "1 / (count(*) - count(*))",
+        "sum(CAST(price AS bigint) / CAST(qty AS bigint))",
+        "7 % (count(*) - count(*))",
+        "sum(CAST(price AS decimal(10, 2)) / CAST(qty AS decimal(10, 2)))",
+    ] {
+        let sql = format!("SELECT count(*) AS n, CAST({value} AS double) AS v FROM market.trades GROUP BY {TUMBLE}");
+        let program = planned(&sql);
+        let rows = engine_rows(
+            &program,
+            Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO },
+            &[batch(&[(1, "A", 5.0, 0.0)])],
+            &[],
+        );
+        assert_eq!(rows.into_values().collect::<Vec<_>>(), [[Some(1.0), None]], "{value}");
+    }
+}
