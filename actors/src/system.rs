@@ -16,6 +16,7 @@ use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use engine::alert::Trouble;
 use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::limit::{StateLimits, StateSize};
 use engine::metric::Rows;
@@ -1043,6 +1044,11 @@ impl System {
     pub async fn remove_alert_rule(&self, id: &WorkspaceId, name: &ItemName) -> Result<(), Fault> {
         let existed = self.ask(id, |reply| WorkspaceMsg::Unwatch { name: name.clone(), reply }).await?;
         if existed { Ok(()) } else { Err(unknown("alert rule", "unknown_alert_rule", name)) }
+    }
+
+    /// Rules of a workspace that cannot look at every row, or at none (`rows` is 0 then), and why.
+    pub async fn rule_trouble(&self, id: &WorkspaceId) -> Result<BTreeMap<ItemName, Trouble>, Fault> {
+        self.read(id, WorkspaceMsg::Trouble).await
     }
 
     pub async fn alert_rules(&self, id: &WorkspaceId) -> Result<Vec<(ItemName, RuleDefinition)>, Fault> {

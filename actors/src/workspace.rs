@@ -12,7 +12,7 @@ use crate::system::Deps;
 use crate::table::{Positions, StoredTable};
 use crate::tenant::{Phase as Life, Resting, Tenant};
 use arrow::array::RecordBatch;
-use engine::alert::{Change, Phase, Rule};
+use engine::alert::{Change, Phase, Rule, Trouble};
 use engine::cost::Cost;
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
@@ -80,6 +80,8 @@ pub(crate) enum WorkspaceMsg {
         reply: Reply<bool>,
     },
     Metrics(RpcReplyPort<Vec<MetricInfo>>),
+    /// Rules that cannot look at every row, and why.
+    Trouble(RpcReplyPort<BTreeMap<ItemName, Trouble>>),
     Streams(RpcReplyPort<BTreeMap<StreamName, engine::workspace::StreamTime>>),
     Rows {
         metric: ItemName,
@@ -210,6 +212,8 @@ pub(crate) struct State {
     applied: u64, // the next log offset
     metrics: BTreeMap<ItemName, Defined>,
     rules: BTreeMap<ItemName, RuleDefinition>,
+    /// Why a rule cannot run at all.
+    idle_rules: BTreeMap<ItemName, String>,
     tables: BTreeMap<StreamName, DefinedTable>,
     portfolios: BTreeMap<ItemName, Held>,
     /// The positions that `ref.positions` was told of, by portfolio and symbol; read from the table when first needed.
@@ -282,6 +286,7 @@ impl Actor for WorkspaceActor {
             applied: 0,
             metrics: BTreeMap::new(),
             rules: BTreeMap::new(),
+            idle_rules: BTreeMap::new(),
             tables: BTreeMap::new(),
             portfolios: BTreeMap::new(),
             written: None,
@@ -358,6 +363,7 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Remove { name, reply } => _ = reply.send(state.remove(&name).await),
             WorkspaceMsg::Watch { name, definition, reply } => _ = reply.send(state.watch(name, definition).await),
             WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&name).await),
+            WorkspaceMsg::Trouble(reply) => _ = reply.send(state.trouble()),
             WorkspaceMsg::Metrics(reply) => _ = reply.send(state.infos()),
             WorkspaceMsg::Streams(reply) => {
                 _ = reply.send(state.engine.streams().map(|(name, time)| (name.clone(), time)).collect());
@@ -676,15 +682,24 @@ impl State {
         let rules: Vec<(ItemName, RuleDefinition)> =
             self.rules.iter().filter(|(_, r)| r.metric == *metric).map(|(n, r)| (n.clone(), r.clone())).collect();
         for (name, rule) in rules {
-            if let Err(fault) = self.start_rule(&name, &rule) {
-                tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
+            let started = self.rule(&name, &rule).and_then(|rule| self.engine.watch(rule).map_err(Fault::internal));
+            match started {
+                Ok(()) => _ = self.idle_rules.remove(&name),
+                Err(fault) => {
+                    tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
+                    self.idle_rules.insert(name, fault.detail);
+                }
             }
         }
     }
 
-    fn start_rule(&mut self, name: &ItemName, definition: &RuleDefinition) -> Result<(), Fault> {
-        let rule = self.rule(name, definition)?;
-        self.engine.watch(rule).map_err(Fault::internal)
+    /// Rules that cannot look at every row, and why.
+    fn trouble(&self) -> BTreeMap<ItemName, Trouble> {
+        let trouble = |name: &ItemName| match self.idle_rules.get(name) {
+            Some(reason) => Some(Trouble { reason: reason.clone(), rows: 0 }),
+            None => self.engine.trouble(name).cloned(),
+        };
+        self.rules.keys().filter_map(|name| Some((name.clone(), trouble(name)?))).collect()
     }
 
     fn rule(&self, name: &ItemName, definition: &RuleDefinition) -> Result<Rule, Fault> {
@@ -946,6 +961,13 @@ impl State {
         }
         for change in outputs.alerts {
             self.on_alert(&change);
+        }
+        for (rule, trouble) in outputs.trouble {
+            metrics::counter!("tidewatch_alert_rule_failures_total").increment(trouble.rows);
+            // once: it may be so for every row that comes
+            if self.engine.trouble(&rule).is_some_and(|all| all.rows == trouble.rows) {
+                tracing::warn!(workspace = %self.tenant.id, %rule, reason = trouble.reason, "the condition of an alert rule cannot be computed for some rows; they are left out");
+            }
         }
         for failure in outputs.failures {
             let Failure { metric, stop } = failure;
@@ -1458,20 +1480,19 @@ impl State {
     }
 
     async fn watch(&mut self, name: ItemName, definition: RuleDefinition) -> Result<(), Fault> {
-        self.start_rule(&name, &definition)?;
+        let rule = self.rule(&name, &definition)?;
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, self.deps.clock.now()).await?;
-        let metric = definition.metric.clone();
+        self.engine.watch(rule).map_err(Fault::internal)?;
+        self.idle_rules.remove(&name);
         self.rules.insert(name, definition);
-        if let Some(metric) = self.metrics.get_mut(&metric) {
-            metric.changed = true;
-        }
         Ok(())
     }
 
     async fn unwatch(&mut self, name: &ItemName) -> Result<bool, Fault> {
         self.engine.unwatch(name);
         self.rules.remove(name);
+        self.idle_rules.remove(name);
         Ok(self.deps.store.delete_alert_rule(&self.tenant.id, name).await?)
     }
 

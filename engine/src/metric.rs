@@ -188,6 +188,29 @@ impl Metric {
         }
     }
 
+    /// The same, but since the last look, of which a tick knows nothing: what alert rules see after each batch.
+    pub(crate) fn look(&mut self, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        match &mut self.state {
+            State::Panes(panes) => panes.look(&mut self.frame, frontier, out),
+            State::Sessions(sessions) => sessions.look(&self.frame, out),
+        }
+    }
+
+    /// End of the window that the last look showed, of overlapping ones.
+    pub(crate) fn looked_at(&self) -> Option<Micros> {
+        match &self.state {
+            State::Panes(panes) => panes.looked_at,
+            State::Sessions(_) => None,
+        }
+    }
+
+    /// Goes on looking where a metric stood whose [`Metric::looked_at`] was this.
+    pub(crate) fn look_from(&mut self, looked_at: Option<Micros>) {
+        if let State::Panes(panes) = &mut self.state {
+            panes.looked_at = looked_at;
+        }
+    }
+
     /// All rows of windows that are not final yet, up to the one that holds `frontier`.
     pub fn live(&mut self, frontier: Micros) -> Result<Vec<Rows>> {
         match &mut self.state {

@@ -19,13 +19,15 @@ use std::sync::Arc;
 /// Aggregate state of the keys that had events in one pane of event time.
 struct Pane {
     state: Merged,
-    changed: Vec<Slot>, // since the last tick
+    changed: Vec<Slot>, // since the last tick or look
     is_changed: Vec<bool>,
+    looked_at: Vec<Slot>, // since the last tick, changed before the last look
 }
 
 impl Pane {
     fn new(program: &Program, count: usize, bound: usize) -> Self {
-        Self { state: Merged::new(program, count, bound), changed: Vec::new(), is_changed: Vec::new() }
+        let state = Merged::new(program, count, bound);
+        Self { state, changed: Vec::new(), is_changed: Vec::new(), looked_at: Vec::new() }
     }
 
     /// The slots of keys, which the pane takes in.
@@ -58,8 +60,28 @@ impl Pane {
         }
     }
 
+    /// What changed was looked at, and waits for the next tick.
+    fn set_aside(&mut self) {
+        self.looked_at.extend_from_slice(&self.changed);
+        self.settle();
+        if self.looked_at.len() > 2 * self.is_changed.len() {
+            self.looked_at.sort_unstable();
+            self.looked_at.dedup();
+        }
+    }
+
+    /// What was looked at has changed for the tick.
+    fn bring_back(&mut self) {
+        for slot in self.looked_at.drain(..) {
+            if !std::mem::replace(&mut self.is_changed[slot as usize], true) {
+                self.changed.push(slot);
+            }
+        }
+    }
+
     fn bytes(&self) -> usize {
-        self.state.bytes() + self.is_changed.capacity() + self.changed.capacity() * size_of::<Slot>()
+        let slots = self.changed.capacity() + self.looked_at.capacity();
+        self.state.bytes() + self.is_changed.capacity() + slots * size_of::<Slot>()
     }
 }
 
@@ -74,8 +96,9 @@ type Late = BTreeMap<Micros, Vec<(KeyId, bool)>>;
 pub(crate) struct Panes {
     panes: BTreeMap<Micros, Pane>,
     revisions: Revisions,
-    running: Option<Running>, // of windows that overlap
-    shown: Option<Micros>,    // end of the window that the last tick showed, of overlapping ones
+    running: Option<Running>,             // of windows that overlap
+    shown: Option<Micros>,                // end of the window that the last tick showed, of overlapping ones
+    pub(crate) looked_at: Option<Micros>, // and the last look
 }
 
 impl Panes {
@@ -160,6 +183,28 @@ impl Panes {
     /// Tumbling: the changed keys of each open window. Hopping: the window that ends next, as the
     /// newest complete view; when it moves on, all its keys.
     pub(crate) fn tick(&mut self, frame: &mut Frame, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        self.panes.values_mut().for_each(Pane::bring_back);
+        self.shown = self.show(frame, frontier, self.shown, out)?;
+        self.panes.values_mut().for_each(Pane::settle);
+        Ok(())
+    }
+
+    /// The same since the last look.
+    pub(crate) fn look(&mut self, frame: &mut Frame, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        self.looked_at = self.show(frame, frontier, self.looked_at, out)?;
+        self.panes.values_mut().filter(|pane| !pane.changed.is_empty()).for_each(Pane::set_aside);
+        Ok(())
+    }
+
+    /// Rows that changed, and which window they are of where windows overlap; before, they were of the one that ends at
+    /// `shown`.
+    fn show(
+        &mut self,
+        frame: &mut Frame,
+        frontier: Micros,
+        shown: Option<Micros>,
+        out: &mut Vec<Rows>,
+    ) -> Result<Option<Micros>> {
         let top = frame.program.is_top();
         match frame.program.window() {
             Window::Tumble { size } => {
@@ -174,10 +219,11 @@ impl Panes {
                     let slots = if top { (0..pane.state.ids.len() as Slot).collect() } else { pane.changed.clone() };
                     out.extend(self.rows_of_pane(frame, start, start.plus(size), slots, false)?);
                 }
+                Ok(None)
             }
             window => {
                 let end = window.first_end(frontier).max(window.first_end(frame.closed));
-                let moved = self.shown != Some(end);
+                let moved = shown != Some(end);
                 let all = moved || top;
                 let mut only: Vec<KeyId> = Vec::new();
                 for pane in self.panes.range(window.start(end)..end).map(|(_, pane)| pane) {
@@ -188,11 +234,9 @@ impl Panes {
                 if all || !only.is_empty() {
                     out.extend(self.rows_of_panes(frame, end, (!all).then_some(only.as_slice()), false)?);
                 }
-                self.shown = Some(end);
+                Ok(Some(end))
             }
         }
-        self.panes.values_mut().for_each(Pane::settle);
-        Ok(())
     }
 
     /// All rows of windows that are not final yet, up to the one that holds `frontier`.

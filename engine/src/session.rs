@@ -47,6 +47,7 @@ pub(crate) struct Sessions {
     newest: Vec<Slot>, // by key: the session that starts last
     due: BTreeSet<(Micros, Slot)>,
     changed: Vec<Slot>,
+    looked_at: Vec<Slot>, // changed before the last look, and not shown by a tick since
     corrected: Vec<Slot>, // closed sessions that late events changed, until their rows are out
     withdrawn: Vec<(KeyId, Micros, Micros, i64)>, // key, first and last event, revision
 }
@@ -68,6 +69,7 @@ impl Sessions {
             newest: Vec::new(),
             due: BTreeSet::new(),
             changed: Vec::new(),
+            looked_at: Vec::new(),
             corrected: Vec::new(),
             withdrawn: Vec::new(),
         }
@@ -427,12 +429,34 @@ impl Sessions {
 
     /// Provisional rows of the open sessions that changed since the last tick.
     pub(crate) fn tick(&mut self, frame: &Frame, out: &mut Vec<Rows>) -> Result<()> {
-        let mut slots = std::mem::take(&mut self.changed);
-        slots.retain(|&slot| std::mem::replace(&mut self.all[slot as usize].changed, false));
+        let mut slots = self.take_changed();
+        slots.append(&mut self.looked_at);
+        // one that was looked at may have closed since
+        slots.retain(|&slot| self.all[slot as usize].key != KeyId::MAX && !self.all[slot as usize].shown);
         slots.sort_unstable();
         slots.dedup();
         out.extend(self.rows(frame, slots, false)?);
         Ok(())
+    }
+
+    /// The same since the last look.
+    pub(crate) fn look(&mut self, frame: &Frame, out: &mut Vec<Rows>) -> Result<()> {
+        let slots = self.take_changed();
+        self.looked_at.extend_from_slice(&slots);
+        if self.looked_at.len() > 2 * self.all.len() {
+            self.looked_at.sort_unstable();
+            self.looked_at.dedup();
+        }
+        out.extend(self.rows(frame, slots, false)?);
+        Ok(())
+    }
+
+    fn take_changed(&mut self) -> Vec<Slot> {
+        let mut slots = std::mem::take(&mut self.changed);
+        slots.retain(|&slot| std::mem::replace(&mut self.all[slot as usize].changed, false));
+        slots.sort_unstable();
+        slots.dedup();
+        slots
     }
 
     /// The rows of all open sessions.

@@ -207,7 +207,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`.").needs(Permission::QueryRun)
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").needs(Permission::AlertRead).gives(200, "AlertRules"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules. `failure` says why the condition of one could not be computed over `failed_rows` rows, which are left out; 0 where the rule cannot run at all.").needs(Permission::AlertRead).gives(200, "AlertRules"),
     Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule.").needs(Permission::AlertDefine)
         .takes("AlertRule")
         .gives(201, "AlertRule"),
@@ -342,7 +342,11 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Query", "sql string, params? array, timeout_ms? integer"),
     ("Table", "columns Column[], rows array"),
     ("AlertRule", "name? string, metric string, condition string, for? string, severity? string"),
-    ("AlertRules", "rules AlertRule[]"),
+    (
+        "RunningAlertRule",
+        "name string, metric string, condition string, for string, severity string, failure? string, failed_rows? integer",
+    ),
+    ("AlertRules", "rules RunningAlertRule[]"),
     (
         "Alert",
         "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null, silenced? boolean, silenced_by? string null",
@@ -353,7 +357,10 @@ const SCHEMAS: &[(&str, &str)] = &[
         "BacktestAlert",
         "labels Object, severity string, started_at time, fired_at time, resolved_at time null, row Object",
     ),
-    ("Backtest", "metric string, alerts BacktestAlert[], events integer, first_event time null, last_event time null"),
+    (
+        "Backtest",
+        "metric string, alerts BacktestAlert[], events integer, first_event time null, last_event time null, failure? string, failed_rows? integer",
+    ),
     ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
     ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
     ("Silences", "silences Silence[]"),

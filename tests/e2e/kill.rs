@@ -387,8 +387,8 @@ fn start_ms(row: &Value) -> i64 {
     start.timestamp_millis()
 }
 
-/// Of the rule over final rows, the alerts are those of a run without a kill. When the other one fires depends on what
-/// is shown of an open window, but it fires for a symbol once at a time.
+/// Of the rule over final rows, the alerts are those of a run without a kill. When the other one fires depends on how
+/// events come in batches, but it fires for a symbol once at a time.
 async fn each_episode_is_one_alert(api: &Api, name: &str, windows: &Windows) -> usize {
     let mut expected = BTreeSet::new();
     let (mut symbol, mut holds, mut open) = ("", false, 0);

@@ -116,6 +116,13 @@ impl World {
         self.system.define_metric(&name.parse().unwrap(), metric.parse().unwrap(), definition).await.unwrap();
     }
 
+    /// A rule over `sums`.
+    async fn rule(&self, name: &str, rule: &str, condition: &str) {
+        let definition = serde_json::json!({"metric": "sums", "condition": condition});
+        let definition = serde_json::from_value(definition).unwrap();
+        self.system.define_alert_rule(&name.parse().unwrap(), rule.parse().unwrap(), definition).await.unwrap();
+    }
+
     /// Trades of one symbol, a second apart from `second` on; `ids` names them.
     async fn trades(&self, name: &str, symbol: &str, second: i64, count: i64, ids: &str) -> Result<Ingested, Fault> {
         let line = |i: i64| {
@@ -360,6 +367,36 @@ async fn an_alert_fires_once_through_panics_and_kills() {
     assert!(world.counted("alerting").await > 0);
     assert_eq!(world.pushed.alerts(), []);
     assert_eq!(world.system.store().alerts(&id, None, 10, None).await.unwrap().0, stored);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backtest_raises_the_alerts_that_were_raised() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    world.rule("acme", "busy", "n > 3").await;
+    for (round, (symbol, second, count)) in
+        [("A", 0, 3), ("B", 2, 9), ("A", 5, 3), ("B", 11, 2), ("A", 9, 4), ("A", 17, 1), ("B", 14, 30), ("A", 40, 2)]
+            .into_iter()
+            .enumerate()
+    {
+        world.trades("acme", symbol, second, count, &format!("r{round}")).await.unwrap();
+    }
+    let definition = serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "n > 3"})).unwrap();
+    let asked = Micros(START)..Micros(START + 3_600_000_000);
+    let tested = world.system.backtest(&id, definition, asked).await.unwrap();
+    let mut expected: Vec<(String, Micros, bool)> = (tested.episodes.iter())
+        .map(|e| (Value::Object(e.labels.clone()).to_string(), e.started_at, e.resolved_at.is_some()))
+        .collect();
+    expected.sort();
+    assert!(expected.len() > 3, "{expected:?}");
+    let told: usize = expected.iter().map(|(.., resolved)| 1 + usize::from(*resolved)).sum();
+    eventually("all are told", async || world.pushed.alerts().len() == told).await;
+    let stored = world.system.store().alerts(&id, None, 100, None).await.unwrap().0;
+    let mut found: Vec<_> =
+        stored.iter().map(|a| (a.labels.to_string(), a.started_at, a.state == "resolved")).collect();
+    found.sort();
+    assert_eq!(found, expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
+use engine::alert::Trouble;
 use engine::event::ItemName;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -44,8 +45,21 @@ fn rule_json(name: &ItemName, rule: &RuleDefinition) -> Value {
 async fn rules(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertRead)?;
     let rules = state.system.alert_rules(&member.workspace).await?;
-    let rules: Vec<Value> = rules.iter().map(|(name, rule)| rule_json(name, rule)).collect();
-    Ok(axum::Json(json!({"rules": rules})))
+    let trouble = state.system.rule_trouble(&member.workspace).await?;
+    let shown = |(name, rule): &(ItemName, RuleDefinition)| {
+        let mut shown = rule_json(name, rule);
+        fail(&mut shown, trouble.get(name));
+        shown
+    };
+    Ok(axum::Json(json!({"rules": rules.iter().map(shown).collect::<Vec<Value>>()})))
+}
+
+/// Says why, and how many rows, a rule could not look at.
+fn fail(shown: &mut Value, trouble: Option<&Trouble>) {
+    if let Some(trouble) = trouble {
+        shown["failure"] = trouble.reason.as_str().into();
+        shown["failed_rows"] = trouble.rows.into();
+    }
 }
 
 #[derive(Deserialize)]
@@ -137,10 +151,12 @@ async fn backtest(
     });
     let alerts: Vec<Value> = alerts.collect();
     let (first, last) = tested.seen.unzip();
-    Ok(axum::Json(json!({
+    let mut shown = json!({
         "metric": metric, "alerts": alerts, "events": tested.events,
         "first_event": first.map(rfc3339), "last_event": last.map(rfc3339),
-    })))
+    });
+    fail(&mut shown, tested.trouble.as_ref());
+    Ok(axum::Json(shown))
 }
 
 async fn remove_rule(

@@ -1,6 +1,7 @@
 //! The engine against batch SQL: whatever the order of events, the cuts into batches and the restarts in between,
 //! a metric's final rows are those of the same SQL run once over all events.
 
+mod alert; // what alert rules say
 mod join; // reference tables and streams joined to a stream
 mod limit; // metrics that hold more state than they may
 mod random;
