@@ -361,8 +361,10 @@ impl Actor for WorkspaceActor {
                 _ = reply.send(state.define(&myself, name, definition, program).await); // the caller may have left
             }
             WorkspaceMsg::Remove { name, reply } => _ = reply.send(state.remove(&name).await),
-            WorkspaceMsg::Watch { name, definition, reply } => _ = reply.send(state.watch(name, definition).await),
-            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&name).await),
+            WorkspaceMsg::Watch { name, definition, reply } => {
+                _ = reply.send(state.watch(&myself, name, definition).await);
+            }
+            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&myself, &name).await),
             WorkspaceMsg::Trouble(reply) => _ = reply.send(state.trouble()),
             WorkspaceMsg::Metrics(reply) => _ = reply.send(state.infos()),
             WorkspaceMsg::Streams(reply) => {
@@ -481,6 +483,7 @@ impl State {
         let rested = rested.map(|resting| resting.arrivals).unwrap_or_default();
         let before: BTreeMap<StreamName, Option<Micros>> = self.times();
         self.replay(later, myself).await?;
+        self.settle_alerts();
         self.count_tables();
         for (name, frontier) in self.times() {
             let Some(frontier) = frontier else { continue };
@@ -984,7 +987,6 @@ impl State {
         let labels = labels(change);
         let episode = (change.rule.clone(), labels.to_string());
         let id = self.alert_id(change, &episode.1);
-        let now = self.deps.clock.now();
         let (alert, phase) = match change.phase {
             Phase::Firing => {
                 let row = rows::json_lines(&change.row).ok().and_then(|mut lines| lines.pop());
@@ -999,7 +1001,7 @@ impl State {
                     state: "firing".to_owned(),
                     row,
                     started_at: change.since,
-                    fired_at: now,
+                    fired_at: self.deps.clock.now(),
                     resolved_at: None,
                     acked_at: None,
                     acked_by: None,
@@ -1011,17 +1013,45 @@ impl State {
                 (alert, AlertPhase::Firing)
             }
             Phase::Resolved => {
-                let Some(mut alert) = self.firing.remove(&episode) else { return };
-                if alert.state == "resolved" {
-                    return; // before the restart, and told then
-                }
-                alert.state = "resolved".to_owned();
-                alert.resolved_at = Some(now);
-                (alert, AlertPhase::Resolved)
+                self.resolve(&episode);
+                return;
             }
         };
         self.unsaved.alerts.push((phase, alert));
         self.dirty = true; // the state knows where the rule stands
+    }
+
+    fn resolve(&mut self, episode: &Episode) {
+        let Some(mut alert) = self.firing.remove(episode) else { return };
+        if alert.state == "resolved" {
+            return; // before the restart, and told then
+        }
+        alert.state = "resolved".to_owned();
+        alert.resolved_at = Some(self.deps.clock.now());
+        self.unsaved.alerts.push((AlertPhase::Resolved, alert));
+        self.dirty = true; // the state knows where the rule stands
+    }
+
+    /// Resolves the alerts for which no rule fires any more, since the rule or its metric is gone or another one now.
+    fn settle_alerts(&mut self) {
+        let mut keys: HashMap<&ItemName, HashSet<&str>> = HashMap::new();
+        for (name, rule) in &self.rules {
+            if self.metrics.contains_key(&rule.metric) {
+                keys.insert(name, self.engine.firing(name).collect());
+            }
+        }
+        let fires = |alert: &Alert| {
+            let program = &self.metrics.get(&alert.metric)?.program;
+            let names = program.output().fields().iter().skip(2).take(program.key_count());
+            let values = names.map(|name| alert.labels.get(name.name()).and_then(Value::as_str));
+            let key = values.collect::<Option<Vec<&str>>>()?.join("|");
+            let is_same = self.rules.get(&alert.rule)?.metric == alert.metric;
+            (is_same && keys.get(&alert.rule)?.contains(key.as_str())).then_some(())
+        };
+        let stale = self.firing.iter().filter(|(_, alert)| fires(alert).is_none()).map(|(episode, _)| episode.clone());
+        let mut stale: Vec<Episode> = stale.collect();
+        stale.sort();
+        stale.iter().for_each(|episode| self.resolve(episode));
     }
 
     /// Events too late for a metric go to the dead letters.
@@ -1344,6 +1374,7 @@ impl State {
             None => self.catch_up(&name).await.map_err(Fault::internal)?,
         }
         self.start_rules(&name);
+        self.settle_alerts();
         self.publish(What::MetricRemoved { metric: name.clone() });
         if let Some(metric) = self.metrics.get_mut(&name) {
             metric.changed = true;
@@ -1479,21 +1510,35 @@ impl State {
         Ok(existed)
     }
 
-    async fn watch(&mut self, name: ItemName, definition: RuleDefinition) -> Result<(), Fault> {
+    async fn watch(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        name: ItemName,
+        definition: RuleDefinition,
+    ) -> Result<(), Fault> {
         let rule = self.rule(&name, &definition)?;
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, self.deps.clock.now()).await?;
         self.engine.watch(rule).map_err(Fault::internal)?;
         self.idle_rules.remove(&name);
         self.rules.insert(name, definition);
+        self.rules_changed(myself);
         Ok(())
     }
 
-    async fn unwatch(&mut self, name: &ItemName) -> Result<bool, Fault> {
+    async fn unwatch(&mut self, myself: &ActorRef<WorkspaceMsg>, name: &ItemName) -> Result<bool, Fault> {
+        let existed = self.deps.store.delete_alert_rule(&self.tenant.id, name).await?;
         self.engine.unwatch(name);
         self.rules.remove(name);
         self.idle_rules.remove(name);
-        Ok(self.deps.store.delete_alert_rule(&self.tenant.id, name).await?)
+        self.rules_changed(myself);
+        Ok(existed)
+    }
+
+    fn rules_changed(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+        self.settle_alerts();
+        self.dirty = true;
+        self.plan_save(myself);
     }
 
     fn infos(&self) -> Vec<MetricInfo> {

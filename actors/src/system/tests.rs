@@ -370,6 +370,45 @@ async fn an_alert_fires_once_through_panics_and_kills() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alert_of_a_rule_that_changed_or_is_gone_is_resolved_once() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 0, 7, "a").await.unwrap();
+    eventually("it fires", async || world.pushed.alerts().len() == 1).await;
+    world.rule("acme", "large", "total > 6").await; // which holds too
+    world.rule("acme", "large", "total > 1000").await;
+    eventually("it is resolved", async || world.pushed.alerts().len() == 2).await;
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 7, 1, "b").await.unwrap();
+    eventually("it fires again", async || world.pushed.alerts().len() == 3).await;
+    world.system.remove_alert_rule(&id, &"large".parse().unwrap()).await.unwrap();
+    eventually("it is resolved again", async || world.pushed.alerts().len() == 4).await;
+    let phases: Vec<AlertPhase> = world.pushed.alerts().into_iter().map(|(phase, _)| phase).collect();
+    assert_eq!(phases, [AlertPhase::Firing, AlertPhase::Resolved, AlertPhase::Firing, AlertPhase::Resolved]);
+    let stored = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+    assert_eq!(stored.iter().map(|alert| alert.state.as_str()).collect::<Vec<_>>(), ["resolved", "resolved"]);
+
+    // a metric that is defined anew takes what fires over its rows with it, and a start finds what a kill left behind
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 8, 1, "c").await.unwrap();
+    eventually("it fires once more", async || world.pushed.alerts().len() == 5).await;
+    world.system.store().delete_alert_rule(&id, &"large".parse().unwrap()).await.unwrap();
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert_eq!(world.counted("acme").await, 9);
+    eventually("it is resolved at the start", async || world.pushed.alerts().len() == 1).await;
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 9, 1, "d").await.unwrap();
+    eventually("it fires", async || world.pushed.alerts().len() == 2).await;
+    let hourly = "SELECT symbol, sum(qty) AS total FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour'), symbol";
+    world.define("acme", "sums", hourly).await;
+    eventually("it is resolved with the metric", async || world.pushed.alerts().len() == 3).await;
+    assert_eq!(world.system.store().alerts(&id, Some("firing"), 10, None).await.unwrap().0, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backtest_raises_the_alerts_that_were_raised() {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
