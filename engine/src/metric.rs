@@ -31,7 +31,8 @@ pub struct Rows {
     pub gone: Option<RecordBatch>,
     /// These are all rows of their window: whoever is missing has left it (`ORDER BY … LIMIT`).
     pub complete: bool,
-    /// Earlier final rows that no longer hold, by HAVING or since late events joined their session to another one:
+    /// Earlier final rows that no longer hold, by HAVING, by ORDER BY … LIMIT, or since late events joined their session
+    /// to another one:
     /// `window_start`, `window_end`, the keys, and the revision that takes the row back.
     pub withdrawn: Option<RecordBatch>,
 }
@@ -146,14 +147,14 @@ impl Metric {
         corrected: &RecordBatch,
         out: &mut Vec<Rows>,
     ) -> Result<()> {
-        let before = match &mut self.state {
-            State::Panes(panes) => panes.remove(start),
+        let (tops, before) = match &mut self.state {
+            State::Panes(panes) => (panes.tops(&self.frame, &[start.0])?, panes.remove(start)),
             State::Sessions(_) => return exec_err!("{NO_SESSIONS}"),
         };
         self.take(whole)?;
         let corrected = self.frame.program.align(corrected)?;
         match &mut self.state {
-            State::Panes(panes) => panes.correct(&mut self.frame, start, before, &corrected, out),
+            State::Panes(panes) => panes.correct(&mut self.frame, start, (before, tops), &corrected, out),
             State::Sessions(_) => exec_err!("{NO_SESSIONS}"),
         }
     }
@@ -286,13 +287,31 @@ impl Metric {
 const NO_SESSIONS: &str = "session windows are cut from events, not from the rows of another metric";
 
 impl Frame {
+    /// Which of `groups` become rows.
+    pub(crate) fn chosen(&self, groups: Groups) -> Result<Vec<KeyId>> {
+        let Groups { starts, ends, ids, results, .. } = groups;
+        let (batch, kept) = self.program.finish(self.columns(starts, ends, ids, results)?, ids.len())?;
+        Ok((0..batch.num_rows() as u32).map(|row| ids[kept.group(row) as usize]).collect())
+    }
+
+    fn columns(
+        &self,
+        starts: ArrayRef,
+        ends: ArrayRef,
+        ids: &[KeyId],
+        results: Vec<ArrayRef>,
+    ) -> Result<Vec<ArrayRef>> {
+        let mut columns = vec![starts, ends];
+        columns.extend(self.keys.columns(ids)?);
+        columns.extend(results);
+        Ok(columns)
+    }
+
     /// From groups to rows: HAVING, the SELECT list, and what became of earlier rows.
     pub(crate) fn rows(&self, groups: Groups) -> Result<Option<Rows>> {
         let Groups { starts, ends, ids, results, revisions } = groups;
         let count = ids.len();
-        let mut columns = vec![starts, ends];
-        columns.extend(self.keys.columns(ids)?);
-        columns.extend(results);
+        let columns = self.columns(starts, ends, ids, results)?;
         let fixed = columns[..2 + self.program.key_count()].to_vec();
         let (batch, kept) = self.program.finish(columns, count)?;
         let complete = self.program.is_top();

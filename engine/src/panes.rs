@@ -12,8 +12,8 @@ use arrow::compute;
 use arrow::datatypes::Int64Type;
 use datafusion_common::Result;
 use hashbrown::HashMap;
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Aggregate state of the keys that had events in one pane of event time.
@@ -90,6 +90,9 @@ type Revisions = BTreeMap<Micros, HashMap<KeyId, i64>>;
 
 /// Keys that late rows touched, by pane, and whether each had rows there before.
 type Late = BTreeMap<Micros, Vec<(KeyId, bool)>>;
+
+/// Keys that were the rows of a window, by its end.
+type Tops = BTreeMap<Micros, Vec<KeyId>>;
 
 /// The panes of one metric, and what became of its windows.
 #[derive(Default)]
@@ -277,8 +280,9 @@ impl Panes {
         if part.num_rows() == 0 {
             return Ok(());
         }
+        let tops = self.tops(frame, times(&part))?;
         let late = self.fill(frame, &part)?;
-        self.emit_corrections(frame, late, out)
+        self.emit_corrections(frame, late, tops, out)
     }
 
     /// Adds rows to their panes: in panes of windows that are final, which keys they touched and whether those had
@@ -324,12 +328,13 @@ impl Panes {
         self.panes.remove(&start).map(|pane| pane.state)
     }
 
-    /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew.
+    /// Corrects the final rows of keys in `corrected` after the pane at `start` was computed anew, and what it was before,
+    /// with the [`Panes::tops`] of then.
     pub(crate) fn correct(
         &mut self,
         frame: &mut Frame,
         start: Micros,
-        before: Option<Merged>,
+        (before, tops): (Option<Merged>, Tops),
         corrected: &RecordBatch,
         out: &mut Vec<Rows>,
     ) -> Result<()> {
@@ -343,31 +348,84 @@ impl Panes {
         let idle: Vec<KeyId> = touched.iter().copied().filter(|&id| !had(id) && !has(id)).collect();
         frame.keys.forget_unheld(&idle); // nobody holds what was only looked up
         if frame.program.window().first_end(start) <= frame.closed {
-            self.emit_corrections(frame, BTreeMap::from([(start, changed)]), out)?;
+            self.emit_corrections(frame, BTreeMap::from([(start, changed)]), tops, out)?;
         }
         before.into_iter().flat_map(|pane| pane.ids).for_each(|id| frame.keys.release(id));
         Ok(())
     }
 
+    /// Ends of the final windows over the pane at `pane` that may still be corrected.
+    fn correctable(frame: &Frame, pane: Micros) -> impl Iterator<Item = Micros> + use<> {
+        let (window, closed, lateness) = (frame.program.window(), frame.closed, frame.timing.allowed_lateness);
+        let next = move |end: &Micros| Some(end.plus(window.slide()));
+        std::iter::successors(Some(window.first_end(pane)), next)
+            .take_while(move |end| *end <= closed.min(window.last_end(pane)))
+            .filter(move |end| end.plus(lateness) > closed)
+    }
+
+    /// Which keys are the rows of the final windows that events at `ts` will correct, where a correction of one key may
+    /// put others out: with ORDER BY … LIMIT.
+    pub(crate) fn tops(&mut self, frame: &Frame, ts: &[i64]) -> Result<Tops> {
+        let mut tops = Tops::new();
+        if !frame.program.is_top() || frame.timing.allowed_lateness == Span::ZERO {
+            return Ok(tops);
+        }
+        let width = frame.program.window().pane();
+        let panes: BTreeSet<Micros> = ts.iter().map(|&at| Micros(at).pane_start(width)).collect();
+        for end in panes.into_iter().flat_map(|pane| Self::correctable(frame, pane)) {
+            if !tops.contains_key(&end) {
+                tops.insert(end, self.top_of(frame, end)?);
+            }
+        }
+        Ok(tops)
+    }
+
+    /// Which keys are the rows of the window that ends at `end`.
+    fn top_of(&mut self, frame: &Frame, end: Micros) -> Result<Vec<KeyId>> {
+        let Some(mut whole) = self.whole(frame, end, None)? else { return Ok(Vec::new()) };
+        let slots: Vec<Slot> = (0..whole.ids.len() as Slot).collect();
+        let results = evaluate(&frame.program, &mut whole.columns, &slots)?;
+        let (starts, ends) = (instant(frame.program.window().start(end), slots.len()), instant(end, slots.len()));
+        frame.chosen(Groups { starts, ends, ids: &whole.ids, results, revisions: None })
+    }
+
+    /// Takes back the rows of those in `before` that are none of the window's top any more, and gives who is there again
+    /// a revision behind the one that took it back. `touched` have a new one already.
+    fn withdraw(
+        &mut self,
+        frame: &Frame,
+        end: Micros,
+        before: &[KeyId],
+        touched: &HashMap<KeyId, bool>,
+    ) -> Result<Option<RecordBatch>> {
+        let after = self.top_of(frame, end)?;
+        let left: Vec<KeyId> = before.iter().copied().filter(|id| !after.contains(id)).collect();
+        let revisions = self.revisions.entry(end).or_default();
+        let again = after.iter().filter(|id| !before.contains(id) && revisions.contains_key(*id));
+        let again: Vec<KeyId> = again.copied().collect();
+        for id in left.iter().chain(&again).filter(|id| !touched.contains_key(*id)) {
+            *revisions.entry(*id).or_insert(0) += 1;
+        }
+        if left.is_empty() {
+            return Ok(None);
+        }
+        let taken: Vec<i64> = left.iter().map(|id| revisions.get(id).copied().unwrap_or(0)).collect();
+        let mut columns = vec![instant(frame.program.window().start(end), left.len()), instant(end, left.len())];
+        columns.extend(frame.keys.columns(&left)?);
+        frame.withdrawal(columns, &taken).map(Some)
+    }
+
     /// Corrects the windows that were final before an event came within the allowed lateness.
-    fn emit_corrections(&mut self, frame: &Frame, late: Late, out: &mut Vec<Rows>) -> Result<()> {
+    fn emit_corrections(&mut self, frame: &Frame, late: Late, tops: Tops, out: &mut Vec<Rows>) -> Result<()> {
         let window = frame.program.window();
         let mut touched: BTreeMap<Micros, HashMap<KeyId, bool>> = BTreeMap::new();
         for (pane, keys) in late {
-            let mut end = window.first_end(pane);
-            while end <= frame.closed.min(window.last_end(pane)) {
-                if end.plus(frame.timing.allowed_lateness) > frame.closed {
-                    let start = window.start(end);
-                    for &(id, known) in &keys {
-                        let had = known
-                            || self
-                                .panes
-                                .range(start..end)
-                                .any(|(at, p)| *at != pane && p.state.index.get(id).is_some());
-                        touched.entry(end).or_default().entry(id).and_modify(|h| *h |= had).or_insert(had);
-                    }
+            for end in Self::correctable(frame, pane) {
+                for &(id, known) in &keys {
+                    let others = || self.panes.range(window.start(end)..end).filter(|(at, _)| **at != pane);
+                    let had = known || others().any(|(_, pane)| pane.state.index.get(id).is_some());
+                    touched.entry(end).or_default().entry(id).and_modify(|h| *h |= had).or_insert(had);
                 }
-                end = end.plus(window.slide());
             }
         }
         for (end, keys) in touched {
@@ -379,10 +437,26 @@ impl Panes {
                     None => _ = revisions.insert(id, 0),
                 }
             }
-            let only: Vec<KeyId> = keys.into_keys().collect();
+            if !frame.program.is_top() {
+                let only: Vec<KeyId> = keys.into_keys().collect();
+                out.extend(self.rows_of_panes(frame, end, Some(&only), true)?);
+                continue;
+            }
             // which of the top rows changed place is not known from the changed keys alone
-            let only = (!frame.program.is_top()).then_some(only.as_slice());
-            out.extend(self.rows_of_panes(frame, end, only, true)?);
+            let before = tops.get(&end).map_or(&[] as &[KeyId], Vec::as_slice);
+            let withdrawn = self.withdraw(frame, end, before, &keys)?;
+            let mut rows = self.rows_of_panes(frame, end, None, true)?;
+            if withdrawn.is_some() {
+                let empty = || Rows {
+                    batch: RecordBatch::new_empty(frame.program.output().clone()),
+                    revisions: Some(Vec::new()),
+                    gone: None,
+                    complete: true,
+                    withdrawn: None,
+                };
+                rows.get_or_insert_with(empty).withdrawn = withdrawn;
+            }
+            out.extend(rows);
         }
         Ok(())
     }
@@ -435,7 +509,7 @@ impl Panes {
         self.rows(frame, (start, end), &ids, results, is_final)
     }
 
-    /// The window's panes merged, for `only` these keys or for all.
+    /// The window's rows, for `only` these keys or for all.
     fn rows_of_panes(
         &mut self,
         frame: &Frame,
@@ -443,6 +517,14 @@ impl Panes {
         only: Option<&[KeyId]>,
         is_final: bool,
     ) -> Result<Option<Rows>> {
+        let Some(mut whole) = self.whole(frame, end, only)? else { return Ok(None) };
+        let slots: Vec<Slot> = (0..whole.ids.len() as Slot).collect();
+        let results = evaluate(&frame.program, &mut whole.columns, &slots)?;
+        self.rows(frame, (frame.program.window().start(end), end), &whole.ids, results, is_final)
+    }
+
+    /// The window's panes merged, for `only` these keys or for all; `None` where they hold none.
+    fn whole(&mut self, frame: &Frame, end: Micros, only: Option<&[KeyId]>) -> Result<Option<Merged>> {
         let window = frame.program.window();
         let start = window.start(end);
         let count = only.map_or(frame.keys.bound(), <[KeyId]>::len);
@@ -468,12 +550,7 @@ impl Panes {
                 }
             }
         }
-        if whole.ids.is_empty() {
-            return Ok(None);
-        }
-        let slots: Vec<Slot> = (0..whole.ids.len() as Slot).collect();
-        let results = evaluate(&frame.program, &mut whole.columns, &slots)?;
-        self.rows(frame, (start, end), &whole.ids, results, is_final)
+        Ok((!whole.ids.is_empty()).then_some(whole))
     }
 
     fn rows(

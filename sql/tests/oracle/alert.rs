@@ -1,11 +1,12 @@
 //! What alert rules say: by the log alone, whatever the cuts into batches, the looks in between and the restarts.
 
-use crate::{HOP, SESSION, batch, planned, trades};
+use crate::{HOP, SESSION, TUMBLE, batch, planned, trades};
 use arrow::array::RecordBatch;
 use engine::alert::{Phase, Rule};
 use engine::event::{ItemName, Span};
 use engine::metric::Timing;
 use engine::workspace::{Outputs, Saved, Workspace};
+use std::collections::BTreeMap;
 
 const SECOND: i64 = 1_000_000;
 const TIMING: Timing = Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO };
@@ -204,4 +205,48 @@ fn a_rule_that_changes_goes_on_firing_only_where_the_new_condition_holds() {
     assert_eq!(told(&running.step(&trades(), &prices(&[(13, "B", 1.0)]))), ["high B resolved at 13 since 2"]);
     running.unwatch(&name("high"));
     assert_eq!(firing(&running), [""; 0]);
+}
+
+#[test]
+fn rows_that_leave_the_top_by_a_late_correction_are_withdrawn_and_come_back_behind_it() {
+    let sql =
+        format!("SELECT symbol, sum(qty) AS q FROM market.trades GROUP BY {TUMBLE}, symbol ORDER BY q DESC LIMIT 2");
+    let mut running =
+        workspace(&[("top", sql)], Timing { max_delay: Span::ZERO, allowed_lateness: Span::seconds(3_600) });
+    // as the store keeps them: a row changes only to a greater revision
+    let mut stored: BTreeMap<(i64, String), (i64, Option<f64>)> = BTreeMap::new();
+    let mut top = |rows: &[(i64, &str, f64)]| -> Vec<(String, f64)> {
+        let rows: Vec<_> = rows.iter().map(|(at, symbol, qty)| (at * SECOND, *symbol, 1.0, *qty)).collect();
+        let outputs = running.step(&trades(), &batch(&rows));
+        assert_eq!(outputs.failures, []);
+        for rows in outputs.rows {
+            use arrow::array::AsArray;
+            use arrow::datatypes::{Float64Type, Int64Type, TimestampMicrosecondType};
+            let place = |batch: &RecordBatch, row: usize| {
+                let start = batch.column(0).as_primitive::<TimestampMicrosecondType>().value(row);
+                (start, batch.column(2).as_string::<i32>().value(row).to_owned())
+            };
+            let mut put = |place, revision, row| match stored.get(&place) {
+                Some((known, _)) if *known >= revision => {}
+                _ => _ = stored.insert(place, (revision, row)),
+            };
+            let (batch, revisions) = (&rows.rows.batch, rows.rows.revisions.unwrap());
+            if let Some(taken) = &rows.rows.withdrawn {
+                let revisions = taken.column(3).as_primitive::<Int64Type>();
+                (0..taken.num_rows()).for_each(|row| put(place(taken, row), revisions.value(row), None));
+            }
+            let qty = batch.column(3).as_primitive::<Float64Type>();
+            (0..batch.num_rows()).for_each(|row| put(place(batch, row), revisions[row], Some(qty.value(row))));
+        }
+        let of_first = stored.iter().filter(|((start, _), _)| *start == 0);
+        of_first.filter_map(|((_, symbol), (_, row))| Some((symbol.clone(), (*row)?))).collect()
+    };
+    let rows = |rows: [(&str, f64); 2]| rows.map(|(symbol, qty)| (symbol.to_owned(), qty));
+    assert_eq!(top(&[(1, "A", 100.0), (2, "B", 90.0), (3, "C", 1.0)]), []);
+    assert_eq!(top(&[(61, "D", 1.0)]), rows([("A", 100.0), ("B", 90.0)]));
+    assert_eq!(top(&[(4, "C", 100.0)]), rows([("A", 100.0), ("C", 101.0)]));
+    assert_eq!(top(&[(5, "C", -50.0)]), rows([("A", 100.0), ("B", 90.0)]));
+    assert_eq!(top(&[(6, "A", -99.0)]), rows([("B", 90.0), ("C", 51.0)]));
+    assert_eq!(top(&[(7, "E", 95.0), (8, "A", 98.0)]), rows([("A", 99.0), ("E", 95.0)]));
+    assert_eq!(top(&[(9, "E", -95.0)]), rows([("A", 99.0), ("B", 90.0)]));
 }
