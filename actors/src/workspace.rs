@@ -225,9 +225,9 @@ pub(crate) struct State {
     dirty: bool,               // the state differs from the stored one
     saving: bool,
     save_planned: bool,
-    alerts_planned: bool, // and sooner
-    tick_planned: bool,
-    idle_planned: bool,
+    alerts_planned: bool,      // and sooner
+    tick_due: Option<Instant>, // the earliest tick that was asked for
+    idle_due: Option<Instant>,
     next_state: Instant,  // the whole state is not written more often than pays
     next_alerts: Instant, // nor for what has to come with it
     failed_saves: u32,    // in a row
@@ -298,8 +298,8 @@ impl Actor for WorkspaceActor {
             saving: false,
             save_planned: false,
             alerts_planned: false,
-            tick_planned: false,
-            idle_planned: false,
+            tick_due: None,
+            idle_due: None,
             next_state: Instant::now(),
             next_alerts: Instant::now(),
             failed_saves: 0,
@@ -1078,9 +1078,10 @@ impl State {
     }
 
     fn plan_tick(&mut self, myself: &ActorRef<WorkspaceMsg>, due: Instant) {
-        if std::mem::replace(&mut self.tick_planned, true) {
+        if self.tick_due.is_some_and(|planned| planned <= due) {
             return;
         }
+        self.tick_due = Some(due);
         match due.checked_duration_since(Instant::now()) {
             // behind what waits in the mailbox, so that a burst is shown once
             None => _ = myself.send_message(WorkspaceMsg::Tick),
@@ -1089,8 +1090,11 @@ impl State {
     }
 
     fn on_tick(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        self.tick_planned = false;
         let now = Instant::now();
+        if self.tick_due.is_none_or(|due| due > now) {
+            return; // an earlier one came in its place
+        }
+        self.tick_due = None;
         let mut next: Option<Instant> = None;
         let mut due = Vec::new();
         for (name, metric) in self.metrics.iter_mut().filter(|(_, metric)| metric.changed) {
@@ -1119,7 +1123,9 @@ impl State {
     }
 
     fn plan_idle(&mut self, myself: &ActorRef<WorkspaceMsg>, wait: Duration) {
-        if !std::mem::replace(&mut self.idle_planned, true) {
+        let due = Instant::now() + wait;
+        if self.idle_due.is_none_or(|planned| due < planned) {
+            self.idle_due = Some(due);
             drop(myself.send_after(wait, || WorkspaceMsg::Idle));
         }
     }
@@ -1127,7 +1133,10 @@ impl State {
     /// Event time of a stream without events goes on by processing time, but only to close a window
     /// that waits for it: an idle workspace costs nothing.
     fn on_idle(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        self.idle_planned = false;
+        if self.idle_due.is_none_or(|due| due > Instant::now()) {
+            return; // an earlier one came in its place
+        }
+        self.idle_due = None;
         let (now, timeout) = (self.deps.clock.now(), self.deps.idle_timeout);
         let mut wait: Option<Span> = None;
         for (stream, arrival) in &self.arrivals {

@@ -439,6 +439,21 @@ async fn a_backtest_raises_the_alerts_that_were_raised() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_stream_closes_its_windows_though_a_longer_one_is_open() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits { idle_timeout_ms: 300, ..Limits::default() }, &["acme"]).await;
+    let long = "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 hours')";
+    world.define("acme", "long", long).await;
+    for round in 0..2 {
+        world.trades("acme", "A", round * 60, 1, &format!("r{round}")).await.unwrap();
+        assert_eq!(world.counted("acme").await, round + 1);
+        *world.clock.0.lock() = Micros(START + (round * 60 + 30) * 1_000_000);
+        eventually("the window is final", async || world.pushed.finals() as i64 == round + 1).await;
+        tokio::time::sleep(Duration::from_millis(1_500)).await; // it looks once more, and then waits for the long one
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
