@@ -44,14 +44,9 @@ pub(crate) fn live(
     query: &RowsQuery,
     finals: &[Map<String, Value>],
 ) -> Result<Vec<Map<String, Value>>, arrow::error::ArrowError> {
-    let columns: Vec<&str> = recent
-        .program
-        .output()
-        .fields()
-        .iter()
-        .take(2 + recent.program.key_count())
-        .map(|f| f.name().as_str())
-        .collect();
+    let Ok(program) = &recent.program else { return Ok(Vec::new()) };
+    let columns: Vec<&str> =
+        program.output().fields().iter().take(2 + program.key_count()).map(|f| f.name().as_str()).collect();
     let identity = |row: &Map<String, Value>| -> Vec<Value> {
         columns.iter().map(|column| row.get(*column).cloned().unwrap_or_default()).collect()
     };

@@ -31,4 +31,4 @@ pub use system::{
     Throughput,
 };
 pub use table::TableInfo;
-pub use workspace::MetricInfo;
+pub use workspace::{MetricInfo, UnplannedMetric};

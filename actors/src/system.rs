@@ -13,7 +13,7 @@ use crate::rows;
 use crate::silence;
 use crate::table::{StoredTable, TableInfo};
 use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
-use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
+use crate::workspace::{MetricInfo, Reply, UnplannedMetric, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use engine::alert::Trouble;
@@ -149,14 +149,18 @@ impl Deps {
         sql: &str,
         metrics: impl Fn(&ItemName) -> Option<Arc<Program>>,
     ) -> Result<Arc<Program>, Fault> {
-        let source = |name: &StreamName| match name.metric() {
-            Some(metric) => metrics(&metric).map(Source::Metric),
-            None if name.is_table() => {
-                tenant.tables.read().get(name).map(|table| Source::Stream(table.schema().relation().clone()))
-            }
-            None => tenant.schemas.read().get(name).map(|schema| Source::Stream(schema.arrow().clone())),
-        };
-        Ok(self.planner.program(sql, source).await?)
+        Ok(self.planner.program(sql, |name: &StreamName| source(tenant, name, &metrics)).await?)
+    }
+}
+
+/// What a name in FROM stands for in a workspace.
+fn source(tenant: &Tenant, name: &StreamName, metrics: impl Fn(&ItemName) -> Option<Arc<Program>>) -> Option<Source> {
+    match name.metric() {
+        Some(metric) => metrics(&metric).map(Source::Metric),
+        None if name.is_table() => {
+            tenant.tables.read().get(name).map(|table| Source::Stream(table.schema().relation().clone()))
+        }
+        None => tenant.schemas.read().get(name).map(|schema| Source::Stream(schema.arrow().clone())),
     }
 }
 
@@ -670,17 +674,21 @@ impl System {
                 format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
             return Err(Fault::invalid("bad_name", detail));
         }
-        {
+        let (known, count) = {
             let schemas = tenant.schemas.read();
-            match schemas.get(&stream) {
-                Some(known) => known
+            (schemas.get(&stream).cloned(), schemas.len())
+        };
+        match known {
+            Some(known) => {
+                known
                     .check_evolution(&schema)
-                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
-                None if schemas.len() >= self.0.limits.streams + built_in().len() => {
-                    return Err(over_limit("limits.streams", self.0.limits.streams));
-                }
-                None => {}
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?;
+                self.check_readers(id, &stream, schema.arrow()).await?;
             }
+            None if count >= self.0.limits.streams + built_in().len() => {
+                return Err(over_limit("limits.streams", self.0.limits.streams));
+            }
+            None => {}
         }
         let now = self.now();
         let stored = StoredSchema { columns: schema.columns.clone(), unknown_fields: schema.unknown_fields };
@@ -693,6 +701,29 @@ impl System {
         };
         self.store().put_stream(&row).await?;
         Arc::make_mut(&mut tenant.schemas.write()).insert(stream, Arc::new(schema));
+        Ok(())
+    }
+
+    /// An error where a metric could no longer be planned with `columns` as those of `changed`.
+    async fn check_readers(&self, id: &WorkspaceId, changed: &StreamName, columns: &SchemaRef) -> Result<(), Fault> {
+        let (tenant, known) = (self.tenant(id)?, self.metrics(id).await?);
+        let metric = |name: &ItemName| known.iter().find(|metric| metric.name == *name).map(|m| m.program.clone());
+        let reads =
+            |info: &&MetricInfo| info.program.streams().chain(info.program.tables()).any(|read| read == changed);
+        for info in known.iter().filter(reads) {
+            let of = |name: &StreamName| match name == changed {
+                true => Some(Source::Stream(columns.clone())),
+                false => source(&tenant, name, metric),
+            };
+            if let Err(error) = self.0.deps.planner.program(&info.definition.sql, of).await {
+                let name = &info.name;
+                let detail = format!(
+                    "metric `{name}` reads `{changed}` and could not be planned over these columns: {error}; delete or \
+                     change the metric first"
+                );
+                return Err(Fault::new(FaultKind::Conflict, "column_in_use", detail));
+            }
+        }
         Ok(())
     }
 
@@ -769,17 +800,21 @@ impl System {
         let tenant = self.tenant(id)?;
         let name = table.name();
         not_built_in(name)?;
-        {
+        let (known, count) = {
             let tables = tenant.tables.read();
-            match tables.get(name) {
-                Some(known) => known
+            (tables.get(name).cloned(), tables.len())
+        };
+        match known {
+            Some(known) => {
+                known
                     .check_evolution(&table)
-                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
-                None if tables.len() >= self.0.limits.tables + built_in_tables().len() => {
-                    return Err(over_limit("limits.tables", self.0.limits.tables));
-                }
-                None => {}
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?;
+                self.check_readers(id, name, table.schema().relation()).await?;
             }
+            None if count >= self.0.limits.tables + built_in_tables().len() => {
+                return Err(over_limit("limits.tables", self.0.limits.tables));
+            }
+            None => {}
         }
         self.ask(id, |reply| WorkspaceMsg::DefineTable { table: Box::new(table), reply }).await
     }
@@ -849,6 +884,11 @@ impl System {
         if existed { Ok(()) } else { Err(unknown("metric", "unknown_metric", name)) }
     }
 
+    /// Metrics of the store that stay stopped since they cannot be planned.
+    pub async fn unplanned_metrics(&self, id: &WorkspaceId) -> Result<Vec<UnplannedMetric>, Fault> {
+        self.read(id, WorkspaceMsg::Unplanned).await
+    }
+
     pub async fn metrics(&self, id: &WorkspaceId) -> Result<Vec<MetricInfo>, Fault> {
         self.read(id, WorkspaceMsg::Metrics).await
     }
@@ -866,7 +906,9 @@ impl System {
         }
         // memory first: what moves to the store meanwhile is then seen twice and counted once, never missed
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        self.check_keys(&recent.program, &query.keys)?;
+        if let Ok(program) = &recent.program {
+            self.check_keys(program, &query.keys)?;
+        }
         let (after, live_done) = match query.after.as_deref().map(|after| after.split_once('~')) {
             None => (None, None),
             Some(Some(("s", cursor))) => (Some(cursor.to_owned()), None),
@@ -915,7 +957,7 @@ impl System {
     /// Provisional rows as they stand now, and the event time that their metric has reached.
     pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        Ok((recent.program, recent.live, recent.frontier))
+        Ok((recent.program?, recent.live, recent.frontier))
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
@@ -993,7 +1035,7 @@ impl System {
         let mut all = finals.iter().map(rows::from_store).collect::<Result<Vec<_>, _>>().map_err(Fault::internal)?;
         let live = history::live(&recent, &query, &all).map_err(Fault::internal)?;
         all.extend(live);
-        let schema = with_state(recent.program.output());
+        let schema = with_state(recent.program?.output());
         let mut decoder = arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
         let mut batches = Vec::new();
         for rows in all.chunks(1024) {

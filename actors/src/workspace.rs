@@ -80,6 +80,7 @@ pub(crate) enum WorkspaceMsg {
         reply: Reply<bool>,
     },
     Metrics(RpcReplyPort<Vec<MetricInfo>>),
+    Unplanned(RpcReplyPort<Vec<UnplannedMetric>>),
     /// Rules that cannot look at every row, and why.
     Trouble(RpcReplyPort<BTreeMap<ItemName, Trouble>>),
     Streams(RpcReplyPort<BTreeMap<StreamName, engine::workspace::StreamTime>>),
@@ -136,9 +137,18 @@ pub struct MetricInfo {
     pub frontier: Option<Micros>,
 }
 
+/// A metric whose SQL can no longer be planned over what it reads. Its name is taken and its rows can be read.
+#[derive(Clone, Debug)]
+pub struct UnplannedMetric {
+    pub name: ItemName,
+    pub definition: MetricDefinition,
+    pub reason: String,
+}
+
 /// A metric's rows that the store may not have yet.
 pub(crate) struct Recent {
-    pub(crate) program: Arc<Program>,
+    /// Or why it has none.
+    pub(crate) program: Result<Arc<Program>, Fault>,
     pub(crate) frontier: Option<Micros>,
     pub(crate) unsaved: Vec<FinalRow>,
     pub(crate) live: Vec<Rows>,
@@ -211,6 +221,8 @@ pub(crate) struct State {
     engine: Workspace,
     applied: u64, // the next log offset
     metrics: BTreeMap<ItemName, Defined>,
+    /// What the store has as metrics and cannot be planned, and why.
+    unplanned: BTreeMap<ItemName, (MetricDefinition, String)>,
     rules: BTreeMap<ItemName, RuleDefinition>,
     /// Why a rule cannot run at all.
     idle_rules: BTreeMap<ItemName, String>,
@@ -285,6 +297,7 @@ impl Actor for WorkspaceActor {
             deps,
             applied: 0,
             metrics: BTreeMap::new(),
+            unplanned: BTreeMap::new(),
             rules: BTreeMap::new(),
             idle_rules: BTreeMap::new(),
             tables: BTreeMap::new(),
@@ -367,6 +380,14 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&myself, &name).await),
             WorkspaceMsg::Trouble(reply) => _ = reply.send(state.trouble()),
             WorkspaceMsg::Metrics(reply) => _ = reply.send(state.infos()),
+            WorkspaceMsg::Unplanned(reply) => {
+                let one = |(name, (definition, reason)): (&ItemName, &(MetricDefinition, String))| UnplannedMetric {
+                    name: name.clone(),
+                    definition: definition.clone(),
+                    reason: reason.clone(),
+                };
+                _ = reply.send(state.unplanned.iter().map(one).collect());
+            }
             WorkspaceMsg::Streams(reply) => {
                 _ = reply.send(state.engine.streams().map(|(name, time)| (name.clone(), time)).collect());
             }
@@ -449,8 +470,9 @@ impl State {
                 }
             }
             if failed.len() == count {
-                for (row, error) in &failed {
+                for (row, error) in failed {
                     tracing::error!(workspace = %id, metric = %row.name, %error, "stored metric can no longer be planned; it stays stopped");
+                    self.unplanned.insert(row.name, (serde_json::from_value(row.definition)?, error.detail));
                 }
                 break;
             }
@@ -698,11 +720,14 @@ impl State {
 
     /// Rules that cannot look at every row, and why.
     fn trouble(&self) -> BTreeMap<ItemName, Trouble> {
-        let trouble = |name: &ItemName| match self.idle_rules.get(name) {
-            Some(reason) => Some(Trouble { reason: reason.clone(), rows: 0 }),
-            None => self.engine.trouble(name).cloned(),
+        let trouble = |name: &ItemName, rule: &RuleDefinition| {
+            let unplanned = self.unplanned.get(&rule.metric).map(|(_, reason)| cannot_be_planned(&rule.metric, reason));
+            match self.idle_rules.get(name).cloned().or(unplanned) {
+                Some(reason) => Some(Trouble { reason, rows: 0 }),
+                None => self.engine.trouble(name).cloned(),
+            }
         };
-        self.rules.keys().filter_map(|name| Some((name.clone(), trouble(name)?))).collect()
+        self.rules.iter().filter_map(|(name, rule)| Some((name.clone(), trouble(name, rule)?))).collect()
     }
 
     fn rule(&self, name: &ItemName, definition: &RuleDefinition) -> Result<Rule, Fault> {
@@ -1355,8 +1380,10 @@ impl State {
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         let (workspace, store) = (self.tenant.id.clone(), self.deps.store.clone());
         // the same again changes nothing, but for a metric that stopped: it begins anew, behind the rows it has given
-        let is_again = self.metrics.get(&name).is_some_and(|known| known.definition == definition);
-        if is_again && self.engine.failure(&name).is_none() {
+        let known = self.metrics.get(&name).map(|known| &known.definition);
+        let known = known.or(self.unplanned.get(&name).map(|(known, _)| known));
+        let (is_known, is_again) = (known.is_some(), known == Some(&definition));
+        if is_again && self.metrics.contains_key(&name) && self.engine.failure(&name).is_none() {
             return Ok(());
         }
         self.check_chain(&name, &definition, &program)?;
@@ -1371,13 +1398,14 @@ impl State {
             (Some(span), Some(upstream)) => Some(self.history(&upstream, Some(span)).await?),
             _ => None,
         };
-        if self.metrics.contains_key(&name) && !is_again {
+        if is_known && !is_again {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
         }
         let row = store.put_metric(&workspace, &name, &stored, since, now).await?;
         let defined = self.defined(definition, program, row.version, since);
         self.begin(name.clone(), defined).map_err(Fault::internal)?;
+        self.unplanned.remove(&name);
         match history {
             Some(history) => self.take_history(&name, &history),
             None => self.catch_up(&name).await.map_err(Fault::internal)?,
@@ -1512,6 +1540,7 @@ impl State {
         self.check_unread(name, "delete them first")?;
         self.engine.remove(name);
         self.metrics.remove(name);
+        self.unplanned.remove(name);
         self.unsaved.rows.retain(|row| row.metric != *name);
         let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
         self.publish(What::MetricRemoved { metric: name.clone() });
@@ -1572,10 +1601,13 @@ impl State {
     }
 
     fn recent(&mut self, metric: &ItemName) -> Result<Recent, Fault> {
-        let Some(defined) = self.metrics.get(metric) else {
-            return Err(Fault::not_found("unknown_metric", format!("there is no metric `{metric}`")));
+        let program = match (self.metrics.get(metric), self.unplanned.get(metric)) {
+            (Some(defined), _) => Ok(defined.program.clone()),
+            (None, Some((_, reason))) => Err(Fault::invalid("metric_failed", cannot_be_planned(metric, reason))),
+            (None, None) => {
+                return Err(Fault::not_found("unknown_metric", format!("there is no metric `{metric}`")));
+            }
         };
-        let program = defined.program.clone();
         let live = self.engine.live(metric).map_err(|error| Fault::invalid("metric_failed", error.to_string()))?;
         let unsaved =
             self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
@@ -1672,6 +1704,10 @@ impl State {
             tracing::error!(workspace = %self.tenant.id, %fault, "portfolio could not be started again");
         }
     }
+}
+
+fn cannot_be_planned(metric: &ItemName, reason: &str) -> String {
+    format!("metric `{metric}` can no longer be planned and stays stopped; define it anew: {reason}")
 }
 
 /// Tells of alerts that are in the store, but for those that are silenced.

@@ -187,7 +187,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always).").needs(Permission::StreamRead)
         .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
         .gives(200, "ReferenceRows"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").needs(Permission::MetricRead).gives(200, "Metrics"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state. `failure` says why one stopped; one that stopped since it can no longer be planned has rows, but no `keys` and `values`.").needs(Permission::MetricRead).gives(200, "Metrics"),
     Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`).").needs(Permission::MetricDefine)
         .takes("MetricDefinition")
         .gives(200, "Metric"),
@@ -330,7 +330,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     (
         "Metric",
-        "name string, sql string, stream string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string, failure_code? string",
+        "name string, sql string, stream? string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string, failure_code? string",
     ),
     (
         "MetricPlan",

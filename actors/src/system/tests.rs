@@ -454,6 +454,55 @@ async fn an_idle_stream_closes_its_windows_though_a_longer_one_is_open() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_that_a_metric_reads_stays_and_a_metric_that_cannot_be_planned_keeps_its_name_and_rows() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    let stream: StreamName = "shop.sales".parse().unwrap();
+    let schema = |columns: &[&str]| {
+        let column = |name: &&str| Column { name: (*name).into(), kind: "int64".parse().unwrap(), nullable: true };
+        StreamSchema::new(stream.clone(), columns.iter().map(column).collect(), UnknownFields::Keep).unwrap()
+    };
+    world.system.define_stream(&id, schema(&["x", "y", "z"])).await.unwrap();
+    let sql = "SELECT sum(x) AS s FROM shop.sales GROUP BY tumble(ts, INTERVAL '1 minute')";
+    world.define("acme", "sales", sql).await;
+    world.define("acme", "doubled", "SELECT 2 * s AS d FROM metrics.sales").await;
+    world.rule("acme", "many", "total > 5").await;
+    let fault = world.system.define_stream(&id, schema(&["y", "z"])).await.unwrap_err();
+    assert_eq!((fault.kind, fault.code), (FaultKind::Conflict, "column_in_use"));
+    assert!(fault.detail.contains("metric `sales`"), "{fault}");
+    world.system.define_stream(&id, schema(&["x", "y"])).await.unwrap();
+
+    let now = world.system.schema(&id, &stream).await.unwrap();
+    let lines = ["{\"ts\": 1800000000000, \"x\": 4}", "{\"ts\": 1800000120000, \"x\": 1}"].join("\n");
+    let bounds = DecodeBounds { ts_ahead: Span::seconds(1_000_000), ..DecodeBounds::default() };
+    let decoded = decode(&now, lines.as_bytes(), Format::Ndjson, TsUnit::Millis, &bounds, world.system.now());
+    world.system.ingest(&id, &stream, decoded.unwrap()).await.unwrap();
+    eventually("the window is final", async || world.pushed.finals() == 2).await;
+    world.system.stop(Duration::from_secs(60)).await;
+
+    // as a process that allowed it left it
+    let stored = StoredSchema { columns: schema(&["y"]).columns, unknown_fields: UnknownFields::Keep };
+    let schema_json = serde_json::to_string(&stored).unwrap();
+    let row = StreamRow { workspace: id.clone(), stream, schema_json, created_at: Micros(1), updated_at: Micros(2) };
+    world.system.store().put_stream(&row).await.unwrap();
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    let stopped = world.system.unplanned_metrics(&id).await.unwrap();
+    assert_eq!(stopped.iter().map(|metric| metric.name.as_str()).collect::<Vec<_>>(), ["doubled", "sales"]);
+    assert!(stopped[1].reason.contains('x'), "{}", stopped[1].reason);
+    let query = RowsQuery { limit: 10, ..RowsQuery::default() };
+    let rows = world.system.metric_rows(&id, &"sales".parse().unwrap(), query).await.unwrap().rows;
+    assert_eq!((rows.len(), &rows[0]["s"], &rows[0]["final"]), (1, &4.into(), &true.into()));
+    // defined anew it runs
+    world.define("acme", "sales", &sql.replace("sum(x)", "sum(y)")).await;
+    let stopped = world.system.unplanned_metrics(&id).await.unwrap();
+    assert_eq!(stopped.len(), 1);
+    world.system.remove_metric(&id, &"doubled".parse().unwrap()).await.unwrap();
+    assert!(world.system.unplanned_metrics(&id).await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits::default(), &["acme"]).await;

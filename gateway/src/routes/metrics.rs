@@ -5,7 +5,7 @@ use crate::extract::{Json, Listing, Member, Path};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span::{Text, format};
-use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo};
+use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo, UnplannedMetric};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
 use axum::extract::State;
@@ -14,8 +14,10 @@ use axum::routing::{get, put};
 use engine::event::{ItemName, Micros, StreamName};
 use engine::limit::{StateLimits, StateSize};
 use engine::window::Window;
+use engine::workspace::Cause;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sql::plan::MetricSql;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -62,6 +64,29 @@ fn shown(info: &MetricInfo) -> Value {
     if !joins.is_empty() {
         shown["joins"] = json!(joins);
     }
+    show_spans(&mut shown, definition);
+    if let Some(stop) = &info.failure {
+        shown["failure"] = stop.reason.as_str().into();
+        shown["failure_code"] = stop.cause.code().into();
+    }
+    shown
+}
+
+/// A metric that stays stopped, as far as its SQL tells what it is.
+fn unplanned(metric: &UnplannedMetric) -> Value {
+    let definition = &metric.definition;
+    let mut shown = json!({
+        "name": metric.name, "sql": definition.sql, "keys": [], "values": [], "window": {}, "state": {"bytes": 0, "keys": 0, "panes": 0},
+        "failure": metric.reason, "failure_code": Cause::MetricFailed.code(),
+    });
+    if let Ok(parsed) = MetricSql::parse(&definition.sql) {
+        (shown["stream"], shown["window"]) = (json!(parsed.stream), window(parsed.window));
+    }
+    show_spans(&mut shown, definition);
+    shown
+}
+
+fn show_spans(shown: &mut Value, definition: &MetricDefinition) {
     let spans = [
         ("emit", definition.emit),
         ("retain", definition.retain),
@@ -74,11 +99,6 @@ fn shown(info: &MetricInfo) -> Value {
             shown[name] = format(span).into();
         }
     }
-    if let Some(stop) = &info.failure {
-        shown["failure"] = stop.reason.as_str().into();
-        shown["failure_code"] = stop.cause.code().into();
-    }
-    shown
 }
 
 /// How a metric runs: its panes, the state it holds and shares, and what its batches cost. Of the metrics that read it
@@ -142,7 +162,9 @@ async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Jso
     member.may_somewhere(Permission::MetricRead)?;
     let metrics = state.system.metrics(&member.workspace).await?;
     let metrics = metrics.iter().filter(|info| member.sees(Permission::MetricRead, "metrics", &info.name));
-    let metrics: Vec<Value> = metrics.map(shown).collect();
+    let stopped = state.system.unplanned_metrics(&member.workspace).await?;
+    let stopped = stopped.iter().filter(|metric| member.sees(Permission::MetricRead, "metrics", &metric.name));
+    let metrics: Vec<Value> = metrics.map(shown).chain(stopped.map(unplanned)).collect();
     Ok(axum::Json(json!({"metrics": metrics})))
 }
 
