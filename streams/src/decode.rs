@@ -158,10 +158,15 @@ pub fn decode(
         let mut input = serde_json::Deserializer::from_slice(body);
         let result = Elements(&mut rows, &mut scanner).deserialize(&mut input).and_then(|()| input.end());
         if let Err(error) = result {
-            if rows.index == 0 && !body.trim_ascii().is_empty() {
+            // the body is no JSON as a whole: its elements may still be, each for itself
+            let told_apart = rows.index == 0 && each_element(body, |_| {});
+            if told_apart {
+                each_element(body, |element| rows.event(element));
+            } else if rows.index == 0 && !body.trim_ascii().is_empty() {
                 return Err(DecodeError::Unreadable(error.to_string()));
+            } else {
+                rows.malformed(&[], &error);
             }
-            rows.malformed(&[], &error);
         }
     }
     if rows.index == 0 {
@@ -206,6 +211,33 @@ impl<'de> Visitor<'de> for Elements<'_, '_, 'de> {
         }
         Ok(())
     }
+}
+
+/// Hands over the elements of an array, told apart by brackets, quotes and commas alone; false where those do not match
+/// up, which shows only once the elements before have been handed over.
+fn each_element<'a>(body: &'a [u8], mut take: impl FnMut(&'a [u8])) -> bool {
+    let inner = body.trim_ascii().strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]"));
+    let Some(inner) = inner else { return false };
+    let (mut from, mut closing) = (0, Vec::new());
+    let (mut in_string, mut escaped) = (false, false);
+    for (at, byte) in inner.iter().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' => closing.push(b'}'),
+            b'[' => closing.push(b']'),
+            b'}' | b']' if closing.pop() != Some(*byte) => return false,
+            b',' if closing.is_empty() => {
+                take(inner[from..at].trim_ascii());
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    take(inner[from..].trim_ascii());
+    closing.is_empty() && !in_string
 }
 
 /// A value of an event on its way into a column.
@@ -918,6 +950,30 @@ mod tests {
             "nested 500 deep",
         );
         check("{\"symbol\":\"\u{fffd}", "malformed_json", "EOF");
+    }
+
+    #[test]
+    fn a_bad_element_of_an_array_leaves_the_others() {
+        let (good, read) = (r#"{"symbol":"A,]}","price":1,"qty":2}"#, |body: &[u8]| {
+            decode(&built_in()[0], body, Format::Json, TsUnit::Millis, &Bounds::default(), NOW)
+        });
+        for (bad, code) in [
+            (&br#"{"symbol":"A","price":NaN,"qty":1}"#[..], "not_finite"),
+            (br#"{"symbol":"A","price":-Infinity,"qty":1}"#, "not_finite"),
+            (br#"{"symbol":"A" "price":1,"qty":1}"#, "malformed_json"),
+            (b"{\"symbol\":\"\xff\",\"price\":1,\"qty\":1}", "malformed_json"),
+            (b"", "malformed_json"),
+        ] {
+            let got = read(&[b" [", good.as_bytes(), b", ", bad, b",", good.as_bytes(), b"]\n"].concat()).unwrap();
+            let refused: Vec<_> = got.errors.iter().map(|error| (error.index, error.code)).collect();
+            assert_eq!((got.batch.num_rows(), got.rejected), (2, 1), "{:?}", got.errors);
+            assert_eq!(refused, [(1, code)]);
+            assert_eq!(got.errors[0].payload, String::from_utf8_lossy(bad));
+        }
+        // where an element ends cannot be said: a repeat of the whole request must not count the first ones twice
+        for cut in [format!("[{good},"), format!("[{good},{{\"a\":\"b]"), format!("[{good},{{\"a\":[}}]")] {
+            assert!(matches!(read(cut.as_bytes()), Err(DecodeError::Unreadable(_))), "{cut}");
+        }
     }
 
     #[test]
