@@ -172,6 +172,9 @@ const OPERATIONS: &[Operation] = &[
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/dead-letters", "streams", "Events that could not be used, newest first, a moment after they were refused: `code` and `detail` say why, `payload` is the event as it came (for Arrow its row as JSON), cut at 4096 bytes. The newest 10000 of a workspace are kept. Without `stream` for those who may read every stream.").needs(Permission::StreamRead)
+        .query(&[("stream", "Only those of this stream."), LIMIT, ("after", "The `next` of the page before.")])
+        .gives(200, "DeadLetters"),
     Operation::new("get", "/api/v1/workspaces/{ws}/tables", "tables", "Reference tables: what metrics join to streams as `ref.NAME`, each row as it was at an event's time. `positions`, `companies` and `fx_rates` are there from the start; `positions` follows the portfolios.").needs(Permission::StreamRead)
         .gives(200, "ReferenceTables"),
     Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "One reference table.").needs(Permission::StreamRead)
@@ -322,6 +325,8 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     ("ReferenceTables", "tables ReferenceTable[]"),
     ("ReferenceRows", "rows array, next? string"),
+    ("DeadLetter", "stream string, at time, code string, detail string, payload string"),
+    ("DeadLetters", "dead_letters DeadLetter[], next? string"),
     ("IngestError", "index integer, code string, detail string"),
     ("Ingested", "accepted integer, duplicates integer, rejected integer, errors IngestError[], offset integer null"),
     (
@@ -387,7 +392,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
 ];
 
-/// A body of each kind, good as it stands where what it names exists.
+/// A body of each kind, or an answer that is better seen; a body is good as it stands where what it names exists.
 fn example(schema: &str) -> Option<Value> {
     const SQL: &str = "SELECT symbol, sum(price * qty) / sum(qty) AS vwap FROM market.trades \
         GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
@@ -414,6 +419,10 @@ fn example(schema: &str) -> Option<Value> {
         }),
         "ReferenceTableChanges" => json!([{"symbol": "AAPL", "region": "US"}]),
         "Events" => json!([{"id": "t-1", "symbol": "AAPL", "price": 187.5, "qty": 2}]),
+        "DeadLetters" => json!({"dead_letters": [{
+            "stream": "market.trades", "at": "2026-01-31T12:00:00.000000Z", "code": "missing_column",
+            "detail": "column `qty` (float64) is required", "payload": "{\"symbol\":\"AAPL\",\"price\":187.5}",
+        }]}),
         "MetricDefinition" => json!({"sql": SQL, "emit": "250ms"}),
         "Query" => json!({"sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY symbol"}),
         "AlertRule" => json!({"name": "dear", "metric": "vwap_1m", "condition": "vwap > 200", "for": "1m"}),

@@ -191,6 +191,41 @@ async fn a_foreign_workspace_answers_as_a_missing_one_on_every_route() {
     }
 }
 
+#[tokio::test]
+async fn what_was_refused_is_read_as_dead_letters_in_pages() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let at = "/api/v1/workspaces/acme";
+    for (stream, event) in [("market.trades", json!({"symbol": "A"})), ("chat.messages", json!({"thread": "t"}))] {
+        let sent = server.call("POST", &format!("{at}/streams/{stream}/events"), &root, event).await;
+        assert_eq!((sent.status, &sent.body["rejected"]), (200, &json!(1)), "{}", sent.body);
+        // the letters come with the next commit
+        let written = async || server.get(&format!("{at}/dead-letters?stream={stream}"), &root).await.body;
+        let mut read = written().await;
+        while read["dead_letters"].as_array().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            read = written().await;
+        }
+    }
+    let first = server.get(&format!("{at}/dead-letters?limit=1"), &root).await;
+    let letter = &first.body["dead_letters"][0];
+    assert_eq!((&letter["stream"], &letter["code"]), (&json!("chat.messages"), &json!("missing_column")));
+    assert_eq!(letter["payload"], r#"{"thread":"t"}"#);
+    let next = first.body["next"].as_str().unwrap();
+    let second = server.get(&format!("{at}/dead-letters?limit=1&after={next}"), &root).await;
+    assert_eq!(second.body["dead_letters"][0]["stream"], "market.trades", "{}", second.body);
+    assert!(second.body.get("next").is_none());
+    assert_eq!(server.get(&format!("{at}/dead-letters?after=x"), &root).await.code(), "bad_cursor");
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=nonsense"), &root).await.code(), "bad_name");
+    let one = json!({"name": "x", "role": "viewer", "scopes": ["stream:read@streams/chat.messages"]});
+    let key = server.call("POST", &format!("{at}/keys"), &root, one).await;
+    let key = key.body["key"].as_str().unwrap();
+    assert_eq!(server.get(&format!("{at}/dead-letters"), key).await.status, 403);
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=market.trades"), key).await.status, 403);
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=chat.messages"), key).await.status, 200);
+}
+
 /// What a path names, where it has to exist.
 fn named(path: &str) -> String {
     let names = [("{ws}", "acme"), ("{stream}", "market.trades"), ("{rule}", "dear")];

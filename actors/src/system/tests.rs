@@ -284,7 +284,7 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     let finals = world.system.metric_rows(&id, &"finals".parse().unwrap(), query).await.unwrap().rows;
     assert_eq!(finals.iter().map(|row| row["n"].as_i64().unwrap()).collect::<Vec<_>>(), [9, 9, 9]);
     eventually("the letters are stored", async || {
-        world.system.store().dead_letters(&id, None, 10).await.unwrap().len() == 3
+        world.system.store().dead_letters(&id, None, 10, None).await.unwrap().0.len() == 3
     })
     .await;
 
@@ -319,7 +319,7 @@ async fn an_event_that_cannot_be_computed_goes_to_the_dead_letters_and_the_rest_
     })
     .await;
     eventually("the letter is stored", async || {
-        let letters = world.system.store().dead_letters(&poisoned, None, 10).await.unwrap();
+        let letters = world.system.store().dead_letters(&poisoned, None, 10, None).await.unwrap().0;
         letters.len() == 1
             && letters[0].code == "poison"
             && letters[0].detail.contains("no computation for id = bad-5")

@@ -1,6 +1,7 @@
 //! The HTTP API by area: what each path reads, which permission it needs, what it answers.
 
 mod alerts; // rules, firings, acknowledgement, silences
+mod dead_letters; // events that could not be used
 mod health; // whether the process lives and can serve
 mod live; // channels as server-sent events
 mod metrics; // definitions and rows
@@ -26,6 +27,7 @@ pub(crate) fn routes() -> Router<AppState> {
         .merge(workspaces::routes())
         .merge(people::routes())
         .merge(streams::routes())
+        .merge(dead_letters::routes())
         .merge(tables::routes())
         .merge(metrics::routes())
         .merge(query::routes())

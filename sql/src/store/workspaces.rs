@@ -469,7 +469,7 @@ mod tests {
         assert!(store.run(&other, "run").await.unwrap().is_none());
         assert!(!store.finish_run(&other, "run", "finished", Micros(2), None).await.unwrap());
         assert!(store.run_events(&other, "run", 0).await.unwrap().is_empty());
-        assert!(store.dead_letters(&other, None, 10).await.unwrap().is_empty());
+        assert!(store.dead_letters(&other, None, 10, None).await.unwrap().0.is_empty());
         assert!(store.audit_log(&other, 10, None).await.unwrap().0.is_empty());
         assert!(store.checkpoint(&other).await.unwrap().is_none());
 
