@@ -10,6 +10,7 @@ mod fault; // why a request could not be served
 #[cfg(test)]
 mod fault_point; // where a test makes this crate fail
 mod history; // rows of store and memory as one table
+pub mod json; // Arrow values as JSON, whatever they are
 pub mod outlet; // what actors push
 mod portfolio; // a portfolio's actor
 mod query; // the pool of query workers

@@ -1,6 +1,7 @@
 //! A metric's rows as JSON: what the store keeps and what HTTP answers.
 
-use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
+use crate::json::AnyValue;
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use arrow::json::LineDelimitedWriter;
@@ -27,8 +28,10 @@ pub fn json_lines(batch: &RecordBatch) -> Result<Vec<String>, ArrowError> {
         return Ok(vec!["{}".to_owned(); batch.num_rows()]);
     }
     let batch = with_times_as_text(batch)?;
-    let mut writer: LineDelimitedWriter<_> =
-        WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
+    let mut writer: LineDelimitedWriter<_> = WriterBuilder::new()
+        .with_explicit_nulls(true)
+        .with_encoder_factory(Arc::new(AnyValue))
+        .build::<_, LineDelimited>(Vec::new());
     writer.write(&batch)?;
     writer.finish()?;
     let mut bytes = writer.into_inner();

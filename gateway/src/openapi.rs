@@ -207,7 +207,7 @@ const OPERATIONS: &[Operation] = &[
             ("resolution", "`raw`, the default: every window; `1h`, `1d`: of the final rows the last of each hour or day and key, the range widened to whole ones; `auto`: `raw` for a range up to 2 days, `1h` up to 90, else `1d`."),
         ])
         .gives(200, "Rows"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`.").needs(Permission::QueryRun)
+    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`; what has no form in JSON, such as NaN or a time beyond every calendar, is null, and CSV holds lists, maps and structs as JSON.").needs(Permission::QueryRun)
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").needs(Permission::AlertRead).gives(200, "AlertRules"),
@@ -564,6 +564,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "query_memory",
             "query_failed",
             "too_many_rows",
+            "unwritable_answer",
             "limit_reached",
         ],
     ),
