@@ -40,6 +40,18 @@ pub fn json_lines(batch: &RecordBatch) -> Result<Vec<String>, ArrowError> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
+/// A value of this type, read from text, as rows show it; `None` for what is no such value.
+pub(crate) fn shown_as(kind: &DataType, text: &str) -> Option<String> {
+    if matches!(kind, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) {
+        return Some(text.to_owned());
+    }
+    let text: ArrayRef = Arc::new(StringArray::from(vec![text]));
+    let value = arrow::compute::cast(&text, kind).ok().filter(|value| value.is_valid(0))?;
+    let line = json_lines(&RecordBatch::try_from_iter([("v", value)]).ok()?).ok()?.pop()?;
+    let shown = line.strip_prefix("{\"v\":")?.strip_suffix('}')?;
+    Some(serde_json::from_str::<String>(shown).unwrap_or_else(|_| shown.to_owned()))
+}
+
 fn with_times_as_text(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
     let mut fields = Vec::new();
     let mut columns: Vec<ArrayRef> = Vec::new();
@@ -151,4 +163,28 @@ fn bounds(start: Micros, end: Micros) -> Map<String, Value> {
     map.insert("window_start".into(), rfc3339(start).into());
     map.insert("window_end".into(), rfc3339(end).into());
     map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_read_as_its_type_and_shown_as_rows_show_it() {
+        let time = DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into()));
+        for (kind, text, shown) in [
+            (&time, "2026-01-01T01:00:00+01:00", Some("2026-01-01T00:00:00.000000Z")),
+            (&time, "2026-01-01T00:00:00.5Z", Some("2026-01-01T00:00:00.500000Z")),
+            (&time, "yesterday", None),
+            (&DataType::Decimal128(10, 2), "1.1", Some("1.10")),
+            (&DataType::Int64, "007", Some("7")),
+            (&DataType::Int64, "1.5", None),
+            (&DataType::Float64, "1", Some("1.0")),
+            (&DataType::Boolean, "true", Some("true")),
+            (&DataType::Utf8, "1.10", Some("1.10")),
+            (&DataType::Utf8, "", Some("")),
+        ] {
+            assert_eq!(shown_as(kind, text).as_deref(), shown, "{text} as {kind}");
+        }
+    }
 }

@@ -209,8 +209,8 @@ pub struct RowsQuery {
     pub after: Option<String>,
     /// Only final rows, or only provisional ones.
     pub only_final: Option<bool>,
-    /// Key columns and the value each must have.
-    pub keys: Vec<(String, String)>,
+    /// Key columns and the value each must have, as text of the column's type; `None` is NULL.
+    pub keys: Vec<(String, Option<String>)>,
     /// Of the final rows only the last of each hour or day and key; the range is then widened to whole ones.
     pub step: Option<Step>,
 }
@@ -865,7 +865,7 @@ impl System {
         }
         // memory first: what moves to the store meanwhile is then seen twice and counted once, never missed
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        self.check_keys(&recent.program, &query.keys)?;
+        query.keys = key_values(&recent.program, query.keys)?;
         let (after, live_done) = match query.after.as_deref().map(|after| after.split_once('~')) {
             None => (None, None),
             Some(Some(("s", cursor))) => (Some(cursor.to_owned()), None),
@@ -897,18 +897,6 @@ impl System {
             rows.extend(live.into_iter().skip(skip).take(room));
         }
         Ok(RowsPage { rows, next })
-    }
-
-    fn check_keys(&self, program: &Program, keys: &[(String, String)]) -> Result<(), Fault> {
-        let known: Vec<&str> =
-            program.output().fields().iter().skip(2).take(program.key_count()).map(|f| f.name().as_str()).collect();
-        match keys.iter().find(|(name, _)| !known.contains(&name.as_str())) {
-            None => Ok(()),
-            Some((name, _)) => {
-                let detail = format!("`{name}` is no key of this metric; its keys are {}", known.join(", "));
-                Err(Fault::invalid("unknown_parameter", detail))
-            }
-        }
     }
 
     /// Provisional rows as they stand now, and the event time that their metric has reached.
@@ -1389,6 +1377,30 @@ async fn rouse(system: Weak<Inner>) {
             }
         }
     }
+}
+
+/// Wanted values of key columns as rows show them: `2026-01-01T01:00:00+01:00` and `1.1` of a decimal with two digits are
+/// `2026-01-01T00:00:00.000000Z` and `1.10` there.
+fn key_values(
+    program: &Program,
+    wanted: Vec<(String, Option<String>)>,
+) -> Result<Vec<(String, Option<String>)>, Fault> {
+    let keys = &program.output().fields()[2..2 + program.key_count()];
+    let as_shown = |(name, value): (String, Option<String>)| {
+        let Some(field) = keys.iter().find(|field| *field.name() == name) else {
+            let known: Vec<&str> = keys.iter().map(|field| field.name().as_str()).collect();
+            let detail = format!("`{name}` is no key of this metric; its keys are {}", known.join(", "));
+            return Err(Fault::invalid("unknown_parameter", detail));
+        };
+        let Some(text) = value else { return Ok((name, None)) };
+        let Some(shown) = crate::rows::shown_as(field.data_type(), &text) else {
+            let text: String = text.chars().take(40).collect();
+            let detail = format!("`{text}` is no value of `{name}`, whose type is {}", field.data_type());
+            return Err(Fault::invalid("bad_filter", detail));
+        };
+        Ok((name, Some(shown)))
+    };
+    wanted.into_iter().map(as_shown).collect()
 }
 
 #[cfg(test)]

@@ -280,7 +280,15 @@ const PAGE_MAX: usize = 10_000;
 impl<S: Send + Sync> FromRequestParts<S> for Listing {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Query(mut rest) = Query::<HashMap<String, String>>::from_request_parts(parts, state).await?;
+        let Query(given) = Query::<Vec<(String, String)>>::from_request_parts(parts, state).await?;
+        let mut rest = HashMap::new();
+        for (name, value) in given {
+            if rest.contains_key(&name) {
+                let detail = format!("parameter `{name}` stands twice; ask once for each of its values");
+                return Err(Problem::invalid("bad_parameter", detail));
+            }
+            rest.insert(name, value);
+        }
         let limit = match rest.remove("limit").map(|text| text.parse::<usize>()) {
             None => PAGE,
             Some(Ok(limit @ 1..=PAGE_MAX)) => limit,

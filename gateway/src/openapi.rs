@@ -197,12 +197,13 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows.").needs(Permission::MetricDefine),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds.").needs(Permission::MetricRead)
         .gives(200, "MetricPlan"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.").needs(Permission::MetricRead)
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name, read as a value of its type: `?symbol=AAPL`, `?day=2026-01-01T00:00:00Z`. No parameter may stand twice.").needs(Permission::MetricRead)
         .query(&[
             ("from", "Windows that start then or later, RFC 3339."),
             ("to", "Windows that start earlier, RFC 3339."),
             LIMIT,
             ("after", "The `next` of the page before."),
+            ("is_null", "Key columns that must be NULL, separated by commas."),
             ("final", "`true`: only final rows; `false`: only provisional ones."),
             ("resolution", "`raw`, the default: every window; `1h`, `1d`: of the final rows the last of each hour or day and key, the range widened to whole ones; `auto`: `raw` for a range up to 2 days, `1h` up to 90, else `1d`."),
         ])

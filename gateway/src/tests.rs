@@ -158,6 +158,10 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
     assert_eq!(code("POST", at, json, large).await, (413, "body_too_large".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limit=0", json, Body::empty()).await, (400, "bad_parameter".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limt=1", json, Body::empty()).await, (400, "unknown_parameter".into()));
+    assert_eq!(
+        code("GET", "/api/v1/workspaces?limit=1&limit=2", json, Body::empty()).await,
+        (400, "bad_parameter".into())
+    );
     assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await, (426, "upgrade_required".into()));
     assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await, (400, "bad_path".into()));
 }

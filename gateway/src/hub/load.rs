@@ -162,7 +162,7 @@ async fn metric_rows(
         from: newest.map(|at| Micros(at.0.saturating_sub(back))),
         limit: PAGE,
         only_final: Some(true),
-        keys: name.filter.clone(),
+        keys: name.filter.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect(),
         ..RowsQuery::default()
     };
     let mut finals: HashMap<Arc<str>, MetricRow> = HashMap::new();

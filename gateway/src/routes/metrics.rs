@@ -224,6 +224,8 @@ fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
     };
     let from = page.take("from").map(|text| instant("from", &text)).transpose()?;
     let to = page.take("to").map(|text| instant("to", &text)).transpose()?;
+    let nulls = page.take("is_null");
+    let nulls = nulls.iter().flat_map(|names| names.split(',')).map(|name| (name.to_owned(), None));
     let step = match page.take("resolution").as_deref() {
         None | Some("raw") => None,
         Some("1h") => Some(Step::Hour),
@@ -238,7 +240,7 @@ fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
         limit: page.limit,
         after: page.take("after"),
         only_final,
-        keys: page.rest.into_iter().collect(),
+        keys: nulls.chain(page.rest.into_iter().map(|(name, value)| (name, Some(value)))).collect(),
         step,
     })
 }
@@ -273,7 +275,9 @@ mod tests {
     #[test]
     fn what_is_no_parameter_filters_by_a_key() {
         let wanted = query(&[("symbol", "AAPL"), ("final", "true"), ("from", "2026-01-01T00:00:00Z")]).unwrap();
-        assert_eq!(wanted.keys, [("symbol".to_owned(), "AAPL".to_owned())]);
+        assert_eq!(wanted.keys, [("symbol".to_owned(), Some("AAPL".to_owned()))]);
+        let nulls = query(&[("is_null", "side,venue")]).unwrap().keys;
+        assert_eq!(nulls, [("side".to_owned(), None), ("venue".to_owned(), None)]);
         assert_eq!((wanted.only_final, wanted.limit), (Some(true), 7));
         assert_eq!(wanted.from, Some(Micros(1_767_225_600_000_000)));
     }
