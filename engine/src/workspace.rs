@@ -261,9 +261,6 @@ pub struct Workspace {
     stopwatch: Option<Stopwatch>,
 }
 
-/// The stream whose trades set last prices.
-const TRADES: &str = "market.trades";
-
 impl Workspace {
     /// A workspace whose metrics stop at these bounds, and by whose stopwatch their costs are told. The default has
     /// neither.
@@ -473,9 +470,7 @@ impl Workspace {
             return out;
         };
         let Some(highest) = ts.values().iter().max().map(|&at| Micros(at)) else { return out };
-        if stream.as_str() == TRADES {
-            out.prices_changed = self.prices.absorb(batch);
-        }
+        out.prices_changed = self.prices.absorb(stream, batch);
         let time = self.streams.entry(stream.clone()).or_default();
         let before = time.frontier.unwrap_or(Micros::MIN);
         let after = before.max(highest);

@@ -239,6 +239,7 @@ pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
         "value": summary.value, "cost": summary.cost, "unrealised": summary.unrealised,
         "unrealised_pct": summary.unrealised_pct, "as_of": summary.as_of.map(rfc3339),
         "positions": summary.positions, "allocation": summary.allocation, "unpriced": summary.unpriced,
+        "unpriced_count": summary.unpriced.len(),
     })
 }
 
