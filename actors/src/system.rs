@@ -640,13 +640,11 @@ impl System {
     pub async fn streams(&self, id: &WorkspaceId) -> Result<Vec<StreamInfo>, Fault> {
         let tenant = self.tenant(id)?;
         let times = self.read(id, WorkspaceMsg::Streams).await?;
-        let events = tenant.counters.by_stream.lock().clone();
         let mut schemas: Vec<_> = tenant.schemas.read().values().cloned().collect();
         schemas.sort_by(|a, b| a.stream.cmp(&b.stream));
         let info = |schema: Arc<StreamSchema>| {
             let time = times.get(&schema.stream).copied().unwrap_or_default();
-            let events = events.get(&schema.stream).copied().unwrap_or(0);
-            StreamInfo { frontier: time.frontier, late: time.late, events, schema }
+            StreamInfo { frontier: time.frontier, late: time.late, events: time.events, schema }
         };
         Ok(schemas.into_iter().map(info).collect())
     }

@@ -28,6 +28,9 @@ pub struct StreamTime {
     pub frontier: Option<Micros>,
     /// Events that came so late that a metric could not take them.
     pub late: u64,
+    /// Events taken in so far.
+    #[serde(default)]
+    pub events: u64,
 }
 
 /// Rows of a metric, in the order in which they became so.
@@ -472,6 +475,7 @@ impl Workspace {
         let Some(highest) = ts.values().iter().max().map(|&at| Micros(at)) else { return out };
         out.prices_changed = self.prices.absorb(stream, batch);
         let time = self.streams.entry(stream.clone()).or_default();
+        time.events += batch.num_rows() as u64;
         let before = time.frontier.unwrap_or(Micros::MIN);
         let after = before.max(highest);
         time.frontier = Some(after);

@@ -164,7 +164,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces/{ws}/audit", "workspaces", "Who did what, newest first.").needs(Permission::AuditRead)
         .query(&[LIMIT, BEFORE])
         .gives(200, "Audit"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand.").needs(Permission::StreamRead).gives(200, "Streams"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand: `events` were taken in and `late` came too late for a metric, since the workspace was made.").needs(Permission::StreamRead).gives(200, "Streams"),
     Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it.").needs(Permission::StreamDefine)
         .takes("StreamDefinition")
         .gives(200, "Stream"),

@@ -197,6 +197,26 @@ async fn a_start_wakes_only_the_workspaces_that_have_something_to_compute() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_events_of_a_stream_are_counted_on_after_a_stop_and_after_a_kill() {
+    let directory = TempDir::new().unwrap();
+    let events = async |world: &World| {
+        let streams = world.system.streams(&"acme".parse().unwrap()).await.unwrap();
+        streams.iter().find(|info| info.schema.stream.as_str() == "market.trades").unwrap().events
+    };
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    world.trades("acme", "A", 0, 5, "a").await.unwrap();
+    assert_eq!(events(&world).await, 5);
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert_eq!(events(&world).await, 5);
+    world.trades("acme", "A", 10, 2, "b").await.unwrap();
+    world.trades("acme", "A", 10, 2, "b").await.unwrap(); // repeats are no events
+    world.kill().await;
+    assert_eq!(events(&World::start(directory.path()).await).await, 7);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_workspace_at_rest_wakes_for_an_event_and_pushes_what_comes_of_it() {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits { rest_ms: 200, ..Limits::default() }, &["acme"]).await;
