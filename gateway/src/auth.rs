@@ -33,7 +33,8 @@ const ACCESS_TYPE: &str = "at+jwt";
 const LEEWAY: Span = Span::seconds(30);
 /// A longer token is none of ours.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
-const SECRET_BYTES_MIN: usize = 32;
+/// Bytes that a secret needs at least.
+pub const SECRET_BYTES_MIN: usize = 32;
 
 /// A password has at least so many characters.
 pub const PASSWORD_CHARS_MIN: usize = 8;

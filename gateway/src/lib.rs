@@ -23,7 +23,7 @@ mod edge; // what happens to every request and answer
 mod tls; // certificates
 mod serve; // connections, and how they drain
 
-pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, Tokens, hash_password, key_of};
+pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, SECRET_BYTES_MIN, Tokens, hash_password, key_of};
 pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
 pub use hub::Hub;
 pub use oidc::OidcConfig;
