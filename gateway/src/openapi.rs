@@ -212,7 +212,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").needs(Permission::AlertRead).gives(200, "AlertRules"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule.").needs(Permission::AlertDefine)
+    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule. `severity` is a word such as `info`, `warning` (unless said) or `critical`: `[a-z][a-z0-9_]{0,31}`.").needs(Permission::AlertDefine)
         .takes("AlertRule")
         .gives(201, "AlertRule"),
     Operation::new("put", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Defines an alert rule, or defines it anew.").needs(Permission::AlertDefine)

@@ -60,8 +60,21 @@ struct Rule {
     severity: Option<String>,
 }
 
+/// Any word, since what alerts are routed by is each installation's own.
+fn is_severity(text: &str) -> bool {
+    let word = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    word && text.len() <= 32 && text.starts_with(|first: char| first.is_ascii_lowercase())
+}
+
 impl Rule {
     fn definition(self) -> Result<RuleDefinition, Problem> {
+        if let Some(severity) = self.severity.as_ref().filter(|text| !is_severity(text)) {
+            let severity: String = severity.chars().take(40).collect();
+            let detail = format!(
+                "`severity` is a word such as info, warning or critical, [a-z][a-z0-9_]{{0,31}}; this is `{severity}`"
+            );
+            return Err(Problem::invalid("bad_body", detail));
+        }
         Ok(RuleDefinition {
             metric: self.metric.parse()?,
             condition: self.condition,
@@ -269,4 +282,23 @@ async fn remove_silence(
     member.may(Permission::AlertRespond)?;
     state.system.remove_silence(&member.workspace, &silence).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_severity_is_one_short_word() {
+        let rule = |severity: &str| {
+            let rule = json!({"metric": "vwap_1m", "condition": "vwap > 1", "severity": severity});
+            serde_json::from_value::<Rule>(rule).unwrap().definition()
+        };
+        for good in ["info", "warning", "critical", "sev_1", &"x".repeat(32)] {
+            assert_eq!(rule(good).unwrap().severity.as_deref(), Some(good));
+        }
+        for bad in ["", "Critical", "very bad", "1st", &"x".repeat(33), &"x".repeat(500)] {
+            assert_eq!(rule(bad).unwrap_err().code, "bad_body", "{bad}");
+        }
+    }
 }
