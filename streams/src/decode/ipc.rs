@@ -43,7 +43,10 @@ pub(super) fn decode(
     let given = |name: &str| input.column_by_name(name);
     let mut checks = Checks { verdicts: Verdicts::new(rows, bounds.described), bytes: vec![0; rows], bounds, now };
     let ts = checks.times(given("ts"), unit);
-    let id = given("id").map_or_else(|| new_null_array(&DataType::Utf8, rows), |id| checks.ids(id));
+    let id = match given("id") {
+        Some(id) => checks.ids(id).map_err(unreadable)?,
+        None => new_null_array(&DataType::Utf8, rows),
+    };
     let mut columns: Vec<ArrayRef> = vec![ts, id];
     for column in &schema.columns {
         let cells = match given(&column.name) {
@@ -314,8 +317,9 @@ impl Checks<'_> {
         Arc::new(times.with_data_type(timestamp_type()))
     }
 
-    fn ids(&mut self, input: &ArrayRef) -> ArrayRef {
+    fn ids(&mut self, input: &ArrayRef) -> Result<ArrayRef, ArrowError> {
         let ids = lossless(input, &DataType::Utf8);
+        self.uncast("id", "utf8", input, &ids)?;
         let most = self.bounds.id_bytes;
         for (row, id) in ids.as_string::<i32>().iter().enumerate() {
             let Some(id) = id else { continue };
@@ -324,7 +328,7 @@ impl Checks<'_> {
                 self.verdicts.refuse(row, "bad_id", detail);
             }
         }
-        ids
+        Ok(ids)
     }
 
     /// A column of the stream's own in the type it has there.
@@ -379,7 +383,7 @@ impl Checks<'_> {
                     return Some(value.get().to_owned()).filter(|text| text != "null");
                 }
                 Ok(_) => self.verdicts.refuse(row, "malformed_json", || {
-                    format!("column `{name}`: a value is nested more than {} deep", DEPTH_MAX)
+                    format!("column `{name}`: a value is nested more than {DEPTH_MAX} deep")
                 }),
                 Err(error) => self.verdicts.refuse(row, "wrong_type", || {
                     format!("column `{name}` takes json, this is `{}`: {error}", short(text))
