@@ -29,8 +29,6 @@ const ISSUER: &str = "tidewatch";
 const AUDIENCE: &str = "tidewatch-api";
 /// The `typ` of access tokens (RFC 9068): no other token of ours passes for one.
 const ACCESS_TYPE: &str = "at+jwt";
-/// How far the clocks of servers that share a secret may differ.
-const LEEWAY: Span = Span::seconds(30);
 /// A longer token is none of ours.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
 const SECRET_BYTES_MIN: usize = 32;
@@ -514,7 +512,7 @@ impl Auth {
         let mut keys = self.checking.iter();
         let (_, key) = keys.find(|(id, _)| kid.as_ref().is_none_or(|kid| kid == id))?;
         let data = jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok()?;
-        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)).plus(LEEWAY) > now;
+        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)) > now;
         (data.header.typ.as_deref() == Some(ACCESS_TYPE) && in_time).then_some(data.claims)
     }
 
@@ -557,7 +555,7 @@ impl Auth {
             id: user.id,
             name: user.email,
             admin: user.admin,
-            expires_at: Some(Micros(claims.exp.saturating_mul(1_000_000)).plus(LEEWAY)),
+            expires_at: Some(Micros(claims.exp.saturating_mul(1_000_000))),
             by: By::Session { family: claims.sid },
         })
     }
@@ -893,7 +891,7 @@ mod tests {
         let auth = auth();
         let token = auth.sign("ann", "family", NOW).unwrap();
         assert_eq!(auth.claims(&token, NOW).unwrap().sub, "ann");
-        let end = NOW.plus(Span::seconds(30 * 60)).plus(LEEWAY);
+        let end = NOW.plus(Span::seconds(30 * 60));
         assert!(auth.claims(&token, end.minus(Span::seconds(1))).is_some());
         assert!(auth.claims(&token, end).is_none());
     }
