@@ -283,16 +283,36 @@ impl Auth {
         now: Micros,
     ) -> Result<Tokens, Problem> {
         let email: String = email.to_lowercase().chars().take(320).collect();
-        self.throttle(&email, from, now)?;
-        let user = store.user_by_email(&email).await?;
+        self.count_try(&email, from, now)?;
+        let user = match self.check_sign_in(store, &email, password, otp, now).await {
+            Ok(user) => user,
+            Err(problem) => {
+                if !is_wrong_guess(&problem) {
+                    self.take_back_try(&email, from);
+                }
+                return Err(problem);
+            }
+        };
+        self.take_back_try(&email, from);
+        self.tries.lock().remove(&(email, from));
+        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+    }
+
+    async fn check_sign_in(
+        &self,
+        store: &Store,
+        email: &str,
+        password: String,
+        otp: Option<&str>,
+        now: Micros,
+    ) -> Result<User, Problem> {
+        let user = store.user_by_email(email).await?;
         let known: Arc<str> =
             user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
         let too_long = password.len() > PASSWORD_BYTES_MAX;
         let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
-        let Some(user) = user.filter(|_| good) else {
-            self.failed(email, from, now);
-            return Err(Problem::unauthorized("e-mail address or password is wrong").code("bad_credentials"));
-        };
+        let wrong = || Problem::unauthorized("e-mail address or password is wrong").code(WRONG_PASSWORD);
+        let user = user.filter(|_| good).ok_or_else(wrong)?;
         let totp = store.totp(&user.id).await?;
         if let Some(sealed) = &totp.secret {
             let Some(otp) = otp else {
@@ -300,13 +320,11 @@ impl Auth {
                 return Err(Problem::unauthorized(detail).code("otp_required"));
             };
             if !self.spend_code(store, &user, sealed, otp, now).await? {
-                self.failed(email, from, now);
                 let detail = "the code is wrong or was used before; wait for the next one";
-                return Err(Problem::unauthorized(detail).code("bad_otp"));
+                return Err(Problem::unauthorized(detail).code(WRONG_CODE));
             }
         }
-        self.tries.lock().remove(&(email, from));
-        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+        Ok(user)
     }
 
     /// The user whom an issuer names: known by the identity, else by an address that the issuer has checked, else made
@@ -344,14 +362,17 @@ impl Auth {
         now: Micros,
     ) -> Result<User, Problem> {
         let user = store.user_by_id(&caller.id).await?.ok_or_else(unauthenticated)?;
-        self.throttle(&user.email, from, now)?;
+        self.count_try(&user.email, from, now)?;
         let known = user.password_hash.clone();
         let too_long = password.len() > PASSWORD_BYTES_MAX;
-        if self.hashing(move || !too_long && verify(&password, &known)).await? {
-            return Ok(user);
+        let checked = self.hashing(move || !too_long && verify(&password, &known)).await;
+        if !matches!(checked, Ok(false)) {
+            self.take_back_try(&user.email, from);
         }
-        self.failed(user.email, from, now);
-        Err(Problem::forbidden("`password` is not your password").code("bad_credentials"))
+        match checked? {
+            true => Ok(user),
+            false => Err(Problem::forbidden("`password` is not your password").code(WRONG_PASSWORD)),
+        }
     }
 
     /// Gives a user another password and ends every sign-in.
@@ -642,30 +663,39 @@ impl Auth {
         self.tiers.forget();
     }
 
-    fn throttle(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
-        let tries = self.tries.lock();
-        let until = |email: &str, free| tries.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
-        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
-        if until <= now {
-            return Ok(());
-        }
-        let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
-        let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
-        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail).retry_after(wait))
-    }
-
-    fn failed(&self, email: String, from: Option<IpAddr>, now: Micros) {
+    /// Counts a try as failed before it is known whether it is, so that tries at the same time count as those one after
+    /// the other do; refuses it where there were too many.
+    fn count_try(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
         let mut all = self.tries.lock();
+        let until = |email: &str, free| all.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
+        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
+        if until > now {
+            let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
+            let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
+            let refused = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail);
+            return Err(refused.retry_after(wait));
+        }
         if all.len() >= REMEMBER_MAX {
             all.retain(|_, tries| tries.until(FREE_TRIES) > now);
         }
-        for email in [email, ANY_ACCOUNT.to_owned()] {
-            let tries = all.entry((email, from)).or_insert(Tries { failed: 0, last: now });
+        for email in [email, ANY_ACCOUNT] {
+            let tries = all.entry((email.to_owned(), from)).or_insert(Tries { failed: 0, last: now });
             if tries.last.plus(FORGET_TRIES) < now {
                 tries.failed = 0;
             }
             tries.failed = tries.failed.saturating_add(1);
             tries.last = now;
+        }
+        Ok(())
+    }
+
+    /// A try that was counted was no wrong guess.
+    fn take_back_try(&self, email: &str, from: Option<IpAddr>) {
+        let mut all = self.tries.lock();
+        for email in [email, ANY_ACCOUNT] {
+            if let Some(tries) = all.get_mut(&(email.to_owned(), from)) {
+                tries.failed = tries.failed.saturating_sub(1);
+            }
         }
     }
 
@@ -708,6 +738,14 @@ fn percent(byte: u8) -> String {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
         other => format!("%{other:02X}"),
     }
+}
+
+/// Codes of what somebody who guesses is told.
+const WRONG_PASSWORD: &str = "bad_credentials";
+const WRONG_CODE: &str = "bad_otp";
+
+fn is_wrong_guess(problem: &Problem) -> bool {
+    [WRONG_PASSWORD, WRONG_CODE].contains(&problem.code)
 }
 
 /// A password as it is stored: a PHC string, different each time.
@@ -953,18 +991,18 @@ mod tests {
         let address = Some(IpAddr::from([10, 0, 0, 1]));
         let mut now = NOW;
         for _ in 0..5 {
-            assert!(auth.throttle("ann@example.com", address, now).is_ok());
-            auth.failed("ann@example.com".into(), address, now);
+            assert!(auth.count_try("ann@example.com", address, now).is_ok());
         }
         for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
             let almost = now.plus(Span(Span::seconds(wait).0 - 1));
-            let refused = auth.throttle("ann@example.com", address, almost).unwrap_err();
+            let refused = auth.count_try("ann@example.com", address, almost).unwrap_err();
             assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS, "{wait}");
-            assert!(auth.throttle("ann@example.com", Some(IpAddr::from([10, 0, 0, 2])), almost).is_ok());
-            assert!(auth.throttle("bob@example.com", address, almost).is_ok());
+            for (email, from) in [("ann@example.com", Some(IpAddr::from([10, 0, 0, 2]))), ("bob@example.com", address)] {
+                assert!(auth.count_try(email, from, almost).is_ok(), "{email} {from:?}");
+                auth.take_back_try(email, from);
+            }
             now = now.plus(Span::seconds(wait));
-            assert!(auth.throttle("ann@example.com", address, now).is_ok());
-            auth.failed("ann@example.com".into(), address, now);
+            assert!(auth.count_try("ann@example.com", address, now).is_ok());
         }
     }
 

@@ -622,6 +622,25 @@ async fn a_wrong_password_and_an_unknown_user_get_the_same_answer() {
 }
 
 #[tokio::test]
+async fn tries_at_the_same_time_are_throttled_as_those_one_after_the_other_are() {
+    let server = Server::start().await;
+    let login = |password: &str| {
+        let body = json!({"email": "root@example.com", "password": password});
+        server.call("POST", "/api/v1/auth/login", "", body)
+    };
+    // a right password leaves no trace
+    for _ in 0..10 {
+        assert_eq!(login(PASSWORD).await.status, 200);
+    }
+    let answers = futures::future::join_all((0..100).map(|_| login("wrong horse"))).await;
+    let with = |status: u16| answers.iter().filter(|answer| answer.status == status).count();
+    assert_eq!((with(401), with(429)), (5, 95));
+    let refused = answers.iter().find(|answer| answer.status == 429).unwrap();
+    assert_eq!(refused.code(), "too_many_sign_ins");
+    assert!(refused.headers.contains_key("retry-after"));
+}
+
+#[tokio::test]
 async fn an_api_key_works_in_its_workspace_with_its_role_until_it_is_revoked() {
     let server = Server::start().await;
     let root = server.token("root@example.com").await;
