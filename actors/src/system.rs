@@ -1154,6 +1154,11 @@ impl System {
         self.0.sessions.active_run(id, thread)
     }
 
+    /// Id of the user who asked for a run; `None` once it is over and only stored.
+    pub fn run_user(&self, id: &WorkspaceId, run: &str) -> Option<String> {
+        self.0.sessions.run_user(id, run)
+    }
+
     /// Stops a run's model and tools; it ends as cancelled.
     pub async fn cancel_run(&self, id: &WorkspaceId, run: &str) -> Result<(), Fault> {
         self.0.sessions.cancel(self, id, run).await

@@ -172,9 +172,17 @@ async fn cancel(
     member: Member,
     Path((_, run)): Path<(String, String)>,
 ) -> Result<Response, Problem> {
-    member.may(Permission::AiUse)?;
-    state.system.cancel_run(&member.workspace, &run).await?;
+    cancel_run(&state, &member, &run).await?;
     Ok((StatusCode::ACCEPTED, Json(json!({"runId": run}))).into_response())
+}
+
+/// Stops a run: whoever talks to agents their own, an admin of agents those of others too.
+pub(crate) async fn cancel_run(state: &AppState, member: &Member, run: &str) -> Result<(), Problem> {
+    member.may(Permission::AiUse)?;
+    if state.system.run_user(&member.workspace, run).is_some_and(|user| user != member.user) {
+        member.may(Permission::AiAdmin)?;
+    }
+    Ok(state.system.cancel_run(&member.workspace, run).await?)
 }
 
 async fn list(State(state): State<AppState>, member: Member) -> Result<Json<Value>, Problem> {
@@ -530,8 +538,7 @@ impl Chat {
                 }
             }
             Frame::Cancel(run) => {
-                if let Err(fault) = self.state.system.cancel_run(&signed_in.member.workspace, &run).await {
-                    let problem = Problem::from(fault);
+                if let Err(problem) = cancel_run(&self.state, &signed_in.member, &run).await {
                     tell(sink, &problem.detail, problem.code).await?;
                 }
             }

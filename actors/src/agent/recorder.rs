@@ -171,7 +171,7 @@ async fn stored_events(system: &System, run: &StoredRun) -> Result<Vec<RunEvent>
 
 fn new_log(run: &StoredRun, was_cut: bool, legacy: bool) -> RunLog {
     let ids = [run.thread.clone(), run.run_id.clone()];
-    RunLog::new(run.workspace.clone(), ids, run.started_at, was_cut, legacy, None)
+    RunLog::new(run.workspace.clone(), ids, run.started_at, was_cut, legacy, None, None)
 }
 
 /// Ends a run that the last stop of the process cut off: what was open is closed, and it failed as `interrupted`.

@@ -196,6 +196,11 @@ impl Sessions {
         system.store().run(ws, run).await?.map(|_| ()).ok_or_else(|| unknown_run(run))
     }
 
+    /// Id of the user who asked for a run that goes on, or was over a while ago.
+    pub fn run_user(&self, ws: &WorkspaceId, run: &str) -> Option<String> {
+        self.in_memory(ws, run)?.user.clone()
+    }
+
     /// The run that a thread is busy with.
     pub fn active_run(&self, ws: &WorkspaceId, thread: &str) -> Option<String> {
         let table = self.shared.table.lock();
@@ -397,7 +402,8 @@ impl Shared {
 fn new_log(system: &System, ws: &WorkspaceId, request: &RunRequest, is_public: bool) -> Arc<RunLog> {
     let ids = [request.thread.clone(), request.run.clone()];
     let outlet = is_public.then(|| system.outlet().clone());
-    Arc::new(RunLog::new(ws.clone(), ids, system.now(), false, request.legacy, outlet))
+    let user = Some(request.user.clone());
+    Arc::new(RunLog::new(ws.clone(), ids, system.now(), false, request.legacy, user, outlet))
 }
 
 fn check_id(name: &str, id: &str) -> Result<(), Fault> {

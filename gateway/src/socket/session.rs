@@ -2,7 +2,7 @@
 
 use super::peer::Close;
 use crate::AppState;
-use crate::agents::asker;
+use crate::agents::{asker, cancel_run};
 use crate::agui;
 use crate::auth::{By, Caller};
 use crate::edge::audit_frame;
@@ -372,8 +372,7 @@ impl Session {
             }
         };
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::AiUse)?;
-        self.state.system.cancel_run(&member.workspace, &run).await?;
+        cancel_run(&self.state, &member, &run).await?;
         self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
         Ok(())
     }
