@@ -9,13 +9,13 @@ use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use sql::store::AuditEntry;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::Instrument;
@@ -25,6 +25,30 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The id a request goes by in logs and in the audit log.
 #[derive(Clone)]
 struct RequestId(String);
+
+/// Where a connection came from, as the audit log says it of what is done on it.
+#[derive(Clone, Default)]
+pub(crate) struct Origin {
+    address: Option<IpAddr>,
+    request_id: Box<str>,
+}
+
+impl Origin {
+    /// Of the request that these belong to.
+    pub(crate) fn of(extensions: &Extensions) -> Origin {
+        let address = extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+        let request_id = extensions.get::<RequestId>().map(|id| id.0.as_str().into()).unwrap_or_default();
+        Origin { address, request_id }
+    }
+
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        self.address
+    }
+
+    fn from(&self) -> String {
+        self.address.map_or_else(String::new, |address| address.to_string())
+    }
+}
 
 /// A client's own id, where it is a sensible one.
 fn given_id(headers: &HeaderMap) -> Option<String> {
@@ -129,8 +153,7 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     request.extensions_mut().insert(seen.clone());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
-    let from = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_string());
-    let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
+    let origin = Origin::of(request.extensions());
     let response = next.run(request).await;
     let code = response.extensions().get::<Code>().map(|code| code.0);
     if !is_notable(&method, &route, response.status(), code, seen.name().is_some()) {
@@ -145,8 +168,8 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
         action: format!("{method} {route}"),
         target: path.chars().take(300).collect(),
         outcome: code.unwrap_or("ok").to_owned(),
-        from: from.unwrap_or_default(),
-        request_id: request_id.unwrap_or_default(),
+        from: origin.from(),
+        request_id: origin.request_id.into(),
     };
     keep(&state, &entry).await;
     response
@@ -165,11 +188,13 @@ pub(crate) async fn audit_frame(
     kind: &str,
     on: (Option<&str>, &str),
     problem: &Problem,
+    origin: &Origin,
 ) {
     if !problem.is_denial() {
         return;
     }
     let (workspace, target) = on;
+    // the id of the handshake: all that is done on a connection goes by it
     let entry = AuditEntry {
         at: state.system.now(),
         workspace: workspace.and_then(|id| id.parse().ok()),
@@ -177,8 +202,8 @@ pub(crate) async fn audit_frame(
         action: format!("ws {}", kind.chars().take(40).collect::<String>()),
         target: target.chars().take(300).collect(),
         outcome: problem.code.to_owned(),
-        from: "websocket".to_owned(),
-        request_id: String::new(),
+        from: origin.from(),
+        request_id: origin.request_id.to_string(),
     };
     keep(state, &entry).await;
 }

@@ -18,6 +18,7 @@ use engine::reference::TABLES;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// A JSON body.
 #[derive(FromRequest)]
@@ -94,6 +95,12 @@ impl FromRequestParts<AppState> for Caller {
 }
 
 impl Caller {
+    /// The moment at which the credentials end, if they do.
+    pub(crate) fn ends(&self, state: &AppState) -> Option<Instant> {
+        let left = self.expires_at?.since(state.system.now()).0;
+        Some(Instant::now() + Duration::from_micros(left.max(0).unsigned_abs()))
+    }
+
     /// A user, not an API key.
     pub(crate) fn user(self) -> Result<Caller, Problem> {
         match self.by {

@@ -10,7 +10,7 @@ mod ring; // the newest messages of a channel, as they go over the wire
 mod state; // what the messages of a state channel add up to
 
 pub(crate) use channel::Since;
-pub(crate) use crowd::{Crowd, Group, Seat};
+pub(crate) use crowd::{Crowd, Group, Seats};
 pub(crate) use name::{ChannelName, Topic};
 pub(crate) use outbox::{Cut, Outbox, Taken};
 pub(crate) use ring::Form;

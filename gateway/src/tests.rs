@@ -1,5 +1,6 @@
 //! The whole router over a real system in a directory of its own.
 
+mod chat; // the sockets of chat clients
 mod rights; // who may follow and send what
 
 use crate::auth::testing::SECRET;

@@ -3,7 +3,7 @@
 use crate::AppState;
 use crate::auth::Caller;
 use crate::extract::{Address, Member, Query};
-use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seat, Since, Subscription, Taken, Topic};
+use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seats, Since, Subscription, Taken, Topic};
 use crate::problem::Problem;
 use crate::socket::{frame, handshake, may_listen, rate_of};
 use axum::Router;
@@ -59,13 +59,13 @@ async fn follow(
         let detail = format!("name 1 to limits.subscriptions = {most} channels: ?channel=alerts&channel=…");
         return Err(Problem::invalid("bad_parameter", detail));
     }
-    let crowd = &state.hub.crowd;
+    let mut seats = Seats::default();
     let groups = [
         address.map(Group::Address),
         Some(Group::User(caller.id.as_str().into())),
         Some(Group::Workspace(member.workspace.clone())),
     ];
-    let seats = groups.into_iter().flatten().map(|group| crowd.enter(group)).collect::<Result<Vec<Seat>, Problem>>()?;
+    groups.into_iter().flatten().try_for_each(|group| seats.enter(&state.hub.crowd, group))?;
     let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()).unwrap_or_default();
     let outbox = Outbox::new(state.config.limits.queue_bytes, Default::default());
     outbox.belongs_to(&caller.name);
@@ -82,7 +82,7 @@ async fn follow(
         is_over: false,
         seats,
     };
-    follower.ends = caller.expires_at.map(|end| follower.instant(end));
+    follower.ends = caller.ends(&follower.state);
     let mut positions = last.split(',').map(position);
     for channel in channels {
         let since = positions.next().flatten();
@@ -138,7 +138,7 @@ struct Follower {
     /// When the client's rights are looked at again.
     check_at: Instant,
     is_over: bool,
-    seats: Vec<Seat>,
+    seats: Seats,
 }
 
 impl Drop for Follower {
@@ -150,10 +150,6 @@ impl Drop for Follower {
 }
 
 impl Follower {
-    fn instant(&self, at: engine::event::Micros) -> Instant {
-        Instant::now() + Duration::from_micros(at.since(self.state.system.now()).0.unsigned_abs())
-    }
-
     async fn follow(
         &mut self,
         caller: &Caller,
@@ -186,9 +182,7 @@ impl Follower {
             if self.ends.is_some_and(|end| end <= now) {
                 return None;
             }
-            // all seats: each notes what it has seen
-            let has_changed = self.seats.iter_mut().fold(false, |changed, seat| seat.has_changed() | changed);
-            if has_changed || self.check_at <= now {
+            if self.seats.have_changed() || self.check_at <= now {
                 self.check_at = now + KEEP_ALIVE;
                 if self.check().await.is_err() {
                     return None; // the next attempt is told why

@@ -1,20 +1,20 @@
 //! What a client may ask for on its connection, and whether it still may have what it was given.
 
-use super::peer::Close;
+use super::Line;
+use super::peer::{Close, Pending, Talk};
 use crate::AppState;
 use crate::agents::{asker, cancel_run};
 use crate::agui;
 use crate::auth::{By, Caller};
-use crate::edge::audit_frame;
+use crate::edge::{Origin, audit_frame};
 use crate::extract::Member;
-use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seat, Since, Subscription, Topic};
+use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seats, Since, Subscription, Topic};
 use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span;
 use bytes::Bytes;
-use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
-use futures::future::BoxFuture;
+use engine::event::{ItemName, StreamName, WorkspaceId};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -55,9 +55,6 @@ struct Position {
     offset: u64,
 }
 
-/// An answer that comes once something is durable.
-pub(super) type Pending = BoxFuture<'static, Value>;
-
 /// What a client listens to.
 struct Followed {
     subscription: Subscription,
@@ -72,7 +69,7 @@ struct SignedIn {
 }
 
 pub(super) struct Session {
-    pub(super) state: AppState,
+    state: AppState,
     id: u64,
     outbox: Arc<Outbox>,
     signed_in: Option<SignedIn>,
@@ -81,49 +78,22 @@ pub(super) struct Session {
     /// The workspaces of runs that were started here.
     runs: HashMap<String, WorkspaceId>,
     /// What this connection counts as.
-    seats: HashMap<Group, Seat>,
+    seats: Seats,
+    origin: Origin,
 }
 
 impl Session {
-    /// `seat`: what the connection counts as already.
-    pub(super) fn new(state: AppState, outbox: Arc<Outbox>, seat: Option<(Group, Seat)>) -> Session {
-        let (id, seats) = (state.hub.next_id(), seat.into_iter().collect());
-        Session { state, id, outbox, signed_in: None, subscriptions: HashMap::new(), runs: HashMap::new(), seats }
-    }
-
-    /// When the client's credentials end; `None` inside for those that do not. Nothing before it signed in.
-    pub(super) fn end(&self) -> Option<Option<Instant>> {
-        self.signed_in.as_ref().map(|signed_in| signed_in.caller.expires_at.map(|end| self.instant(end)))
+    pub(super) fn new(state: AppState, Line { outbox, seats, origin }: Line) -> Session {
+        let (id, subscriptions, runs) = (state.hub.next_id(), HashMap::new(), HashMap::new());
+        Session { state, id, outbox, signed_in: None, subscriptions, runs, seats, origin }
     }
 
     /// Counts the connection among those of a group, once.
     fn enter(&mut self, group: Group) -> Result<(), Problem> {
-        if let Entry::Vacant(vacant) = self.seats.entry(group) {
-            let seat = self.state.hub.crowd.enter(vacant.key().clone())?;
-            vacant.insert(seat);
-        }
-        Ok(())
+        self.seats.enter(&self.state.hub.crowd, group)
     }
 
-    /// Ends all subscriptions.
-    pub(super) fn leave(&mut self) {
-        for (_, followed) in self.subscriptions.drain() {
-            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
-        }
-    }
-
-    /// Whether what the client may do has changed since this was last asked.
-    pub(super) fn has_changed(&mut self) -> bool {
-        // all of them: each notes what it has seen
-        self.seats.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
-    }
-
-    /// The moment at which the clock will show `at`.
-    fn instant(&self, at: Micros) -> Instant {
-        Instant::now() + Duration::from_micros(at.since(self.state.system.now()).0.unsigned_abs())
-    }
-
-    pub(super) fn refuse(&self, reference: Option<&Value>, problem: &Problem) {
+    fn reject(&self, reference: Option<&Value>, problem: &Problem) {
         self.outbox.reply(&refusal(reference, problem).to_string());
     }
 
@@ -132,7 +102,7 @@ impl Session {
     }
 
     /// Checks a token, the first one or one that takes its place before it expires: what to answer to a good one.
-    pub(super) async fn sign_in(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
+    async fn authenticate(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
         let (store, now) = (self.state.system.store(), self.state.system.now());
         let found = self.state.auth.authenticate(store, &token, now).await.and_then(|caller| match &self.signed_in {
             Some(signed_in) if signed_in.caller.id != caller.id => {
@@ -143,7 +113,7 @@ impl Session {
         match found {
             Ok(caller) => {
                 if let Err(problem) = self.enter(Group::User(caller.id.as_str().into())) {
-                    self.refuse(reference, &problem);
+                    self.reject(reference, &problem);
                     return Err(Close::TooMany(problem.detail));
                 }
                 let answer = json!({"user": caller.id});
@@ -152,103 +122,11 @@ impl Session {
                 Ok(Some(answer))
             }
             Err(problem) => {
-                self.refuse(reference, &problem);
+                self.reject(reference, &problem);
                 // a bad new token leaves the good old one in force until it expires
                 if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) }
             }
         }
-    }
-
-    /// Looks again at what the client may see: a sign-in may have been ended, a membership too.
-    pub(super) async fn check(&mut self) -> Result<(), Close> {
-        let Some(signed_in) = &self.signed_in else { return Ok(()) };
-        let (store, now) = (self.state.system.store(), self.state.system.now());
-        let has_expired = signed_in.caller.expires_at.is_some_and(|end| end <= now);
-        let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
-            Ok(caller) => caller,
-            Err(_) if has_expired => return Err(Close::Expired),
-            Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
-            Err(_) => return Ok(()), // the store is away: the next round knows more
-        };
-        let mut lost = Vec::new();
-        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
-            let name = ChannelName::parse(channel, self.id);
-            let Ok(name) = name else { continue };
-            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
-            if let Err(problem) = allowed
-                && problem.is_final()
-            {
-                lost.push(((workspace.clone(), channel.clone()), problem));
-            }
-        }
-        for (key, problem) in lost {
-            if let Some(followed) = self.subscriptions.remove(&key) {
-                self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
-                let (workspace, channel) = &key;
-                let error = json!({
-                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
-                    "detail": problem.detail,
-                });
-                self.outbox.reply(&error.to_string());
-            }
-        }
-        if let Some(signed_in) = &mut self.signed_in {
-            signed_in.caller = caller;
-        }
-        Ok(())
-    }
-
-    /// Does what a message asks for; what it gives is answered later.
-    pub(super) async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
-        let incoming: Incoming<'_> = match serde_json::from_str(text) {
-            Ok(incoming) => incoming,
-            Err(error) => {
-                let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
-                self.refuse(reference.as_ref(), &Problem::invalid("bad_frame", format!("this is no message: {error}")));
-                return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
-            }
-        };
-        let reference = incoming.reference.clone();
-        let reference = reference.as_ref();
-        if incoming.kind == "auth" {
-            if let Some(answer) = self.sign_in(incoming.token.unwrap_or_default(), reference).await? {
-                self.answer(reference, answer);
-            }
-            return Ok(None);
-        }
-        let Some(signed_in) = &self.signed_in else {
-            let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
-            self.refuse(reference, &problem);
-            return Err(Close::Unauthenticated);
-        };
-        let caller = signed_in.caller.clone();
-        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
-        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
-        let done = match incoming.kind {
-            "subscribe" => self.subscribe(&caller, incoming).await,
-            "unsubscribe" => self.unsubscribe(incoming),
-            "publish" => match self.publish(&caller, incoming).await {
-                Ok(pending) => return Ok(Some(pending)),
-                Err(problem) => Err(problem),
-            },
-            "run" => self.run(&caller, incoming).await,
-            "cancel" => self.cancel(&caller, incoming).await,
-            "ping" => {
-                self.answer(reference, json!({}));
-                Ok(())
-            }
-            other => {
-                let kind: String = other.chars().take(40).collect();
-                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
-                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
-            }
-        };
-        if let Err(problem) = done {
-            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
-            audit_frame(&self.state, &caller.name, kind, on, &problem).await;
-            self.refuse(reference, &problem);
-        }
-        Ok(None)
     }
 
     async fn subscribe(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
@@ -375,6 +253,127 @@ impl Session {
         cancel_run(&self.state, &member, &run).await?;
         self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
         Ok(())
+    }
+}
+
+impl Talk for Session {
+    const HINTS: bool = true;
+
+    fn state(&self) -> &AppState {
+        &self.state
+    }
+
+    fn end(&self) -> Option<Option<Instant>> {
+        self.signed_in.as_ref().map(|signed_in| signed_in.caller.ends(&self.state))
+    }
+
+    fn has_changed(&mut self) -> bool {
+        self.seats.have_changed()
+    }
+
+    fn leave(&mut self) {
+        for (_, followed) in self.subscriptions.drain() {
+            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
+        }
+    }
+
+    fn refuse(&self, problem: &Problem) {
+        self.reject(None, problem);
+    }
+
+    async fn sign_in(&mut self, token: String) -> Result<(), Close> {
+        self.authenticate(token, None).await.map(drop)
+    }
+
+    /// A sign-in may have been ended, a membership too.
+    async fn check(&mut self) -> Result<(), Close> {
+        let Some(signed_in) = &self.signed_in else { return Ok(()) };
+        let (store, now) = (self.state.system.store(), self.state.system.now());
+        let has_expired = signed_in.caller.expires_at.is_some_and(|end| end <= now);
+        let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
+            Ok(caller) => caller,
+            Err(_) if has_expired => return Err(Close::Expired),
+            Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
+            Err(_) => return Ok(()), // the store is away: the next round knows more
+        };
+        let mut lost = Vec::new();
+        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
+            let name = ChannelName::parse(channel, self.id);
+            let Ok(name) = name else { continue };
+            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
+            if let Err(problem) = allowed
+                && problem.is_final()
+            {
+                lost.push(((workspace.clone(), channel.clone()), problem));
+            }
+        }
+        for (key, problem) in lost {
+            if let Some(followed) = self.subscriptions.remove(&key) {
+                self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
+                let (workspace, channel) = &key;
+                let error = json!({
+                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
+                    "detail": problem.detail,
+                });
+                self.outbox.reply(&error.to_string());
+            }
+        }
+        if let Some(signed_in) = &mut self.signed_in {
+            signed_in.caller = caller;
+        }
+        Ok(())
+    }
+
+    async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
+        let incoming: Incoming<'_> = match serde_json::from_str(text) {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
+                self.reject(reference.as_ref(), &Problem::invalid("bad_frame", format!("this is no message: {error}")));
+                return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
+            }
+        };
+        let reference = incoming.reference.clone();
+        let reference = reference.as_ref();
+        if incoming.kind == "auth" {
+            if let Some(answer) = self.authenticate(incoming.token.unwrap_or_default(), reference).await? {
+                self.answer(reference, answer);
+            }
+            return Ok(None);
+        }
+        let Some(signed_in) = &self.signed_in else {
+            let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
+            self.reject(reference, &problem);
+            return Err(Close::Unauthenticated);
+        };
+        let caller = signed_in.caller.clone();
+        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
+        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
+        let done = match incoming.kind {
+            "subscribe" => self.subscribe(&caller, incoming).await,
+            "unsubscribe" => self.unsubscribe(incoming),
+            "publish" => match self.publish(&caller, incoming).await {
+                Ok(pending) => return Ok(Some(pending)),
+                Err(problem) => Err(problem),
+            },
+            "run" => self.run(&caller, incoming).await,
+            "cancel" => self.cancel(&caller, incoming).await,
+            "ping" => {
+                self.answer(reference, json!({}));
+                Ok(())
+            }
+            other => {
+                let kind: String = other.chars().take(40).collect();
+                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
+                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
+            }
+        };
+        if let Err(problem) = done {
+            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
+            audit_frame(&self.state, &caller.name, kind, on, &problem, &self.origin).await;
+            self.reject(reference, &problem);
+        }
+        Ok(None)
     }
 }
 
