@@ -1149,6 +1149,11 @@ impl System {
         self.0.sessions.attach(self, id, run, after).await
     }
 
+    /// A reader of the newest run on a thread, if there is one.
+    pub async fn last_run(&self, id: &WorkspaceId, thread: &str) -> Result<Option<RunHandle>, Fault> {
+        self.0.sessions.last_run(self, id, thread).await
+    }
+
     /// The run that a thread is busy with.
     pub fn active_run(&self, id: &WorkspaceId, thread: &str) -> Option<String> {
         self.0.sessions.active_run(id, thread)

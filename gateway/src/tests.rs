@@ -1,6 +1,8 @@
 //! The whole router over a real system in a directory of its own.
 
+mod again; // what clients get that come back
 mod chat; // the sockets of chat clients
+mod refused; // what is refused, and what the audit log tells of it
 mod rights; // who may follow and send what
 
 use crate::auth::testing::SECRET;
@@ -87,7 +89,8 @@ impl Server {
         let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
         assert!(parts.headers.contains_key("x-request-id"));
         if parts.status.is_client_error() || parts.status.is_server_error() {
-            assert_eq!(parts.headers["content-type"], "application/problem+json", "{body}");
+            let kind = parts.headers["content-type"].to_str().unwrap();
+            assert_eq!(kind.split(';').next(), Some("application/problem+json"), "{body}");
             assert_eq!(body["status"], parts.status.as_u16());
             assert!(body["code"].is_string() && body["detail"].is_string());
         }

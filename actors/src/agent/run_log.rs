@@ -155,6 +155,21 @@ impl RunHandle {
         }
     }
 
+    /// Whether the run has written its terminal event, which then all who follow it have been told of.
+    pub fn is_over(&self) -> bool {
+        self.log.written.read().ended
+    }
+
+    /// How many events the run has written.
+    pub fn length(&self) -> u64 {
+        self.log.written.read().events.len() as u64
+    }
+
+    /// Whether the thread's followers are told of the run; else it concerns nobody but who asked for it.
+    pub fn is_told(&self) -> bool {
+        self.log.outlet.is_some()
+    }
+
     /// The next event and its number, from 1; `None` after the terminal one.
     pub async fn next(&mut self) -> Option<(u64, Arc<RunEvent>)> {
         loop {

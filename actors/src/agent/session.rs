@@ -187,6 +187,18 @@ impl Sessions {
         Ok(RunHandle::new(log, after, true))
     }
 
+    /// A reader of the newest run on a thread.
+    pub async fn last_run(&self, system: &System, ws: &WorkspaceId, thread: &str) -> Result<Option<RunHandle>, Fault> {
+        let run = match self.active_run(ws, thread) {
+            Some(run) => Some(run),
+            None => system.store().last_run(ws, thread).await?.map(|run| run.run_id),
+        };
+        match run {
+            Some(run) => self.attach(system, ws, &run, 0).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Asks a run to stop, also while it waits; one that is over stays as it is.
     pub async fn cancel(&self, system: &System, ws: &WorkspaceId, run: &str) -> Result<(), Fault> {
         if let Some(log) = self.in_memory(ws, run) {

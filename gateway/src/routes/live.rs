@@ -1,6 +1,7 @@
 //! Channels as server-sent events: the messages of the WebSocket, with the same offsets, for clients that have none.
 
 use crate::AppState;
+use crate::agui::Dialect;
 use crate::auth::Caller;
 use crate::extract::{Address, Member, Query};
 use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seats, Since, Subscription, Taken, Topic};
@@ -43,12 +44,13 @@ async fn follow(
     Query(parameters): Query<Vec<(String, String)>>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (mut channels, mut rate, mut sql) = (Vec::new(), None, None);
+    let (mut channels, mut rate, mut sql, mut version) = (Vec::new(), None, None, None);
     for (name, value) in parameters {
         match name.as_str() {
             "channel" => channels.push(value),
             "rate" => rate = rate_of(&value)?,
             "sql" => sql = Some(value),
+            "protocolVersion" => version = Some(value.into()),
             _ => {
                 return Err(Problem::invalid("unknown_parameter", format!("there is no parameter `{name}` here")));
             }
@@ -87,7 +89,15 @@ async fn follow(
     for channel in channels {
         let since = positions.next().flatten();
         let name = ChannelName::parse(&channel, id)?;
-        follower.follow(&caller, name, since, rate, sql.clone()).await?;
+        let wish = Wish {
+            outbox: &follower.outbox.clone(),
+            since,
+            rate,
+            reference: None,
+            dialect: Dialect::of_version(version.as_ref()),
+            run: None,
+        };
+        follower.follow(&caller, name, sql.clone(), wish).await?;
     }
     let body = stream::unfold(follower, |mut follower| async move {
         let text = follower.next().await?;
@@ -154,9 +164,8 @@ impl Follower {
         &mut self,
         caller: &Caller,
         name: ChannelName,
-        since: Option<Since>,
-        rate: Option<Duration>,
         sql: Option<String>,
+        wish: Wish<'_>,
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = (!is_system).then(|| self.workspace.clone());
@@ -165,9 +174,10 @@ impl Follower {
             return Err(Problem::invalid("bad_parameter", format!("channel `{}` is named twice", name.text)));
         }
         let (text, topic) = (name.text.to_string(), name.topic.clone());
-        let wish = Wish { outbox: &self.outbox, since, rate, reference: None };
+        // where it is until it is told of another place
+        let at = wish.since.clone();
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
-        self.follows.push(Follow { name: text, topic, sql, subscription, at: None });
+        self.follows.push(Follow { name: text, topic, sql, subscription, at });
         Ok(())
     }
 

@@ -4,20 +4,22 @@ use super::Line;
 use super::peer::{Close, Pending, Talk};
 use crate::AppState;
 use crate::agents::{asker, cancel_run};
-use crate::agui;
+use crate::agui::{self, Dialect};
 use crate::auth::{By, Caller};
 use crate::edge::{Origin, audit_frame};
 use crate::extract::Member;
 use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seats, Since, Subscription, Topic};
 use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
-use crate::problem::Problem;
+use crate::problem::{Problem, plain};
 use crate::span;
 use bytes::Bytes;
 use engine::event::{ItemName, StreamName, WorkspaceId};
 use serde::Deserialize;
+use serde::de::{Error, IgnoredAny};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
@@ -31,8 +33,8 @@ const RUNS_MAX: usize = 1_000;
 /// A message of a client. Members that are not known here are let pass.
 #[derive(Deserialize)]
 pub(super) struct Incoming<'a> {
-    #[serde(rename = "type")]
-    kind: &'a str,
+    #[serde(rename = "type", borrow)]
+    kind: Cow<'a, str>,
     #[serde(rename = "ref")]
     reference: Option<Value>,
     token: Option<String>,
@@ -47,9 +49,12 @@ pub(super) struct Incoming<'a> {
     agent: Option<String>,
     input: Option<Value>,
     run_id: Option<String>,
+    #[serde(rename = "protocolVersion")]
+    protocol_version: Option<Value>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with epoch and offset")]
 struct Position {
     epoch: Value,
     offset: u64,
@@ -135,20 +140,25 @@ impl Session {
         let rate = incoming.rate.map_or(Ok(None), |text| rate_of(&text))?;
         let epoch = |epoch: Value| epoch.as_str().map_or_else(|| epoch.to_string(), str::to_owned);
         let since = incoming.since.map(|since| Since { epoch: epoch(since.epoch), offset: since.offset });
-        self.listen(caller, incoming.workspace, channel, name, incoming.sql, since, rate, incoming.reference).await
+        let outbox = self.outbox.clone();
+        let wish = Wish {
+            outbox: &outbox,
+            since,
+            rate,
+            reference: incoming.reference,
+            dialect: Dialect::of_version(incoming.protocol_version.as_ref()),
+            run: None,
+        };
+        self.listen(caller, incoming.workspace, name, incoming.sql, wish).await
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a subscription is asked for with all of these")]
     async fn listen(
         &mut self,
         caller: &Caller,
         workspace: Option<String>,
-        channel: String,
         name: ChannelName,
         sql: Option<String>,
-        since: Option<Since>,
-        rate: Option<Duration>,
-        reference: Option<Value>,
+        wish: Wish<'_>,
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = match workspace.filter(|_| !is_system) {
@@ -159,27 +169,30 @@ impl Session {
         if let Some(workspace) = &workspace {
             self.enter(Group::Workspace(workspace.clone()))?;
         }
-        let key = (workspace.clone(), channel);
+        let key = (workspace.clone(), name.text.to_string());
         // a second subscription takes the place of the first
         if let Some(old) = self.subscriptions.remove(&key) {
             self.state.hub.unsubscribe(&old.subscription, &self.outbox);
         }
-        let most = self.state.config.limits.subscriptions;
-        if self.subscriptions.len() >= most {
-            let detail =
-                format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
-            return Err(Problem::conflict("too_many_subscriptions", detail));
-        }
+        self.has_room()?;
         let is_query = matches!(name.topic, Topic::Query { .. });
         let queries = self.subscriptions.keys().filter(|(_, channel)| channel.starts_with("query/")).count();
         if is_query && queries >= QUERIES_MAX {
             let detail = format!("this connection has {QUERIES_MAX} live queries, the most there can be; end some");
             return Err(Problem::conflict("too_many_subscriptions", detail));
         }
-        let wish = Wish { outbox: &self.outbox, since, rate, reference };
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
         self.subscriptions.insert(key, Followed { subscription, sql });
         Ok(())
+    }
+
+    fn has_room(&self) -> Result<(), Problem> {
+        let most = self.state.config.limits.subscriptions;
+        if self.subscriptions.len() < most {
+            return Ok(());
+        }
+        let detail = format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
+        Err(Problem::conflict("too_many_subscriptions", detail))
     }
 
     fn unsubscribe(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
@@ -220,10 +233,14 @@ impl Session {
         member.may_run_agents()?;
         let agent: ItemName = required(incoming.agent, "agent")?.parse()?;
         let request = agui::read_input(asker(&member, agent), required(incoming.input, "input")?)?;
+        let dialect = Dialect::of(request.legacy);
         let channel = format!("thread/{}", request.thread);
-        if !self.subscriptions.contains_key(&(Some(member.workspace.clone()), channel.clone())) {
-            let name = ChannelName::parse(&channel, self.id)?;
-            self.listen(caller, Some(workspace), channel.clone(), name, None, None, None, None).await?;
+        let name = ChannelName::parse(&channel, self.id)?;
+        let key = (Some(member.workspace.clone()), channel.clone());
+        // whatever may stand against listening stands against the run: it is not begun where nobody would hear of it
+        if !self.subscriptions.contains_key(&key) {
+            self.has_room()?;
+            self.enter(Group::Workspace(member.workspace.clone()))?;
         }
         member.count_run(&self.state).await?;
         let run = self.state.system.start_run(&member.workspace, request).await?;
@@ -234,6 +251,19 @@ impl Session {
         let answer = json!({
             "channel": channel, "thread_id": run.thread, "run_id": run.run, "attached": run.attached,
         });
+        match self.subscriptions.get(&key) {
+            Some(followed) => {
+                // its events came here as they happened, unless it was over before or is nobody else's business
+                let over = Some(run).filter(|run| run.is_over() && (run.attached || !run.is_told()));
+                self.state.hub.follow_run(&followed.subscription, dialect, over);
+            }
+            None => {
+                let outbox = self.outbox.clone();
+                let (since, rate, reference) = (None, None, None);
+                let wish = Wish { outbox: &outbox, since, rate, reference, dialect, run: Some(run) };
+                self.listen(caller, Some(workspace), name, None, wish).await?;
+            }
+        }
         self.answer(incoming.reference.as_ref(), answer);
         Ok(())
     }
@@ -325,11 +355,12 @@ impl Talk for Session {
     }
 
     async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
-        let incoming: Incoming<'_> = match serde_json::from_str(text) {
+        let incoming: Incoming<'_> = match read(text) {
             Ok(incoming) => incoming,
             Err(error) => {
                 let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
-                self.reject(reference.as_ref(), &Problem::invalid("bad_frame", format!("this is no message: {error}")));
+                let detail = format!("this is no message: {}", plain(&error.to_string()));
+                self.reject(reference.as_ref(), &Problem::invalid("bad_frame", detail));
                 return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
             }
         };
@@ -347,9 +378,9 @@ impl Talk for Session {
             return Err(Close::Unauthenticated);
         };
         let caller = signed_in.caller.clone();
-        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
+        let (kind, workspace) = (incoming.kind.clone(), incoming.workspace.clone());
         let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
-        let done = match incoming.kind {
+        let done = match &*kind {
             "subscribe" => self.subscribe(&caller, incoming).await,
             "unsubscribe" => self.unsubscribe(incoming),
             "publish" => match self.publish(&caller, incoming).await {
@@ -370,7 +401,7 @@ impl Talk for Session {
         };
         if let Err(problem) = done {
             let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
-            audit_frame(&self.state, &caller.name, kind, on, &problem, &self.origin).await;
+            audit_frame(&self.state, &caller.name, &kind, on, &problem, &self.origin).await;
             self.reject(reference, &problem);
         }
         Ok(None)
@@ -405,6 +436,14 @@ pub(crate) fn rate_of(text: &str) -> Result<Option<Duration>, Problem> {
     Ok(Some(Duration::from_micros(rate.0.unsigned_abs())).filter(|rate| !rate.is_zero()))
 }
 
+/// A message is an object: an array would be taken for its members in their order.
+fn read(text: &str) -> Result<Incoming<'_>, serde_json::Error> {
+    match text.trim_ascii_start().starts_with('{') {
+        true => serde_json::from_str(text),
+        false => serde_json::from_str::<IgnoredAny>(text).and_then(|_| Err(Error::custom("it is not a JSON object"))),
+    }
+}
+
 fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
     member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
 }
@@ -432,7 +471,24 @@ mod tests {
     #[test]
     fn a_message_may_hold_what_is_not_known_here() {
         let text = r#"{"type":"subscribe","channel":"alerts","workspace":"acme","later":{"x":1},"since":{"epoch":"e","offset":3}}"#;
-        let read: Incoming<'_> = serde_json::from_str(text).unwrap();
-        assert_eq!((read.kind, read.channel.as_deref(), read.since.unwrap().offset), ("subscribe", Some("alerts"), 3));
+        let read = super::read(text).unwrap();
+        assert_eq!(
+            (&*read.kind, read.channel.as_deref(), read.since.unwrap().offset),
+            ("subscribe", Some("alerts"), 3)
+        );
+    }
+
+    #[test]
+    fn a_message_is_an_object_whatever_way_its_type_is_written() {
+        assert_eq!(read(r#" {"type":"p\u0069ng"}"#).unwrap().kind, "ping");
+        for (text, told) in [
+            (r#"["auth",1,"token"]"#, "not a JSON object"),
+            ("7", "not a JSON object"),
+            ("[", "EOF"),
+            (r#"{"type":"subscribe","since":7}"#, "expected an object"),
+        ] {
+            let error = plain(&read(text).err().unwrap().to_string());
+            assert!(error.contains(told) && !error.contains("struct"), "{text}: {error}");
+        }
     }
 }

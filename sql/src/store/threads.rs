@@ -280,6 +280,18 @@ impl Store {
             .map_err(failed("read run"))
     }
 
+    /// The run of a thread that began last.
+    pub async fn last_run(&self, workspace: &WorkspaceId, thread: &str) -> Result<Option<Run>, StoreError> {
+        query_as(
+            "SELECT * FROM runs WHERE workspace = $1 AND thread = $2 ORDER BY started_at DESC, run_id DESC LIMIT 1",
+        )
+        .bind(workspace.as_str())
+        .bind(thread)
+        .fetch_optional(self.read(workspace))
+        .await
+        .map_err(failed("read the last run of a thread"))
+    }
+
     /// The runs of all workspaces that have not ended, oldest first: after a restart, those it cut off.
     pub async fn unfinished_runs(&self) -> Result<Vec<Run>, StoreError> {
         query_as("SELECT * FROM runs WHERE finished_at IS NULL ORDER BY started_at, workspace, run_id")
