@@ -45,7 +45,7 @@ impl Origin {
         self.address
     }
 
-    fn from(&self) -> String {
+    fn shown(&self) -> String {
         self.address.map_or_else(String::new, |address| address.to_string())
     }
 }
@@ -144,6 +144,9 @@ fn is_notable(method: &Method, route: &str, status: StatusCode, code: Option<&st
     known && (is_denied || (is_change && !is_busy))
 }
 
+/// Of what something was done to, so much is kept.
+const TARGET_CHARS: usize = 500;
+
 /// Notes who did what, from where, and what came of it, before the answer is sent.
 pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let Some(route) = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned()) else {
@@ -163,16 +166,23 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     let has_ended = method == Method::DELETE && route == "/api/v1/workspaces/{ws}" && code.is_none();
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: workspace_of(&path).filter(|_| !has_ended),
+        workspace: if has_ended { None } else { known(&state, workspace_of(&path)).await },
         actor: seen.name().unwrap_or_default().to_owned(),
         action: format!("{method} {route}"),
-        target: path.chars().take(300).collect(),
+        target: (path + &seen.what()).chars().take(TARGET_CHARS).collect(),
         outcome: code.unwrap_or("ok").to_owned(),
-        from: origin.from(),
+        from: origin.shown(),
         request_id: origin.request_id.into(),
     };
     keep(&state, &entry).await;
     response
+}
+
+/// The workspace in whose log something belongs. One that is not there has none: whoever makes it later is not to read
+/// who asked for it before.
+async fn known(state: &AppState, id: Option<WorkspaceId>) -> Option<WorkspaceId> {
+    let id = id?;
+    state.system.workspace_exists(&id).await.then_some(id)
 }
 
 async fn keep(state: &AppState, entry: &AuditEntry) {
@@ -197,12 +207,12 @@ pub(crate) async fn audit_frame(
     // the id of the handshake: all that is done on a connection goes by it
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: workspace.and_then(|id| id.parse().ok()),
+        workspace: known(state, workspace.and_then(|id| id.parse().ok())).await,
         actor: actor.to_owned(),
         action: format!("ws {}", kind.chars().take(40).collect::<String>()),
-        target: target.chars().take(300).collect(),
+        target: target.chars().take(TARGET_CHARS).collect(),
         outcome: problem.code.to_owned(),
-        from: origin.from(),
+        from: origin.shown(),
         request_id: origin.request_id.to_string(),
     };
     keep(state, &entry).await;

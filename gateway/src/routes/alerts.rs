@@ -3,7 +3,7 @@
 use super::metrics::instant;
 use crate::AppState;
 use crate::encode;
-use crate::extract::{Json, Listing, Member, Path};
+use crate::extract::{Json, Listing, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span::{Text, format};
@@ -71,12 +71,9 @@ impl Rule {
     }
 }
 
-async fn create_rule(
-    State(state): State<AppState>,
-    member: Member,
-    Json(mut rule): Json<Rule>,
-) -> Result<Response, Problem> {
+async fn create_rule(State(state): State<AppState>, member: Member, rule: Sent<Rule>) -> Result<Response, Problem> {
     member.may(Permission::AlertDefine)?;
+    let Json(mut rule) = rule?;
     let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
     let name: ItemName = name.parse()?;
     if state.system.alert_rules(&member.workspace).await?.iter().any(|(known, _)| *known == name) {
@@ -91,8 +88,10 @@ async fn put_rule(
     State(state): State<AppState>,
     member: Member,
     Path((_, name)): Path<(String, String)>,
-    Json(rule): Json<Rule>,
+    rule: Sent<Rule>,
 ) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::AlertDefine)?;
+    let Json(rule) = rule?;
     if rule.name.as_ref().is_some_and(|other| *other != name) {
         return Err(Problem::invalid("bad_body", "`name` in the body is not the one in the path"));
     }
@@ -100,7 +99,6 @@ async fn put_rule(
 }
 
 async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
-    member.may(Permission::AlertDefine)?;
     let definition = rule.definition()?;
     let shown = rule_json(&name, &definition);
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
@@ -120,9 +118,10 @@ struct BacktestBody {
 async fn backtest(
     State(state): State<AppState>,
     member: Member,
-    Json(body): Json<BacktestBody>,
+    body: Sent<BacktestBody>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertRead)?;
+    let Json(body) = body?;
     let (from, to) = (instant("from", &body.from)?, instant("to", &body.to)?);
     if to <= from {
         return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
@@ -223,9 +222,10 @@ struct NewSilence {
 async fn create_silence(
     State(state): State<AppState>,
     member: Member,
-    Json(new): Json<NewSilence>,
+    new: Sent<NewSilence>,
 ) -> Result<Response, Problem> {
     member.may(Permission::AlertRespond)?;
+    let Json(new) = new?;
     let starts_at = match &new.starts_at {
         Some(text) => instant("starts_at", text)?,
         None => state.system.now(),

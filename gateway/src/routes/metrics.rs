@@ -1,7 +1,7 @@
 //! Metrics: their definitions and their rows.
 
 use crate::AppState;
-use crate::extract::{Json, Listing, Member, Path};
+use crate::extract::{Json, Listing, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use crate::span::{Text, format};
@@ -161,9 +161,10 @@ async fn define(
     State(state): State<AppState>,
     member: Member,
     Path((_, name)): Path<(String, String)>,
-    Json(body): Json<Definition>,
+    body: Sent<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may_on(Permission::MetricDefine, &format!("metrics/{name}"))?;
+    let Json(body) = body?;
     let name: ItemName = name.parse()?;
     // whoever defines a metric sees its rows: they must not show what is hidden otherwise
     member.may_read_tables(&body.sql)?;

@@ -2,7 +2,7 @@
 
 use crate::AppState;
 use crate::encode;
-use crate::extract::{Json, Member, Path};
+use crate::extract::{Json, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::{Item, Problem};
 use axum::Router;
@@ -49,8 +49,9 @@ struct New {
 const PORTFOLIOS_MAX: usize = 1_000;
 const POSITIONS_MAX: usize = 10_000;
 
-async fn create(State(state): State<AppState>, member: Member, Json(new): Json<New>) -> Result<Response, Problem> {
+async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -> Result<Response, Problem> {
     member.may(Permission::PortfolioUpdate)?;
+    let Json(new) = new?;
     let id: ItemName = new.id.parse()?;
     let currency = new.currency.unwrap_or_else(|| "USD".to_owned());
     if !(3..=8).contains(&currency.len()) || !currency.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit()) {
@@ -164,7 +165,7 @@ async fn replace(
     State(state): State<AppState>,
     member: Member,
     Path((_, id)): Path<(String, String)>,
-    Json(body): Json<Positions>,
+    body: Sent<Positions>,
 ) -> Result<axum::Json<Value>, Problem> {
     hold(&state, &member, &id, body, true).await
 }
@@ -173,7 +174,7 @@ async fn upsert(
     State(state): State<AppState>,
     member: Member,
     Path((_, id)): Path<(String, String)>,
-    Json(body): Json<Positions>,
+    body: Sent<Positions>,
 ) -> Result<axum::Json<Value>, Problem> {
     hold(&state, &member, &id, body, false).await
 }
@@ -182,10 +183,11 @@ async fn hold(
     state: &AppState,
     member: &Member,
     id: &str,
-    body: Positions,
+    body: Sent<Positions>,
     replace: bool,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may_on(Permission::PortfolioUpdate, &format!("portfolio/{id}"))?;
+    let Json(body) = body?;
     let (id, positions): (ItemName, _) = (id.parse()?, body.checked()?);
     let count = positions.len();
     if !replace {

@@ -2,7 +2,8 @@
 
 use super::metrics::type_name;
 use crate::AppState;
-use crate::extract::{Json, Member};
+use crate::extract::{Json, Member, Sent};
+use crate::permission::Permission;
 use crate::problem::Problem;
 use actors::{QueryAnswer, QueryRequest};
 use arrow::array::RecordBatch;
@@ -78,11 +79,13 @@ async fn query(
     State(state): State<AppState>,
     member: Member,
     headers: HeaderMap,
-    Json(question): Json<Question>,
+    question: Sent<Question>,
 ) -> Result<Response, Problem> {
+    member.may(Permission::QueryRun)?;
     let format = Format::accepted(&headers)?;
+    let Json(question) = question?;
     let Question { sql, params, timeout_ms } = question;
-    member.may_ask(&sql)?;
+    member.may_read_tables(&sql)?;
     let request = QueryRequest { sql, params, timeout: timeout_ms.map(Duration::from_millis) };
     let answer = state.system.query(&member.workspace, request).await?;
     // an answer may be large: it is written where it holds nobody up
