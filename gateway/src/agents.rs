@@ -4,7 +4,7 @@ use crate::AppState;
 use crate::agui::{self, Asker, Dialect, InputError};
 use crate::extract::{Listing, Member, Path};
 use crate::permission::Permission;
-use crate::problem::{Item, Problem};
+use crate::problem::{Item, PROBLEM_JSON, Problem};
 use actors::agent::{AgentInfo, RunHandle};
 use actors::rows::rfc3339;
 use axum::Router;
@@ -12,7 +12,8 @@ use axum::body::Body;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
@@ -36,7 +37,7 @@ pub(crate) fn routes() -> Router<AppState> {
     let input = DefaultBodyLimit::max(INPUT_BYTES_MAX);
     Router::new()
         .route("/api/v1/workspaces/{ws}/agents", get(list))
-        .route("/api/v1/workspaces/{ws}/agents/{agent}/run", post(run).layer(input))
+        .route("/api/v1/workspaces/{ws}/agents/{agent}/run", post(run).layer(input).layer(map_response(readable)))
         .route("/api/v1/workspaces/{ws}/agents/{agent}/capabilities", get(capabilities))
         .route("/api/v1/workspaces/{ws}/runs/{run}/events", get(events))
         .route("/api/v1/workspaces/{ws}/runs/{run}/cancel", post(cancel))
@@ -95,6 +96,18 @@ async fn run(
         resume(&mut reader, &headers);
     }
     Ok(events_of(state, member.workspace, reader, dialect))
+}
+
+/// Clients of AG-UI read the body of a refusal, with the run that is in the way, where the type of its content names
+/// `application/json`; a parameter is no matter to anybody else (RFC 6838, section 4.3).
+async fn readable(mut response: Response) -> Response {
+    const READABLE: HeaderValue = HeaderValue::from_static("application/problem+json; alt=\"application/json\"");
+    if let Some(kind) = response.headers_mut().get_mut(CONTENT_TYPE)
+        && *kind == PROBLEM_JSON
+    {
+        *kind = READABLE;
+    }
+    response
 }
 
 async fn events(
