@@ -997,7 +997,8 @@ mod tests {
             let almost = now.plus(Span(Span::seconds(wait).0 - 1));
             let refused = auth.count_try("ann@example.com", address, almost).unwrap_err();
             assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS, "{wait}");
-            for (email, from) in [("ann@example.com", Some(IpAddr::from([10, 0, 0, 2]))), ("bob@example.com", address)] {
+            for (email, from) in [("ann@example.com", Some(IpAddr::from([10, 0, 0, 2]))), ("bob@example.com", address)]
+            {
                 assert!(auth.count_try(email, from, almost).is_ok(), "{email} {from:?}");
                 auth.take_back_try(email, from);
             }

@@ -144,7 +144,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Assignment")
         .gives(200, "Member"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
-    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used. Of a user's requests those that only read are not counted, since consoles poll; a key's are.")
         .gives(200, "Usage"),
     Operation::new("get", "/api/v1/workspaces/{ws}/grants", "workspaces", "What members may do beyond their roles.")
         .needs(Permission::WorkspaceManage)
@@ -253,7 +253,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of.")
-        .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel.")])
+        .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel."), ("protocolVersion", "The AG-UI version in which a `thread/…` channel is written, `1.0`; without one 0.0.59.")])
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
     Operation::new("get", "/api/v1/system/throughput", "system", "Live rates. Admins only.").gives(200, "Throughput"),
@@ -599,6 +599,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "last_owner",
             "limit_reached",
             "built_in_stream",
+            "engine_stream",
             "incompatible_schema",
             "metric_in_use",
             "run_id_taken",
