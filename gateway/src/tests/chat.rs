@@ -5,11 +5,12 @@ use tokio_tungstenite::tungstenite::Error;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 
-const PATHS: [&str; 2] = ["/ai/agents/analyst/stream?workspace=acme", "/api/v1/ai/chat/s1?workspace=acme"];
+const PATHS: [&str; 2] = ["/ai/agents/analyst/stream?workspace=acme", "/api/v1/ai/chat/SESSION?workspace=acme"];
 
 /// Opens a chat with these headers, or tells with which status and code that is refused.
 async fn open(listening: &Listening, path: &str, headers: &[(&'static str, &str)]) -> Result<Socket, (u16, String)> {
-    let url = listening.url.replace("/api/v1/ws", path);
+    // each chat on a thread of its own: runs of one thread wait for each other
+    let url = listening.url.replace("/api/v1/ws", &path.replace("SESSION", &uuid::Uuid::new_v4().to_string()));
     let mut request = url.as_str().into_client_request().unwrap();
     for (name, value) in headers {
         request.headers_mut().insert(*name, value.parse().unwrap());

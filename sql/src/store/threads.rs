@@ -473,6 +473,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_last_run_of_a_thread_is_the_one_that_began_last() {
+        let (store, acme, _dir) = store_with_thread().await;
+        let last = async || store.last_run(&acme, &run(&acme, "a").thread).await.unwrap();
+        assert_eq!(last().await, None);
+        let later = Run { started_at: Micros(9), ..run(&acme, "a") };
+        for run in [later.clone(), Run { started_at: Micros(8), ..run(&acme, "b") }] {
+            assert!(store.insert_run(&run).await.unwrap());
+        }
+        assert_eq!(last().await, Some(later));
+        assert_eq!(store.last_run(&acme, "another").await.unwrap(), None);
+    }
+
+    #[tokio::test]
     async fn run_events_come_back_from_any_number_and_repeats_keep_the_first() {
         let (store, acme, _dir) = store_with_thread().await;
         store.insert_run(&run(&acme, "r")).await.unwrap();
