@@ -11,7 +11,8 @@ use crate::key::{KeyId, batch_of};
 use crate::metric::{Frame, Groups, RestoreError, Rows, bounds, check_saved, times};
 use crate::panes::{evaluate, load};
 use crate::program::{Arguments, Program};
-use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
+use crate::shared::Shared;
+use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use arrow::compute;
 use arrow::datatypes::Int64Type;
 use datafusion_common::Result;
@@ -89,12 +90,12 @@ impl Sessions {
             + self.due.len() * 24
     }
 
-    /// As [`crate::metric::Metric::absorb`]; `keep`: the rows that WHERE takes.
+    /// As [`crate::metric::Metric::absorb`].
     pub(crate) fn absorb(
         &mut self,
         frame: &mut Frame,
         batch: &RecordBatch,
-        keep: Option<BooleanArray>,
+        shared: &mut Shared,
         frontier: Micros,
         out: &mut Vec<Rows>,
         dropped: &mut Vec<u32>,
@@ -111,21 +112,20 @@ impl Sessions {
             };
             all.iter().scan(frontier, before).collect()
         });
-        let chosen: Option<Vec<u32>> = keep.as_ref().map(|k| k.values().set_indices().map(|row| row as u32).collect());
-        let part = match &keep {
-            Some(keep) => compute::filter_record_batch(batch, keep)?,
-            None => batch.clone(),
-        };
-        if part.num_rows() == 0 {
+        let done = shared.done(frame, batch)?;
+        let chosen = done.keep.as_ref().map(|keep| keep.values().set_indices().map(|row| row as u32));
+        let chosen: Option<Vec<u32>> = chosen.map(Iterator::collect);
+        let front = done.front(frame, batch)?;
+        if front.rows.num_rows() == 0 {
             return Ok(());
         }
-        let ids = frame.keys.intern(&frame.program.keys_of(&part)?, part.num_rows())?;
-        let arguments = frame.program.arguments(&part)?;
+        let arguments = front.arguments(&frame.program)?;
+        let (part, ids) = (&front.rows, front.ids());
         // a session that is over may be a key's last one: its number must not go to another key meanwhile
-        let held: &[KeyId] = if watermarks.is_some() { &ids } else { &[] };
+        let held: &[KeyId] = if watermarks.is_some() { ids } else { &[] };
         held.iter().for_each(|&id| frame.keys.hold(id));
         let mut pending = Pending::default();
-        for (row, (&at, &id)) in times(&part).iter().zip(&ids).enumerate() {
+        for (row, (&at, &id)) in times(part).iter().zip(ids).enumerate() {
             let at = Micros(at);
             let original = chosen.as_ref().map_or(row as u32, |chosen| chosen[row]);
             let watermark = watermarks.as_ref().map_or(Micros::MIN, |marks| marks[original as usize]);
@@ -371,26 +371,11 @@ impl Sessions {
             (session.shown, session.changed) = (true, false);
             session.revision += 1;
         }
-        if !withdrawn.is_empty() {
-            let ids: Vec<KeyId> = withdrawn.iter().map(|w| w.0).collect();
-            let revisions: Vec<i64> = withdrawn.iter().map(|w| w.3).collect();
-            let starts = time_column(withdrawn.iter().map(|w| w.1));
-            let ends = time_column(withdrawn.iter().map(|w| w.2.plus(self.gap)));
-            let mut columns = vec![starts, ends];
-            columns.extend(frame.keys.columns(&ids)?);
-            let mut taken = frame.withdrawal(columns, &revisions)?;
-            let rows = rows.get_or_insert_with(|| Rows {
-                batch: RecordBatch::new_empty(frame.program.output().clone()),
-                revisions: Some(Vec::new()),
-                gone: None,
-                complete: false,
-                withdrawn: None,
-            });
-            if let Some(more) = &rows.withdrawn {
-                taken = compute::concat_batches(&taken.schema(), [&taken, more])?;
-            }
-            rows.withdrawn = Some(taken);
-        }
+        let ids: Vec<KeyId> = withdrawn.iter().map(|w| w.0).collect();
+        let revisions: Vec<i64> = withdrawn.iter().map(|w| w.3).collect();
+        let starts = time_column(withdrawn.iter().map(|w| w.1));
+        let ends = time_column(withdrawn.iter().map(|w| w.2.plus(self.gap)));
+        frame.withdraw(&mut rows, (starts, ends), &ids, &revisions)?;
         out.extend(rows);
         Ok(())
     }

@@ -11,6 +11,7 @@ use crate::portfolio::Prices;
 use crate::program::Program;
 use crate::reference::{TableSchema, Tables};
 use crate::rollup::Rollup;
+use crate::shared::Shared;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
@@ -136,9 +137,7 @@ impl Computation {
     /// The same metric without state.
     fn emptied(&self) -> Result<Computation> {
         Ok(match self {
-            Computation::Windows(metric) => {
-                Computation::Windows(Metric::new(metric.program().clone(), metric.timing())?)
-            }
+            Computation::Windows(metric) => Computation::Windows(metric.emptied()),
             Computation::Joined(joined) => Computation::Joined(Box::new(joined.emptied()?)),
             Computation::Rollup(rollup) => Computation::Rollup(rollup.emptied()?),
             Computation::Rows(metric) => {
@@ -222,7 +221,7 @@ impl Computation {
         let program = self.program().clone();
         match (self, state) {
             (Computation::Windows(metric), [panes, revisions]) => {
-                Metric::restore(program, metric.timing(), closed, panes, revisions).map(Computation::Windows)
+                metric.emptied().restored(closed, panes, revisions).map(Computation::Windows)
             }
             (Computation::Rows(metric), [partitions, kept]) => {
                 RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
@@ -280,7 +279,7 @@ impl Workspace {
             None if program.is_joined() => {
                 Computation::Joined(Box::new(Joined::new(program, timing, self.limits.metric)?))
             }
-            None => Computation::Windows(Metric::new(program, timing)?),
+            None => Computation::Windows(self.metric_of(program, timing)?),
             Some(upstream) => {
                 if let Some(cycle) = self.cycle(&name, &program) {
                     return exec_err!("{}", in_a_circle(&cycle));
@@ -304,6 +303,18 @@ impl Workspace {
             .insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None, gauge, cost });
         self.sort_chain();
         self.index_tables()
+    }
+
+    /// A metric over a stream, which shares its keys with one that has the same.
+    fn metric_of(&self, program: Arc<Program>, timing: Timing) -> Result<Metric> {
+        let others = self.metrics.values().filter_map(|entry| match &entry.metric {
+            Computation::Windows(metric) => Some(metric),
+            _ => None,
+        });
+        match others.filter_map(|metric| metric.beside(program.clone(), timing)).next() {
+            Some(metric) => Ok(metric),
+            None => Metric::new(program, timing),
+        }
     }
 
     /// Tables find their rows by what the metrics of now compare, and by nothing else.
@@ -482,11 +493,12 @@ impl Workspace {
         time.frontier = Some(after);
         let mut late: BTreeMap<u32, ItemName> = BTreeMap::new();
         let came = Came { rows: batch.num_rows(), bytes: batch.get_array_memory_size() };
+        let mut shared = Shared::default();
         self.each(stream, Some(came), &mut out, |name, metric, (streams, tables), rows| {
             let mut dropped = Vec::new();
             match metric {
                 Computation::Windows(metric) => {
-                    metric.absorb(batch, before, rows, &mut dropped)?;
+                    metric.absorb(batch, before, &mut shared, rows, &mut dropped)?;
                     metric.advance(after.minus(metric.timing().max_delay), rows)?;
                 }
                 Computation::Joined(joined) => {
@@ -844,16 +856,16 @@ impl Entry {
     /// Final rows of `upstream`, the metric this one reads, which has closed all windows up to `closed`.
     fn absorb(&mut self, upstream: &Program, closed: Micros, rows: &[Rows], out: &mut Vec<Produced>) -> Result<()> {
         for rows in rows {
-            let (batch, revisions) = over::rows_after(rows, self.since)?;
-            if batch.num_rows() == 0 {
+            let (batch, revisions, withdrawn) = over::rows_after(rows, self.since)?;
+            if batch.num_rows() == 0 && withdrawn.is_none() {
                 continue;
             }
             let events = upstream.as_events(&batch)?;
             match &mut self.metric {
-                Computation::Rows(metric) => metric.absorb(&events, &revisions, out)?,
+                Computation::Rows(metric) => metric.absorb(&events, &revisions, withdrawn.as_ref(), out)?,
                 Computation::Rollup(rollup) => {
                     let mut rows = Vec::new();
-                    rollup.absorb(&events, &revisions, &mut rows)?;
+                    rollup.absorb(&events, &revisions, withdrawn.as_ref(), &mut rows)?;
                     out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
                 }
                 Computation::Windows(_) | Computation::Joined(_) => {

@@ -10,14 +10,15 @@ use crate::over::RowSql;
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
-use datafusion::common::tree_node::TreeNode;
-use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, TableReference};
+use datafusion::common::tree_node::{Transformed, TreeNode};
+use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, ScalarValue, TableReference};
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::{ExecutionProps, SessionContext};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::{
-    Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, Operator, SkipType, SortExpr,
+    Aggregate as AggregatePlan, BinaryExpr, Expr, ExprSchemable, FetchType, LogicalPlan, Operator, SkipType, SortExpr,
+    lit, when,
 };
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
@@ -670,10 +671,31 @@ impl<'a> Shape<'a> {
     }
 }
 
-/// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
+/// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded. What is
+/// divided by zero is NULL: a row that does it must not stop the metric.
 pub(crate) fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
     let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
-    ExprSimplifier::new(context).simplify(expr.clone())
+    let expr = expr.clone().transform_up(|expr| match expr {
+        Expr::BinaryExpr(BinaryExpr { left, op: op @ (Operator::Divide | Operator::Modulo), right }) => {
+            let right = Box::new(null_for_zero(*right, schema)?);
+            Ok(Transformed::yes(Expr::BinaryExpr(BinaryExpr { left, op, right })))
+        }
+        other => Ok(Transformed::no(other)),
+    })?;
+    ExprSimplifier::new(context).simplify(expr.data)
+}
+
+/// A divisor of a type that has no infinity is NULL where it is zero.
+fn null_for_zero(divisor: Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
+    let kind = divisor.get_type(schema)?;
+    if !kind.is_integer() && !kind.is_decimal() {
+        return Ok(divisor);
+    }
+    let (zero, null) = (ScalarValue::new_zero(&kind)?, ScalarValue::try_new_null(&kind)?);
+    match &divisor {
+        Expr::Literal(value, _) if *value != zero => Ok(divisor),
+        _ => when(divisor.clone().eq(lit(zero)), lit(null)).otherwise(divisor),
+    }
 }
 
 pub(crate) fn is_bound(name: &str) -> bool {
@@ -699,7 +721,6 @@ fn no_subquery(expr: &Expr) -> Result<(), SqlError> {
 
 /// The expression with bare column names, as the output has them.
 fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
-    use datafusion::common::tree_node::Transformed;
     let bare = expr.transform(|e| {
         Ok(match e {
             Expr::Column(mut column) if column.relation.is_some() => {
