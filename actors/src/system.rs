@@ -6,13 +6,16 @@ use crate::commit::Committer;
 use crate::definition::{MetricDefinition, RuleDefinition};
 use crate::fault::{Fault, FaultKind};
 use crate::history;
+use crate::notifier::Notifier;
 use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::QueryPool;
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
+use crate::seal::Sealer;
 use crate::silence;
 use crate::table::{StoredTable, TableInfo};
 use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
+use crate::webhook::WebhookConfig;
 use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -131,6 +134,9 @@ pub(crate) struct Deps {
     pub(crate) rest_after: Duration,
     /// See [`Limits::idle_timeout_ms`].
     pub(crate) idle_timeout: Span,
+    pub(crate) webhooks: WebhookConfig,
+    pub(crate) sealer: Arc<Sealer>,
+    pub(crate) notifier: Notifier,
     planner: Planner,
 }
 
@@ -302,6 +308,9 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     pub limits: Limits,
     pub agents: BTreeMap<ItemName, crate::agent::AgentConfig>,
+    pub webhooks: WebhookConfig,
+    /// Seals the secrets of webhooks.
+    pub sealer: Arc<Sealer>,
 }
 
 /// Where the store keeps [`Tenant::first`], by workspace.
@@ -337,7 +346,7 @@ impl System {
     /// Makes every workspace of the store known and returns at once: those that were at work when the last process
     /// ended are woken one after the other, every other when it is needed.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
-        let Parts { store, log, dedup, outlet, clock, limits, agents } = parts;
+        let Parts { store, log, dedup, outlet, clock, limits, agents, webhooks, sealer } = parts;
         let committer = Committer::start(store.clone());
         let mailbox_bytes = limits.mailbox_bytes;
         let shared = Shared { log: log.clone(), dedup, outlet: outlet.clone(), root: OnceLock::new(), mailbox_bytes };
@@ -351,6 +360,9 @@ impl System {
             committer,
             rest_after: Duration::from_millis(limits.rest_ms),
             idle_timeout: Span::millis(i64::try_from(limits.idle_timeout_ms).unwrap_or(i64::MAX / 1_000)),
+            notifier: Notifier::new(&webhooks).map_err(Fault::internal)?,
+            webhooks,
+            sealer,
             planner: Planner::default(),
         });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
@@ -383,9 +395,18 @@ impl System {
         let drains = self.tenants().into_iter().filter_map(|tenant| tenant.actor()).map(|actor| async move {
             _ = ractor::call!(actor, WorkspaceMsg::Drain);
         });
-        if tokio::time::timeout(within, futures::future::join_all(drains)).await.is_err() {
-            tracing::warn!(?within, "not all workspaces committed in time; their log will be replayed at start");
-        }
+        // what the last commits put into the outbox is delivered after the next start
+        let deliveries = async {
+            if tokio::time::timeout(within, self.0.deps.notifier.drain()).await.is_err() {
+                tracing::warn!(?within, "not all webhooks answered in time; they will be told again, with the same id");
+            }
+        };
+        let drains = async {
+            if tokio::time::timeout(within, futures::future::join_all(drains)).await.is_err() {
+                tracing::warn!(?within, "not all workspaces committed in time; their log will be replayed at start");
+            }
+        };
+        tokio::join!(deliveries, drains);
         if let Err(error) = self.note_resting().await {
             tracing::warn!(%error, "who rests could not be noted; those workspaces are woken at the next start");
         }
@@ -593,6 +614,10 @@ impl System {
     /// The bounds of this system.
     pub fn limits(&self) -> &Limits {
         &self.0.limits
+    }
+
+    pub(crate) fn deps(&self) -> &Deps {
+        &self.0.deps
     }
 
     pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
@@ -1164,7 +1189,7 @@ impl System {
         Ok(self.0.sessions.agents())
     }
 
-    /// The supervision tree, workspaces first.
+    /// The supervision tree, workspaces first, the notifier last.
     pub async fn actors(&self) -> Vec<ActorInfo> {
         let mut all: Vec<ActorInfo> = Vec::new();
         let batches = self.throughput().batches;
@@ -1190,6 +1215,7 @@ impl System {
         }
         all.sort_by(|a, b| a.path.cmp(&b.path));
         all.extend(self.0.sessions.info());
+        all.push(self.0.deps.notifier.info());
         all
     }
 
@@ -1293,11 +1319,11 @@ fn restarting(id: &WorkspaceId, error: impl std::fmt::Display) -> Fault {
     Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "workspace_restarting", detail)
 }
 
-fn unknown(what: &str, code: &'static str, name: impl std::fmt::Display) -> Fault {
+pub(crate) fn unknown(what: &str, code: &'static str, name: impl std::fmt::Display) -> Fault {
     Fault::not_found(code, format!("there is no {what} `{name}`"))
 }
 
-fn over_limit(name: &str, most: usize) -> Fault {
+pub(crate) fn over_limit(name: &str, most: usize) -> Fault {
     let detail = format!("this workspace has reached {name} = {most}; delete one or raise the limit");
     Fault::new(FaultKind::Conflict, "limit_reached", detail)
 }

@@ -5,12 +5,13 @@
 
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
-use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
+use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::rows;
 use crate::system::Deps;
 use crate::table::{Positions, StoredTable};
 use crate::tenant::{Phase as Life, Resting, Tenant};
+use crate::webhook::notice;
 use arrow::array::RecordBatch;
 use engine::alert::{Change, Phase, Rule};
 use engine::cost::Cost;
@@ -1160,14 +1161,13 @@ impl State {
         let one = self.tenant.committing.clone().try_acquire_owned();
         let one = one.expect("one commit at a time, and none of the actor before this one");
         self.saving = true;
-        let (committer, outlet, myself) = (self.deps.committer.clone(), self.deps.outlet.clone(), myself.clone());
-        let tenant = self.tenant.clone();
+        let (deps, tenant, myself) = (self.deps.clone(), self.tenant.clone(), myself.clone());
         tokio::spawn(async move {
-            let Some((commit, result)) = committer.commit(commit).await else { return };
+            let Some((commit, result)) = deps.committer.commit(commit).await else { return };
             drop(one);
             let result = match result {
                 Ok(()) => {
-                    tell(&*outlet, &tenant, alerts); // also when the actor has failed meanwhile
+                    tell(&deps, &tenant, alerts); // also when the actor has failed meanwhile
                     Ok(commit.offset)
                 }
                 Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
@@ -1211,8 +1211,10 @@ impl State {
         }
         self.in_store = rows.as_slice().into();
         let stored = alerts.iter().map(|(_, alert)| alert.clone()).collect();
+        let loud = alerts.iter().filter(|(_, alert)| !self.tenant.is_silenced(alert));
+        let notices = loud.filter_map(|(phase, alert)| notice(*phase, alert)).collect();
         let workspace = self.tenant.id.clone();
-        Some((Commit { workspace, offset, state, rows, alerts: stored, dead_letters }, alerts))
+        Some((Commit { workspace, offset, state, rows, alerts: stored, notices, dead_letters }, alerts))
     }
 
     fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, result: Result<u64, Unsaved>) {
@@ -1271,7 +1273,7 @@ impl State {
             match self.deps.committer.commit(commit).await {
                 Some((commit, Ok(()))) => {
                     self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
-                    tell(&*self.deps.outlet, &self.tenant, alerts);
+                    tell(&self.deps, &self.tenant, alerts);
                 }
                 Some((_, Err(error))) => {
                     tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
@@ -1600,10 +1602,13 @@ impl State {
 }
 
 /// Tells of alerts that are in the store, but for those that are silenced.
-fn tell(outlet: &dyn Outlet, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
+fn tell(deps: &Deps, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
+    if !alerts.is_empty() {
+        deps.notifier.wake();
+    }
     for (phase, alert) in alerts {
         if !tenant.is_silenced(&alert) {
-            outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
+            deps.outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
         }
     }
 }

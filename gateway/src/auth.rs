@@ -4,7 +4,7 @@ use crate::config::AuthConfig;
 use crate::oidc::{Identity, Oidc};
 use crate::permission::{Access, Role, parse_scopes};
 use crate::problem::Problem;
-use crate::seal::{SealError, Sealer};
+use actors::{SealError, Sealer, sealed_for};
 use argon2::password_hash::{PasswordHasher, SaltString};
 use argon2::{Argon2, PasswordHash, PasswordVerifier};
 use axum::http::StatusCode;
@@ -89,7 +89,7 @@ pub struct Auth {
     /// The secret in use and those of before, by id.
     checking: Vec<(String, DecodingKey)>,
     validation: Validation,
-    sealer: Sealer,
+    sealer: Arc<Sealer>,
     pub(crate) oidc: Oidc,
     access: Span,
     refresh: Span,
@@ -224,7 +224,7 @@ impl Auth {
             signing_id: key_id(&secret),
             checking: secrets.map(|key| (key_id(key), DecodingKey::from_secret(key.as_bytes()))).collect(),
             validation,
-            sealer: Sealer::new(sealing.into_iter()),
+            sealer: Arc::new(Sealer::new(sealing.into_iter())),
             oidc: Oidc::new(&config.oidc).map_err(AuthError::Refused)?,
             access: Span::seconds(i64::from(config.access_minutes) * 60),
             refresh: Span::seconds(i64::from(config.refresh_days) * 86_400),
@@ -435,7 +435,22 @@ impl Auth {
                 resealed += 1;
             }
         }
+        for (workspace, id, old) in store.all_webhook_secrets().await? {
+            if self.sealer.is_current(&old) {
+                continue;
+            }
+            let owner = sealed_for(&workspace, &id);
+            let new = self.sealer.seal(&owner, &self.sealer.open(&owner, &old)?);
+            if store.reseal_webhook(&workspace, &id, &old, &new).await? {
+                resealed += 1;
+            }
+        }
         Ok(resealed)
+    }
+
+    /// What encrypts secrets in the store.
+    pub fn sealer(&self) -> Arc<Sealer> {
+        self.sealer.clone()
     }
 
     /// A sign-in for `user` without a password, for administration beside the server.

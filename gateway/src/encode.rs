@@ -1,5 +1,6 @@
 //! What is inside as JSON: rows of metrics, events, alerts and portfolios, each in one place.
 
+pub(crate) use actors::alert_json as alert;
 use actors::rows::rfc3339;
 use actors::{PortfolioSummary, Throughput};
 use arrow::array::{Array, AsArray, RecordBatch};
@@ -11,7 +12,6 @@ use engine::event::Micros;
 use engine::metric::Rows;
 use engine::program::Program;
 use serde_json::{Map, Value, json};
-use sql::store::Alert;
 use std::sync::Arc;
 
 /// A metric's row as clients see it.
@@ -200,17 +200,6 @@ pub(crate) fn objects(
             text(out)
         })
         .collect()
-}
-
-/// An alert, over HTTP and in its channel.
-pub(crate) fn alert(alert: &Alert) -> Value {
-    json!({
-        "id": alert.id, "rule": alert.rule, "metric": alert.metric, "severity": alert.severity,
-        "labels": alert.labels, "state": alert.state, "row": alert.row,
-        "started_at": rfc3339(alert.started_at), "fired_at": rfc3339(alert.fired_at),
-        "resolved_at": alert.resolved_at.map(rfc3339), "acked_at": alert.acked_at.map(rfc3339),
-        "acked_by": alert.acked_by,
-    })
 }
 
 /// A portfolio's value, over HTTP and in its channel.

@@ -4,7 +4,6 @@
 mod config; // the settings of this crate
 mod problem; // errors as clients see them
 mod permission; // what a role may do
-mod seal; // secrets at rest
 mod quota; // how much a workspace and a user may ask for
 mod oidc; // sign-in by an OpenID Connect issuer
 mod auth; // passwords, tokens, API keys

@@ -229,6 +229,23 @@ const OPERATIONS: &[Operation] = &[
         .takes("NewSilence")
         .gives(201, "Silence"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/silences/{silence}", "alerts", "Ends and removes a silence.").needs(Permission::AlertRespond),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks", "webhooks", "Webhooks, without their secrets.").needs(Permission::AlertDefine)
+        .gives(200, "Webhooks"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/webhooks", "webhooks", "A new webhook. It is told of alerts by POST as Standard Webhooks says: headers `webhook-id` (also as `idempotency-key`: the same whenever a message comes again), `webhook-timestamp` and `webhook-signature`; body `{type, timestamp, data: {alert}}`. Any status from 200 to 299 within `webhooks.timeout_ms` is taken as received; else it is tried again for `webhooks.retry_hours`, not sooner than `Retry-After` says; 410 disables the webhook. Redirects are not followed. `secret` is in this answer and nowhere else.")
+        .needs(Permission::AlertDefine)
+        .takes("NewWebhook")
+        .gives(201, "Webhook"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "One webhook.").needs(Permission::AlertDefine)
+        .gives(200, "Webhook"),
+    Operation::new("patch", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Changes what is given. What waits for a webhook that is disabled fails.").needs(Permission::AlertDefine)
+        .takes("WebhookChanges")
+        .gives(200, "Webhook"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Removes a webhook and its deliveries.").needs(Permission::AlertDefine),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}/deliveries", "webhooks", "What was on its way to a webhook, the newest first; `state` is `pending`, `delivered` or `failed`.").needs(Permission::AlertDefine)
+        .query(&[LIMIT, BEFORE])
+        .gives(200, "Deliveries"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/webhooks/{webhook}/test", "webhooks", "Sends `webhook.test` the same way as alerts are sent.").needs(Permission::AlertDefine)
+        .gives(202, "Delivery"),
     Operation::new("get", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "Portfolios.").needs(Permission::PortfolioRead).gives(200, "Portfolios"),
     Operation::new("post", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "A new portfolio.").needs(Permission::PortfolioUpdate)
         .takes("NewPortfolio")
@@ -357,6 +374,18 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
     ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
     ("Silences", "silences Silence[]"),
+    ("NewWebhook", "url string, events? string[], severities? string[], secret? string"),
+    ("WebhookChanges", "url? string, events? string[], severities? string[] null, secret? string, enabled? boolean"),
+    (
+        "Webhook",
+        "id string, url string, events string[], severities string[] null, enabled boolean, disabled_reason string null, created_at time, updated_at time, secret? string",
+    ),
+    ("Webhooks", "webhooks Webhook[]"),
+    (
+        "Delivery",
+        "id string, event string, alert string null, state string, attempts integer, created_at time, last_attempt_at time null, last_status integer null, last_error string null, next_attempt_at time null",
+    ),
+    ("Deliveries", "deliveries Delivery[], next? string"),
     ("NewPortfolio", "id string, name? string, currency? string"),
     ("Portfolio", "id string, name string, currency string"),
     ("Portfolios", "portfolios Portfolio[]"),
@@ -422,6 +451,11 @@ fn example(schema: &str) -> Option<Value> {
             "from": "2026-01-01T00:00:00Z", "to": "2026-01-02T00:00:00Z",
         }),
         "NewSilence" => json!({"matchers": {"symbol": "AAPL"}, "duration": "1h", "comment": "split day"}),
+        "NewWebhook" => json!({
+            "url": "https://hooks.example.com/tidewatch", "events": ["alert.firing", "alert.resolved"],
+            "severities": ["critical"],
+        }),
+        "WebhookChanges" => json!({"events": ["alert.firing"], "enabled": true}),
         "NewPortfolio" => json!({"id": "main", "name": "Main", "currency": "USD"}),
         "Positions" => json!({"positions": [position]}),
         "RunAgentInput" => json!({
@@ -544,6 +578,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "bad_otp",
             "bad_position",
             "bad_filter",
+            "bad_webhook",
             "bad_id",
             "empty_body",
             "unreadable_body",
@@ -576,6 +611,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "unknown_alert",
             "unknown_alert_rule",
             "unknown_silence",
+            "unknown_webhook",
             "unknown_portfolio",
             "unknown_position",
             "unknown_agent",
@@ -601,6 +637,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "built_in_stream",
             "incompatible_schema",
             "metric_in_use",
+            "webhook_disabled",
             "run_id_taken",
             "thread_busy",
             "not_enrolled",

@@ -108,6 +108,8 @@ mod tests {
                 clock: Arc::new(actors::clock::SystemClock),
                 limits: actors::Limits::default(),
                 agents: Default::default(),
+                webhooks: Default::default(),
+                sealer: auth.sealer(),
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();

@@ -72,6 +72,8 @@ impl Server {
             clock: Arc::new(SystemClock),
             limits: system_limits,
             agents: std::collections::BTreeMap::new(),
+            webhooks: Default::default(),
+            sealer: auth.sealer(),
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();

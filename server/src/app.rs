@@ -46,7 +46,7 @@ impl App {
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
-        let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
+        let store = Store::open_with(&config.store_url()?, &config.store_options()).await?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let resealed = auth.reseal(&store).await?;
@@ -63,6 +63,8 @@ impl App {
             clock,
             limits: config.limits.system(),
             agents: config.agents.clone(),
+            webhooks: config.webhooks.clone(),
+            sealer: auth.sealer(),
         })
         .await?;
         let listener = TcpListener::bind(config.listen)

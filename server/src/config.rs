@@ -34,6 +34,8 @@ pub struct Config {
     pub history: gateway::History,
     /// Agents answered by an OpenAI-compatible model, by name.
     pub agents: BTreeMap<ItemName, AgentConfig>,
+    /// How webhooks are told, and how many there may be.
+    pub webhooks: actors::WebhookConfig,
 }
 
 impl Default for Config {
@@ -52,6 +54,7 @@ impl Default for Config {
             limits: Limits::default(),
             history: gateway::History::default(),
             agents: BTreeMap::new(),
+            webhooks: actors::WebhookConfig::default(),
         }
     }
 }
@@ -154,6 +157,7 @@ impl StoreConfig {
             chunk_hours: self.chunk_hours,
             compress_after_days: self.compress_after_days,
             retain_days: self.retain_days,
+            ..sql::store::Options::default()
         }
     }
 }
@@ -313,6 +317,16 @@ impl Config {
                 Ok(read.map_err(|source| ConfigError::StoreUrl { path: path.clone(), source })?.trim().to_owned())
             }
             (None, None) => Ok(format!("sqlite:{}", self.data_dir.join("tidewatch.db").display())),
+        }
+    }
+
+    /// How to connect to the store and what to keep there.
+    pub(crate) fn store_options(&self) -> sql::store::Options {
+        let webhooks = &self.webhooks;
+        sql::store::Options {
+            webhook_pending: webhooks.pending,
+            webhook_kept: webhooks.kept,
+            ..self.store.options()
         }
     }
 

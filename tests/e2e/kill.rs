@@ -44,7 +44,7 @@ impl Dice {
 }
 
 /// A port that is free, and that no outgoing connection gets while the server is down: not one of the ephemeral ones.
-fn lasting_port(seed: u64) -> u16 {
+pub fn lasting_port(seed: u64) -> u16 {
     let mut dice = Dice(u64::from(std::process::id()) << 32 | seed);
     let mut ports = std::iter::repeat_with(|| 12_000 + dice.below(18_000) as u16);
     ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("it goes on until one is free")

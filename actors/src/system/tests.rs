@@ -1,6 +1,7 @@
 //! The system on a real store and log: restarts, rest and waking, repeats, and events that cannot be computed.
 
 use super::*;
+use crate::webhook::WebhookChange;
 use crate::fault_point;
 use arrow::array::AsArray;
 use engine::event::Span;
@@ -71,6 +72,8 @@ impl World {
             clock: clock.clone(),
             limits,
             agents: BTreeMap::new(),
+            webhooks: WebhookConfig { allow_private: true, ..WebhookConfig::default() },
+            sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
         };
         let system = System::start(parts).await.unwrap();
         World { system, pushed, clock }
@@ -378,10 +381,39 @@ async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
         clock: Arc::new(crate::clock::SystemClock),
         limits: Limits::default(),
         agents: BTreeMap::new(),
+        webhooks: WebhookConfig::default(),
+        sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };
     let refused = System::start(parts).await.err().unwrap();
     assert_eq!(refused.code, "log_behind_store");
     assert!(refused.detail.contains("restore the log from a copy"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_notifier_that_fails_is_started_again_and_tells_what_is_left() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let told = Arc::new(AtomicUsize::new(0));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = Some(format!("http://{}/", listener.local_addr().unwrap()));
+    let counted = told.clone();
+    let app = axum::Router::new().fallback(async move || {
+        counted.fetch_add(1, Relaxed);
+    });
+    tokio::spawn(async { axum::serve(listener, app).await });
+    let acme: WorkspaceId = "acme".parse().unwrap();
+    world.system.create_webhook(&acme, WebhookChange { url, ..WebhookChange::default() }).await.unwrap();
+    let notifier = || world.system.deps().notifier.info();
+    for failures in 1..=3 {
+        world.system.deps().notifier.fail();
+        eventually("it runs again", async || notifier().restarts == failures && notifier().state == "running").await;
+    }
+    assert!(notifier().last_failure.unwrap().contains("a test said so"));
+    let rule = serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "total > 2"})).unwrap();
+    world.system.define_alert_rule(&acme, "much".parse().unwrap(), rule).await.unwrap();
+    world.trades("acme", "A", 0, 5, "a").await.unwrap();
+    eventually("the webhook is told", async || told.load(Relaxed) == 1).await;
+    assert!(world.system.actors().await.iter().all(|actor| actor.kind == "notifier" || actor.restarts == 0));
 }
 
 /// Prints what a restart costs: `TIDEWATCH_TEST_WORKSPACES=10000 TIDEWATCH_TEST_LOG_MB=1000 cargo test --release -p

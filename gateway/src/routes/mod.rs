@@ -11,6 +11,7 @@ mod session; // signing in and out, and who am I
 mod streams; // schemas and ingest
 mod system; // what the installation is doing, and the audit log
 mod tables; // reference tables and changes of their rows
+mod webhooks; // webhooks and deliveries
 mod workspaces; // tenants
 
 use crate::AppState;
@@ -30,6 +31,7 @@ pub(crate) fn routes() -> Router<AppState> {
         .merge(metrics::routes())
         .merge(query::routes())
         .merge(alerts::routes())
+        .merge(webhooks::routes())
         .merge(portfolios::routes())
         .merge(system::routes())
         .merge(live::routes())
