@@ -33,5 +33,7 @@ CREATE TABLE webhook_deliveries (
     FOREIGN KEY (workspace, webhook) REFERENCES webhooks (workspace, id) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX webhook_deliveries_by_webhook ON webhook_deliveries (workspace, webhook, seq); -- lists, bounds, the cascade
--- The few that wait, of all workspaces, among very many that are done.
+-- The few that wait, of all workspaces, among very many that are done; and whether something of the same alert waits
+-- before.
 CREATE INDEX webhook_deliveries_due ON webhook_deliveries (next_at) WHERE state = 'pending';
+CREATE INDEX webhook_deliveries_waiting ON webhook_deliveries (workspace, webhook, alert, seq) WHERE state = 'pending';

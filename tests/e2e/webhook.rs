@@ -467,7 +467,6 @@ async fn private_addresses_and_other_nonsense_are_refused_unless_settings_allow_
         "https://[::1]/",
         "https://[::ffff:127.0.0.1]/",
         "https://localhost/",
-        "https://localhost./",
         "https://169.254.169.254/latest/meta-data/",
         "https://10.0.0.1/",
         "https://ann:secret@1.1.1.1/",

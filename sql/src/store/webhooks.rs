@@ -346,7 +346,7 @@ impl Store {
         without: &[&str],
     ) -> Result<Vec<Due>, StoreError> {
         let mut sql = Builder::new(
-            "SELECT d.*, w.url, w.secret FROM (SELECT p.*, \
+            "SELECT d.*, w.url, w.secret FROM (SELECT p.seq, \
              row_number() OVER (PARTITION BY p.workspace, p.webhook ORDER BY p.next_at, p.seq) AS place \
              FROM webhook_deliveries p WHERE p.state = 'pending' AND p.next_at <= ",
         );
@@ -357,10 +357,11 @@ impl Store {
         sql.push(if without.is_empty() { "" } else { ")" });
         sql.push(
             " AND NOT EXISTS (SELECT 1 FROM webhook_deliveries e WHERE e.workspace = p.workspace \
-             AND e.webhook = p.webhook AND e.alert = p.alert AND e.state = 'pending' AND e.seq < p.seq)) d \
-             JOIN webhooks w ON w.workspace = d.workspace AND w.id = d.webhook WHERE d.place <= ",
+             AND e.webhook = p.webhook AND e.alert = p.alert AND e.state = 'pending' AND e.seq < p.seq)) n \
+             JOIN webhook_deliveries d ON d.seq = n.seq \
+             JOIN webhooks w ON w.workspace = d.workspace AND w.id = d.webhook WHERE n.place <= ",
         );
-        sql.push_bind(stored(each as u64)).push(" ORDER BY d.place, d.next_at, d.seq LIMIT ");
+        sql.push_bind(stored(each as u64)).push(" ORDER BY n.place, d.next_at, d.seq LIMIT ");
         sql.push_bind(stored(limit as u64));
         sql.build_as().fetch_all(self.read(Scope::Installation)).await.map_err(failed("list due deliveries"))
     }
