@@ -323,11 +323,7 @@ impl Config {
     /// How to connect to the store and what to keep there.
     pub(crate) fn store_options(&self) -> sql::store::Options {
         let webhooks = &self.webhooks;
-        sql::store::Options {
-            webhook_pending: webhooks.pending,
-            webhook_kept: webhooks.kept,
-            ..self.store.options()
-        }
+        sql::store::Options { webhook_pending: webhooks.pending, webhook_kept: webhooks.kept, ..self.store.options() }
     }
 
     pub(crate) fn gateway(&self) -> gateway::Config {

@@ -1,8 +1,8 @@
 //! The system on a real store and log: restarts, rest and waking, repeats, and events that cannot be computed.
 
 use super::*;
-use crate::webhook::WebhookChange;
 use crate::fault_point;
+use crate::webhook::WebhookChange;
 use arrow::array::AsArray;
 use engine::event::Span;
 use sql::store::User;

@@ -3,7 +3,9 @@
 
 use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
-use super::{Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored, webhooks};
+use super::{
+    Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored, webhooks,
+};
 use engine::event::WorkspaceId;
 
 /// What one workspace has computed since its last commit.
