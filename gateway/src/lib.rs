@@ -4,7 +4,6 @@
 mod config; // the settings of this crate
 mod problem; // errors as clients see them
 mod permission; // what a role may do
-mod seal; // secrets at rest
 mod quota; // how much a workspace and a user may ask for
 mod oidc; // sign-in by an OpenID Connect issuer
 mod auth; // passwords, tokens, API keys
@@ -23,7 +22,7 @@ mod edge; // what happens to every request and answer
 mod tls; // certificates
 mod serve; // connections, and how they drain
 
-pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, Tokens, hash_password, key_of};
+pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, SECRET_BYTES_MIN, Tokens, hash_password, key_of};
 pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
 pub use hub::Hub;
 pub use oidc::OidcConfig;

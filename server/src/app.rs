@@ -5,7 +5,7 @@ use actors::clock::{Clock, SystemClock};
 use actors::pack::Packs;
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
-use gateway::{AppState, Auth, Hub};
+use gateway::{AppState, Auth, Hub, SECRET_BYTES_MIN};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use parking_lot::Mutex;
 use sql::store::Store;
@@ -28,11 +28,7 @@ const DRAIN: Duration = Duration::from_secs(4);
 impl App {
     /// Opens log and store under `config.data_dir`, replays, and listens.
     pub async fn build(config: Config) -> Result<App> {
-        crate::choose_tls();
-        let auth = Auth::new(&config.auth)?;
-        if config.log.backend != Backend::Embedded {
-            bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
-        }
+        let auth = checked(&config)?;
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
         // recorded once for the whole process, whatever the number of systems in it
@@ -47,7 +43,7 @@ impl App {
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
-        let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
+        let store = Store::open_with(&config.store_url()?, &config.store_options()).await?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let resealed = auth.reseal(&store).await?;
@@ -64,6 +60,8 @@ impl App {
             clock,
             limits: config.limits.system(),
             agents: config.agents.clone(),
+            webhooks: config.webhooks.clone(),
+            sealer: auth.sealer(),
         })
         .await?;
         let packs = Arc::new(Packs::load(config.packs_dir.as_deref()).await?);
@@ -99,6 +97,32 @@ impl App {
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// What [`App::build`] refuses before it touches anything.
+fn checked(config: &Config) -> Result<Auth> {
+    crate::choose_tls();
+    let auth = Auth::new(&config.auth)?;
+    if config.log.backend != Backend::Embedded {
+        bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
+    }
+    sql::store::kind(&config.store_url()?)?;
+    if config.listen_tls.is_some() {
+        config.tls.check()?;
+    }
+    Ok(auth)
+}
+
+/// Refuses a configuration that a server would not start with. One without a secret passes, since that may come from the
+/// environment of the server: true where it must.
+pub(crate) fn check(config: &Config) -> Result<bool> {
+    let mut config = config.clone();
+    let needs_secret = config.auth.secret.is_none() && config.auth.secret_file.is_none();
+    if needs_secret {
+        config.auth.secret = Some("x".repeat(SECRET_BYTES_MIN));
+    }
+    checked(&config)?;
+    Ok(needs_secret)
 }
 
 /// Completes on SIGTERM or SIGINT.

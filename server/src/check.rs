@@ -27,8 +27,9 @@ pub async fn run(file: &Path) -> Result<()> {
             println!("{shown}: a valid rule over metric {}; its condition is checked where the metric is", rule.metric);
         }
         Some("toml") => {
-            Config::load(Some(file))?;
-            println!("{shown}: a valid configuration");
+            let needs_secret = crate::app::check(&Config::load(Some(file))?).with_context(|| shown.to_string())?;
+            let rest = if needs_secret { "; set TIDEWATCH__AUTH__SECRET for `tidewatch serve`" } else { "" };
+            println!("{shown}: a valid configuration{rest}");
         }
         Some("sql") => {
             let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;

@@ -15,7 +15,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Actor-based real-time streaming engine: events in, live metrics, alerts and answers out.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "tidewatch", version, arg_required_else_help = true)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -166,5 +166,31 @@ async fn run(command: Command) -> Result<()> {
         Command::Backup { dir, config } => backup::backup(&Config::load(config.as_deref())?, &dir).await,
         Command::Restore { dir, config } => backup::restore(&Config::load(config.as_deref())?, &dir).await,
         Command::Bench(args) => measure::run(args).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// Looks at the commands below `command`; how many there are.
+    fn check(command: &clap::Command, path: &str) -> usize {
+        let mut seen = 0;
+        for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
+            let path = format!("{path} {}", below.get_name());
+            let help = below.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example: ") && help.contains(&path), "`{path} --help` has no example: {help}");
+            seen += 1 + check(below, &path);
+        }
+        seen
+    }
+
+    #[test]
+    fn every_command_has_an_example_of_itself_and_the_version_says_whose_it_is() {
+        let mut command = Args::command();
+        command.build();
+        assert!(check(&command, "tidewatch") > 25);
+        assert!(command.render_version().starts_with("tidewatch "));
     }
 }

@@ -144,7 +144,7 @@ mod tests {
         assert_eq!((value(0), value(1), value(2)), (1_000.0, 51.0, 99.0));
         let page = std::fs::read_to_string(out.with_extension("html")).unwrap();
         assert_eq!(page.matches("<svg").count(), 2);
-        assert_eq!(page.matches("<polyline").count(), 4, "two lines, each with its mark in the legend");
+        assert_eq!(page.matches("stroke-width=\"2\"").count(), 4, "two lines, each with its mark in the legend");
         assert!(page.contains("post to WebSocket, p99"), "{page}");
     }
 }

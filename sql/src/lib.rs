@@ -2,6 +2,7 @@
 //! and what must last is stored. Knows no actor and no HTTP.
 
 mod deadline; // queries that end in time
+mod division; // division by zero is NULL
 mod error; // what is wrong with a piece of SQL, where, and what to write instead
 mod join; // a metric's FROM: its stream, and what is joined to it
 mod functions; // the engine's indicators as window functions

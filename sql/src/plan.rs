@@ -4,6 +4,7 @@
 //! left is plain SQL that DataFusion plans and type-checks. Its plan is then taken apart at the
 //! aggregate. The same rewriting over a table that has the two columns is the batch oracle of the tests.
 
+use crate::division;
 use crate::error::SqlError;
 use crate::join::{self, FromClause};
 use crate::over::RowSql;
@@ -11,7 +12,7 @@ use crate::{sandbox, text};
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
-use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, TableReference};
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::execution::context::ExecutionProps;
@@ -177,6 +178,7 @@ pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, 
         return Err(SqlError::new("a condition sees one row of its metric and cannot aggregate")
             .help("compute the aggregate in the metric and compare its column here"));
     }
+    let expr = division::by_zero_is_null(expr, &schema).map_err(convert)?.data;
     let expr = context.create_physical_expr(expr, &schema).map_err(convert)?;
     match expr.data_type(program.output()).map_err(convert)? {
         DataType::Boolean => Ok(expr),
@@ -704,10 +706,11 @@ pub(crate) fn check_deterministic(plan: &LogicalPlan) -> Result<Result<(), SqlEr
     })
 }
 
-/// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
+/// The expression with functions such as `coalesce` rewritten to what can be evaluated, division by zero as NULL, and
+/// constants folded.
 pub(crate) fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
     let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
-    ExprSimplifier::new(context).simplify(expr.clone())
+    ExprSimplifier::new(context).simplify(division::by_zero_is_null(expr.clone(), schema)?.data)
 }
 
 pub(crate) fn is_bound(name: &str) -> bool {
@@ -733,7 +736,6 @@ fn no_subquery(expr: &Expr) -> Result<(), SqlError> {
 
 /// The expression with bare column names, as the output has them.
 fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
-    use datafusion::common::tree_node::Transformed;
     let bare = expr.transform(|e| {
         Ok(match e {
             Expr::Column(mut column) if column.relation.is_some() => {

@@ -13,3 +13,4 @@ mod kill; // the real binary killed under load: nothing acknowledged is lost, no
 mod pack; // workspaces made from packs
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining
 mod stores; // the binary over PostgreSQL: killed, without its database, backed up and restored
+mod webhook; // alerts told to a receiver that is away, slow, gone or well, and by a server that is killed

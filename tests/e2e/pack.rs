@@ -75,7 +75,7 @@ async fn a_pack_of_ones_own_is_used_and_one_that_does_not_exist_or_does_not_fit_
 
     let (status, problem) =
         server.call(Method::POST, "/api/v1/workspaces", json!({"id": "other", "pack": "shoe"})).await;
-    assert_eq!((status, &problem["code"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("unknown_pack")), "{problem}");
+    assert_eq!((status, &problem["code"]), (StatusCode::BAD_REQUEST, &json!("unknown_pack")), "{problem}");
     assert!(problem["detail"].as_str().unwrap().contains("shop"), "{problem}");
     // venture has four metrics
     let (status, problem) =

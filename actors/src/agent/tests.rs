@@ -59,6 +59,8 @@ async fn world() -> World {
         clock: Arc::new(SystemClock),
         limits: Limits::default(),
         agents: BTreeMap::new(),
+        webhooks: Default::default(),
+        sealer: Arc::new(crate::Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };
     let system = System::start(parts).await.unwrap();
     let ws: WorkspaceId = "acme".parse().unwrap();

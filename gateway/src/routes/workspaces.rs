@@ -4,7 +4,7 @@ use super::session::workspace as shown;
 use super::streams::is_built_in;
 use crate::AppState;
 use crate::auth::Caller;
-use crate::extract::{Json, Listing, Member};
+use crate::extract::{Json, Listing, Member, Sent};
 use crate::hub::Group;
 use crate::permission::{Permission, Role};
 use crate::problem::Problem;
@@ -63,8 +63,9 @@ struct New {
     tier: Option<String>,
 }
 
-async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<New>) -> Result<Response, Problem> {
+async fn create(State(state): State<AppState>, caller: Caller, new: Sent<New>) -> Result<Response, Problem> {
     let caller = caller.user()?;
+    let Json(new) = new?;
     let id: WorkspaceId = new.id.parse()?;
     let pack = new.pack.as_deref().map(|name| known_pack(&state, name)).transpose()?;
     let workspace = Workspace {
@@ -201,9 +202,10 @@ struct Changes {
 async fn update(
     State(state): State<AppState>,
     member: Member,
-    Json(changes): Json<Changes>,
+    changes: Sent<Changes>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::FundSettingsUpdate)?;
+    let Json(changes) = changes?;
     let name = changes.name.map(|name| label("name", &name)).transpose()?;
     let tier = changes.tier;
     if let Some(tier) = &tier {

@@ -113,6 +113,8 @@ export interface PortfolioSummary {
   allocation: { symbol: Record<string, number>; sector: Record<string, number> };
   /** Symbols that have no price yet and so count for nothing in `value`. */
   unpriced: string[];
+  /** How many those are. */
+  unpriced_count: number;
 }
 
 export interface Alert {
