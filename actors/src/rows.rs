@@ -131,11 +131,25 @@ pub fn from_store(row: &FinalRow) -> Result<Map<String, Value>, serde_json::Erro
 
 /// Rows the store kept, in the columns of [`Program::output`].
 pub fn from_store_columns(program: &Program, rows: &[FinalRow]) -> Result<Rows, ArrowError> {
-    let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
-    let objects = rows.iter().map(from_store).collect::<Result<Vec<_>, _>>().map_err(broken)?;
     let mut decoder =
         arrow::json::ReaderBuilder::new(program.output().clone()).with_batch_size(rows.len().max(1)).build_decoder()?;
-    decoder.serialize(&objects)?;
+    // as text: numbers of JSON values have 53 bits, decimals up to 38 digits
+    let mut text = String::new();
+    for row in rows {
+        let (start, end) = (rfc3339(row.window_start), rfc3339(row.window_end));
+        text.push_str(&format!(r#"{{"window_start":"{start}","window_end":"{end}""#));
+        for object in [&row.key, &row.row] {
+            let members = object.trim().trim_start_matches('{').trim_end();
+            if members != "}" {
+                text.push(',');
+                text.push_str(members.strip_suffix('}').unwrap_or(members));
+            }
+        }
+        text.push_str("}\n");
+    }
+    if decoder.decode(text.as_bytes())? != text.len() {
+        return Err(ArrowError::JsonError("a stored row is no JSON object".to_owned()));
+    }
     let batch = decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(program.output().clone()));
     let revisions = Some(rows.iter().map(|row| row.revision).collect());
     Ok(Rows { batch, revisions, gone: None, complete: false, withdrawn: None })
@@ -168,6 +182,37 @@ fn bounds(start: Micros, end: Micros) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_decimal_is_read_from_the_store_to_its_last_digit() {
+        let schema = streams::schema::StreamSchema::new(
+            "bank.bookings".parse().unwrap(),
+            vec![streams::schema::Column {
+                name: "amount".into(),
+                kind: streams::schema::ColumnType::Decimal(38, 10),
+                nullable: false,
+            }],
+            streams::schema::UnknownFields::Ignore,
+        );
+        let columns = schema.unwrap().arrow().clone();
+        let sql =
+            "SELECT amount, min(amount) AS least FROM bank.bookings GROUP BY tumble(ts, INTERVAL '1 second'), amount";
+        let planner = sql::plan::Planner::default();
+        let program = futures::executor::block_on(planner.program(sql, |_: &_| Some(columns.clone()))).unwrap();
+        let row = |digits: &str| FinalRow {
+            metric: "m".parse().unwrap(),
+            window_start: Micros(0),
+            window_end: Micros(1_000_000),
+            key: format!(r#"{{"amount":{digits}}}"#),
+            revision: 0,
+            row: format!(r#"{{"least":{digits}}}"#),
+        };
+        let (long, longer) = ("12345678901234567.8901234567", "9999999999999999999999999999.9999999999");
+        let rows = from_store_columns(&program, &[row(long), row(longer)]).unwrap();
+        let shown =
+            |at: usize, row: usize| arrow::util::display::array_value_to_string(rows.batch.column(at), row).unwrap();
+        assert_eq!([shown(2, 0), shown(3, 0), shown(2, 1), shown(3, 1)], [long, long, longer, longer]);
+    }
 
     #[test]
     fn a_key_is_read_as_its_type_and_shown_as_rows_show_it() {

@@ -3,14 +3,16 @@
 
 use crate::program::Arguments;
 use crate::runs::Runs;
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, UInt32Array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Decimal128Array, Float64Array, Int64Array, UInt32Array};
 use arrow::buffer::NullBuffer;
-use arrow::compute;
-use arrow::datatypes::{DataType, FieldRef, Float64Type, Int64Type};
+use arrow::compute::{self, LexicographicalComparator, SortColumn, SortOptions};
+use arrow::datatypes::{DataType, Decimal128Type, FieldRef, Float64Type, Int64Type};
+use datafusion_common::utils::compare_rows;
 use datafusion_common::{Result, ScalarValue, exec_err};
 use datafusion_expr::Accumulator;
 use datafusion_physical_expr::aggregate::AggregateFunctionExpr;
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 /// Place of a key within a pane.
@@ -24,17 +26,26 @@ pub(crate) enum Kind {
     /// the length of a window do not show in the result.
     SumFloat,
     AvgFloat,
+    /// Of whole numbers and decimals.
     SumInt,
     MinFloat,
     MaxFloat,
     MinInt,
     MaxInt,
+    /// The value of the row that comes first or last by an order; of equal ones, in the order in which they came.
+    First(Arc<AggregateFunctionExpr>),
+    Last(Arc<AggregateFunctionExpr>),
     Any(Arc<AggregateFunctionExpr>),
 }
 
 impl Kind {
     /// The leanest way to compute `call`, whose first argument has the type `input`.
     pub(crate) fn of(call: &Arc<AggregateFunctionExpr>, input: Option<&DataType>) -> Kind {
+        match call.fun().name() {
+            "first_value" if !call.is_distinct() => return Kind::First(call.clone()),
+            "last_value" if !call.is_distinct() => return Kind::Last(call.clone()),
+            _ => {}
+        }
         let plain = !call.is_distinct() && call.order_bys().is_empty() && call.expressions().len() <= 1;
         if !plain {
             return Kind::Any(call.clone());
@@ -43,7 +54,7 @@ impl Kind {
             ("count", _) => Kind::Count,
             ("sum", Some(DataType::Float64)) => Kind::SumFloat,
             ("avg", Some(DataType::Float64)) => Kind::AvgFloat,
-            ("sum", Some(DataType::Int64)) => Kind::SumInt,
+            ("sum", Some(DataType::Int64 | DataType::Decimal128(..))) => Kind::SumInt,
             ("min", Some(DataType::Float64)) => Kind::MinFloat,
             ("max", Some(DataType::Float64)) => Kind::MaxFloat,
             ("min", Some(DataType::Int64)) => Kind::MinInt,
@@ -68,11 +79,16 @@ impl Kind {
             }
             Kind::MinFloat | Kind::MaxFloat => vec![field("value", DataType::Float64)],
             Kind::MinInt | Kind::MaxInt => vec![field("value", DataType::Int64)],
-            Kind::Any(call) => {
+            Kind::First(call) | Kind::Last(call) | Kind::Any(call) => {
                 let state = call.state_fields()?;
                 state.iter().enumerate().map(|(i, f)| field(&i.to_string(), f.data_type().clone())).collect()
             }
         })
+    }
+
+    /// Whether it takes the columns of ORDER BY behind its arguments.
+    pub(crate) fn is_ordered(&self) -> bool {
+        matches!(self, Kind::First(_) | Kind::Last(_) | Kind::Any(_))
     }
 
     pub(crate) fn column(&self) -> Column {
@@ -85,6 +101,8 @@ impl Kind {
             Kind::MaxFloat => Column::MaxFloat(Vec::new()),
             Kind::MinInt => Column::MinInt(Vec::new()),
             Kind::MaxInt => Column::MaxInt(Vec::new()),
+            Kind::First(call) => Column::First { call: call.clone(), held: Vec::new() },
+            Kind::Last(call) => Column::Last { call: call.clone(), held: Vec::new() },
             Kind::Any(call) => Column::Any { call: call.clone(), groups: Vec::new() },
         }
     }
@@ -126,8 +144,87 @@ impl Sum {
 
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct IntSum {
-    sum: i128, // 2^64 additions of an i64 fit
+    sum: i128, // 2^64 additions of an i64 fit; of decimals, what does not fit stays at the end it reached
     count: i64,
+}
+
+impl IntSum {
+    #[inline]
+    fn add(&mut self, value: i128) {
+        if self.sum != i128::MAX && self.sum != i128::MIN {
+            self.sum = self.sum.saturating_add(value);
+        }
+    }
+
+    fn merge(&mut self, other: &IntSum) {
+        match other.sum {
+            i128::MAX | i128::MIN => self.sum = other.sum,
+            sum => self.add(sum),
+        }
+        self.count += other.count;
+    }
+
+    /// The sum as a value of type `kind`, Int64 or a decimal.
+    fn value(self, kind: &DataType) -> Result<Option<i128>> {
+        let fits = match kind {
+            DataType::Decimal128(precision, _) => {
+                10i128.checked_pow(u32::from(*precision)).is_none_or(|bound| self.sum.unsigned_abs() < bound as u128)
+            }
+            _ => i64::try_from(self.sum).is_ok(),
+        };
+        match (fits, kind) {
+            (true, _) => Ok((self.count > 0).then_some(self.sum)),
+            (false, DataType::Decimal128(precision, _)) => {
+                exec_err!("decimal overflow: a sum has more than {precision} digits; cast the argument to double")
+            }
+            (false, _) => exec_err!(
+                "integer overflow: a sum of int64 came to {}; cast the argument to double or decimal",
+                self.sum
+            ),
+        }
+    }
+}
+
+/// Whole numbers or decimals, by 64 or 128 bits, as an array of type `kind`.
+fn whole(values: impl Iterator<Item = Result<Option<i128>>>, kind: &DataType) -> Result<ArrayRef> {
+    Ok(match kind {
+        DataType::Decimal128(precision, scale) => {
+            let values = values.collect::<Result<Decimal128Array>>()?;
+            Arc::new(values.with_precision_and_scale(*precision, *scale)?)
+        }
+        _ => Arc::new(values.map(|value| Ok(value?.map(|value| value as i64))).collect::<Result<Int64Array>>()?),
+    })
+}
+
+/// A row's value, and where it stands in the order.
+#[derive(Clone, Debug)]
+pub(crate) struct Placed {
+    value: ScalarValue,
+    order: Vec<ScalarValue>,
+}
+
+impl Placed {
+    /// Takes `other`, which came later, instead of what is held where it comes before it, or behind it for `last`.
+    fn choose(held: &mut Option<Placed>, other: Placed, last: bool, call: &AggregateFunctionExpr) -> Result<()> {
+        let by: Vec<SortOptions> = call.order_bys().iter().map(|sort| sort.options).collect();
+        let is_better = match held {
+            None => true,
+            Some(held) => match compare_rows(&other.order, &held.order, &by)? {
+                Ordering::Less => !last,
+                Ordering::Equal | Ordering::Greater if last => true,
+                _ => false,
+            },
+        };
+        if is_better {
+            *held = Some(other);
+        }
+        Ok(())
+    }
+
+    fn bytes(held: &[Option<Placed>]) -> usize {
+        let of = |placed: &Placed| placed.value.size() + placed.order.iter().map(ScalarValue::size).sum::<usize>();
+        size_of_val(held) + held.iter().flatten().map(of).sum::<usize>()
+    }
 }
 
 /// The state of one aggregate call for every slot of a pane.
@@ -140,6 +237,8 @@ pub(crate) enum Column {
     MaxFloat(Vec<Option<f64>>),
     MinInt(Vec<Option<i64>>),
     MaxInt(Vec<Option<i64>>),
+    First { call: Arc<AggregateFunctionExpr>, held: Vec<Option<Placed>> },
+    Last { call: Arc<AggregateFunctionExpr>, held: Vec<Option<Placed>> },
     Any { call: Arc<AggregateFunctionExpr>, groups: Vec<Box<dyn Accumulator>> },
 }
 
@@ -200,6 +299,7 @@ impl Column {
             Column::SumInt(v) => v.resize(slots, IntSum::default()),
             Column::MinFloat(v) | Column::MaxFloat(v) => v.resize(slots, None),
             Column::MinInt(v) | Column::MaxInt(v) => v.resize(slots, None),
+            Column::First { held, .. } | Column::Last { held, .. } => held.resize(slots, None),
             Column::Any { call, groups } => {
                 while groups.len() < slots {
                     groups.push(call.create_accumulator()?);
@@ -214,6 +314,7 @@ impl Column {
         // every aggregate of one argument passes over its NULLs; DataFusion's see to theirs
         let nulls = match self {
             Column::Any { .. } => None,
+            Column::First { call, .. } | Column::Last { call, .. } if !call.ignore_nulls() => None,
             _ => arguments.values.first().and_then(|values| values.logical_nulls()),
         };
         let runs = arguments.picked(runs, nulls);
@@ -227,8 +328,14 @@ impl Column {
                 fold(v, slots, &runs, floats(), Sum::add, |held, count| held.count += count);
             }
             Column::SumInt(v) => {
-                let add = |held: &mut IntSum, value| held.sum += i128::from(value);
-                fold(v, slots, &runs, ints(), add, |held, count| held.count += count);
+                let count = |held: &mut IntSum, count| held.count += count;
+                match arguments.values[0].as_primitive_opt::<Decimal128Type>() {
+                    Some(decimals) => fold(v, slots, &runs, decimals.values(), IntSum::add, count),
+                    None => {
+                        let add = |held: &mut IntSum, value| held.sum += i128::from(value);
+                        fold(v, slots, &runs, ints(), add, count);
+                    }
+                }
             }
             Column::MinFloat(v) => fold(v, slots, &runs, floats(), |held, x| pick(held, x, less), uncounted),
             Column::MaxFloat(v) => {
@@ -236,7 +343,9 @@ impl Column {
             }
             Column::MinInt(v) => fold(v, slots, &runs, ints(), |held, x| pick(held, x, |a, b| a < b), uncounted),
             Column::MaxInt(v) => fold(v, slots, &runs, ints(), |held, x| pick(held, x, |a, b| a > b), uncounted),
-            Column::Any { groups, .. } => update_any(groups, arguments, slots, &runs)?,
+            Column::First { call, held } => choose(held, false, call, arguments, slots, &runs)?,
+            Column::Last { call, held } => choose(held, true, call, arguments, slots, &runs)?,
+            Column::Any { call, groups } => update_any(call, groups, arguments, slots, &runs)?,
         }
         Ok(())
     }
@@ -251,10 +360,7 @@ impl Column {
             (Column::SumFloat(a), Column::SumFloat(b)) | (Column::AvgFloat(a), Column::AvgFloat(b)) => {
                 pairs.for_each(|(m, t)| a[m].merge(&b[t]));
             }
-            (Column::SumInt(a), Column::SumInt(b)) => pairs.for_each(|(m, t)| {
-                a[m].sum += b[t].sum;
-                a[m].count += b[t].count;
-            }),
+            (Column::SumInt(a), Column::SumInt(b)) => pairs.for_each(|(m, t)| a[m].merge(&b[t])),
             (Column::MinFloat(a), Column::MinFloat(b)) => {
                 pairs.for_each(|(m, t)| b[t].into_iter().for_each(|x| pick(&mut a[m], x, less)));
             }
@@ -266,6 +372,16 @@ impl Column {
             }
             (Column::MaxInt(a), Column::MaxInt(b)) => {
                 pairs.for_each(|(m, t)| b[t].into_iter().for_each(|x| pick(&mut a[m], x, |a, b| a > b)));
+            }
+            (Column::First { held: a, .. }, Column::First { call, held: b }) => {
+                for (m, t) in pairs {
+                    b[t].clone().map_or(Ok(()), |other| Placed::choose(&mut a[m], other, false, call))?;
+                }
+            }
+            (Column::Last { held: a, .. }, Column::Last { call, held: b }) => {
+                for (m, t) in pairs {
+                    b[t].clone().map_or(Ok(()), |other| Placed::choose(&mut a[m], other, true, call))?;
+                }
             }
             (Column::Any { groups: a, .. }, Column::Any { call, groups: b }) => {
                 for (m, t) in pairs {
@@ -289,10 +405,7 @@ impl Column {
         match self {
             Column::Count(v) => each(v, mine, theirs, |mine, other| *mine += other),
             Column::SumFloat(v) | Column::AvgFloat(v) => each(v, mine, theirs, |mine, other| mine.merge(&other)),
-            Column::SumInt(v) => each(v, mine, theirs, |mine, other| {
-                mine.sum += other.sum;
-                mine.count += other.count;
-            }),
+            Column::SumInt(v) => each(v, mine, theirs, |mine, other| mine.merge(&other)),
             Column::MinFloat(v) => each(v, mine, theirs, |mine, other| {
                 other.into_iter().for_each(|x| pick(mine, x, less));
             }),
@@ -305,6 +418,18 @@ impl Column {
             Column::MaxInt(v) => each(v, mine, theirs, |mine, other| {
                 other.into_iter().for_each(|x| pick(mine, x, |a, b| a > b));
             }),
+            Column::First { call, held } => {
+                for (&m, &t) in mine.iter().zip(theirs) {
+                    let other = held[t as usize].clone();
+                    other.map_or(Ok(()), |other| Placed::choose(&mut held[m as usize], other, false, call))?;
+                }
+            }
+            Column::Last { call, held } => {
+                for (&m, &t) in mine.iter().zip(theirs) {
+                    let other = held[t as usize].clone();
+                    other.map_or(Ok(()), |other| Placed::choose(&mut held[m as usize], other, true, call))?;
+                }
+            }
             Column::Any { call, groups } => {
                 for (&m, &t) in mine.iter().zip(theirs) {
                     let state = take_state(call, &mut groups[t as usize])?;
@@ -324,6 +449,7 @@ impl Column {
             Column::SumInt(v) => v.swap(a, b),
             Column::MinFloat(v) | Column::MaxFloat(v) => v.swap(a, b),
             Column::MinInt(v) | Column::MaxInt(v) => v.swap(a, b),
+            Column::First { held, .. } | Column::Last { held, .. } => held.swap(a, b),
             Column::Any { groups, .. } => groups.swap(a, b),
         }
     }
@@ -337,6 +463,7 @@ impl Column {
             Column::SumInt(v) => v[at] = IntSum::default(),
             Column::MinFloat(v) | Column::MaxFloat(v) => v[at] = None,
             Column::MinInt(v) | Column::MaxInt(v) => v[at] = None,
+            Column::First { held, .. } | Column::Last { held, .. } => held[at] = None,
             Column::Any { call, groups } => groups[at] = call.create_accumulator()?,
         }
         Ok(())
@@ -353,28 +480,20 @@ impl Column {
             Column::AvgFloat(v) => Arc::new(Float64Array::from_iter(
                 at.map(|i| (v[i].count > 0).then(|| v[i].value() / v[i].count as f64)),
             )),
-            Column::SumInt(v) => {
-                let mut sums = Vec::with_capacity(slots.len());
-                for i in at {
-                    let sum = (v[i].count > 0).then_some(v[i].sum);
-                    match sum.map(i64::try_from).transpose() {
-                        Ok(sum) => sums.push(sum),
-                        Err(_) => {
-                            return exec_err!(
-                                "integer overflow: a sum of int64 came to {}; cast the argument to double or decimal",
-                                v[i].sum
-                            );
-                        }
-                    }
-                }
-                Arc::new(Int64Array::from(sums))
-            }
+            Column::SumInt(v) => whole(at.map(|i| v[i].value(kind)), kind)?,
             Column::MinFloat(v) | Column::MaxFloat(v) => Arc::new(Float64Array::from_iter(at.map(|i| v[i]))),
             Column::MinInt(v) | Column::MaxInt(v) => Arc::new(Int64Array::from_iter(at.map(|i| v[i]))),
+            _ if slots.is_empty() => arrow::array::new_empty_array(kind),
+            Column::First { held, .. } | Column::Last { held, .. } => {
+                let null = ScalarValue::try_from(kind)?;
+                let value = |i: usize| held[i].as_ref().map_or_else(|| null.clone(), |placed| placed.value.clone());
+                ScalarValue::iter_to_array(at.map(value))?
+            }
+            Column::Any { call, groups } if is_distinct_sum(call, kind) => {
+                let sums = at.map(|i| distinct_sum(&take_state(call, &mut groups[i])?)?.value(kind));
+                whole(sums, kind)?
+            }
             Column::Any { groups, .. } => {
-                if slots.is_empty() {
-                    return Ok(arrow::array::new_empty_array(kind));
-                }
                 let values = at.map(|i| groups[i].evaluate()).collect::<Result<Vec<_>>>()?;
                 ScalarValue::iter_to_array(values)?
             }
@@ -397,6 +516,25 @@ impl Column {
             ],
             Column::MinFloat(v) | Column::MaxFloat(v) => vec![Arc::new(Float64Array::from_iter(v.iter().copied()))],
             Column::MinInt(v) | Column::MaxInt(v) => vec![Arc::new(Int64Array::from_iter(v.iter().copied()))],
+            Column::First { call, held } | Column::Last { call, held } => {
+                let fields = call.state_fields()?;
+                let mut columns: Vec<ArrayRef> = Vec::with_capacity(fields.len());
+                for (at, field) in fields[..fields.len() - 1].iter().enumerate() {
+                    let null = ScalarValue::try_from(field.data_type())?;
+                    let one = |placed: &Option<Placed>| match (placed, at) {
+                        (None, _) => null.clone(),
+                        (Some(placed), 0) => placed.value.clone(),
+                        (Some(placed), _) => placed.order[at - 1].clone(),
+                    };
+                    columns.push(match held.is_empty() {
+                        true => arrow::array::new_empty_array(field.data_type()),
+                        false => ScalarValue::iter_to_array(held.iter().map(one))?,
+                    });
+                }
+                let is_set: BooleanArray = held.iter().map(|placed| Some(placed.is_some())).collect();
+                columns.push(Arc::new(is_set));
+                columns
+            }
             Column::Any { call, groups } if groups.is_empty() => {
                 let fields = call.state_fields()?;
                 fields.iter().map(|field| arrow::array::new_empty_array(field.data_type())).collect()
@@ -440,6 +578,14 @@ impl Column {
                 v.iter_mut().zip(floats(0)).for_each(|(held, value)| *held = value);
             }
             Column::MinInt(v) | Column::MaxInt(v) => v.iter_mut().zip(ints(0)).for_each(|(held, value)| *held = value),
+            Column::First { held, .. } | Column::Last { held, .. } => {
+                let (is_set, columns) = state.split_last().expect("the state of a chosen row has columns");
+                for (row, held) in held.iter_mut().enumerate().filter(|(row, _)| is_set.as_boolean().value(*row)) {
+                    let at = |column: &ArrayRef| ScalarValue::try_from_array(column, row);
+                    let order = columns[1..].iter().map(at).collect::<Result<_>>()?;
+                    *held = Some(Placed { value: at(&columns[0])?, order });
+                }
+            }
             Column::Any { groups, .. } => {
                 for (row, group) in groups.iter_mut().enumerate() {
                     let row: Vec<ArrayRef> = state.iter().map(|column| column.slice(row, 1)).collect();
@@ -458,22 +604,96 @@ impl Column {
             Column::SumInt(v) => v.capacity() * size_of::<IntSum>(),
             Column::MinFloat(v) | Column::MaxFloat(v) => v.capacity() * 16,
             Column::MinInt(v) | Column::MaxInt(v) => v.capacity() * 16,
+            Column::First { held, .. } | Column::Last { held, .. } => Placed::bytes(held),
             Column::Any { groups, .. } => groups.iter().map(|group| group.size()).sum(),
         }
     }
 }
 
+/// Takes the first or last row of each run.
+fn choose(
+    held: &mut [Option<Placed>],
+    last: bool,
+    call: &AggregateFunctionExpr,
+    arguments: &Arguments,
+    slots: &[Slot],
+    runs: &Runs,
+) -> Result<()> {
+    let (value, order) = arguments.values.split_first().expect("a value is chosen");
+    let by = order.iter().zip(call.order_bys());
+    let by = by.map(|(column, sort)| SortColumn { values: column.clone(), options: Some(sort.options) });
+    let by: Vec<SortColumn> = by.collect();
+    let comparator = if by.is_empty() { None } else { Some(LexicographicalComparator::try_new(&by)?) };
+    let compare =
+        |a: &u32, b: &u32| comparator.as_ref().map_or(Ordering::Equal, |by| by.compare(*a as usize, *b as usize));
+    for (&slot, rows) in slots.iter().zip(runs.iter()) {
+        // of equal rows `min_by` gives the first and `max_by` the last
+        let chosen =
+            if last { rows.iter().max_by(|a, b| compare(a, b)) } else { rows.iter().min_by(|a, b| compare(a, b)) };
+        let Some(&row) = chosen else { continue };
+        let at = |column: &ArrayRef| ScalarValue::try_from_array(column, row as usize);
+        let placed = Placed { value: at(value)?, order: order.iter().map(at).collect::<Result<_>>()? };
+        Placed::choose(&mut held[slot as usize], placed, last, call)?;
+    }
+    Ok(())
+}
+
 /// Feeds each accumulator its rows in their order, one call for each run.
-fn update_any(groups: &mut [Box<dyn Accumulator>], arguments: &Arguments, slots: &[Slot], runs: &Runs) -> Result<()> {
+fn update_any(
+    call: &AggregateFunctionExpr,
+    groups: &mut [Box<dyn Accumulator>],
+    arguments: &Arguments,
+    slots: &[Slot],
+    runs: &Runs,
+) -> Result<()> {
     let rows = UInt32Array::from(runs.rows.clone());
     let values = arguments.values.iter().map(|v| compute::take(v, &rows, None)).collect::<Result<Vec<_>, _>>()?;
+    let is_sorted = !call.order_bys().is_empty() && call.order_sensitivity().hard_requires();
     let mut start = 0;
     for (&slot, rows) in slots.iter().zip(runs.iter()).filter(|(_, rows)| !rows.is_empty()) {
         let run: Vec<ArrayRef> = values.iter().map(|values| values.slice(start, rows.len())).collect();
-        groups[slot as usize].update_batch(&run)?;
+        let group = &mut groups[slot as usize];
+        match is_sorted {
+            // it takes sorted rows only, and puts what is sorted in itself together only when merging
+            true => {
+                let mut part = call.create_accumulator()?;
+                part.update_batch(&sorted(call, &run)?)?;
+                group.merge_batch(&arrays_of(&part.state()?)?)?;
+            }
+            false => group.update_batch(&run)?,
+        }
         start += rows.len();
     }
     Ok(())
+}
+
+/// The columns of a run, arguments and those of ORDER BY behind them, in that order; equal rows as they came.
+fn sorted(call: &AggregateFunctionExpr, run: &[ArrayRef]) -> Result<Vec<ArrayRef>> {
+    let order = &run[run.len() - call.order_bys().len()..];
+    let by = order.iter().zip(call.order_bys());
+    let by = by.map(|(column, sort)| SortColumn { values: column.clone(), options: Some(sort.options) });
+    let arrival: ArrayRef = Arc::new(UInt32Array::from_iter_values(0..run[0].len() as u32));
+    let by: Vec<SortColumn> = by.chain([SortColumn { values: arrival, options: None }]).collect();
+    let rank = compute::lexsort_to_indices(&by, None)?;
+    Ok(run.iter().map(|column| compute::take(column, &rank, None)).collect::<Result<_, _>>()?)
+}
+
+/// DataFusion's sum of distinct values begins anew at the other end of the numbers where it does not fit.
+fn is_distinct_sum(call: &AggregateFunctionExpr, kind: &DataType) -> bool {
+    call.is_distinct() && call.fun().name() == "sum" && matches!(kind, DataType::Int64 | DataType::Decimal128(..))
+}
+
+/// The sum of the values in the state of a DISTINCT sum, which is their list.
+fn distinct_sum(state: &[ScalarValue]) -> Result<IntSum> {
+    let mut sum = IntSum::default();
+    let Some(ScalarValue::List(list)) = state.first() else { return Ok(sum) };
+    let values = list.value(0);
+    match values.as_primitive_opt::<Decimal128Type>() {
+        Some(decimals) => decimals.iter().flatten().for_each(|value| sum.add(value)),
+        None => values.as_primitive::<Int64Type>().iter().flatten().for_each(|value| sum.add(value.into())),
+    }
+    sum.count = (values.len() - values.null_count()) as i64;
+    Ok(sum)
 }
 
 /// An accumulator's state, leaving it as it was: `state` may consume it, so it is made anew.

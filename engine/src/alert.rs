@@ -6,7 +6,7 @@
 use crate::event::{ItemName, Micros, Span};
 use crate::metric::Rows;
 use crate::program::Program;
-use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use datafusion_common::Result;
@@ -249,7 +249,7 @@ impl Watch {
 
 /// Key columns of rows as text.
 pub struct Labels<'a> {
-    columns: Vec<(&'a str, ArrayFormatter<'a>)>,
+    columns: Vec<(&'a str, &'a ArrayRef, ArrayFormatter<'a>)>,
 }
 
 const TEXT: FormatOptions<'static> = FormatOptions::new().with_null("null");
@@ -261,26 +261,36 @@ impl<'a> Labels<'a> {
             .map(|at| {
                 let name = batch.schema_ref().field(at).name().as_str();
                 // the schema lives as long as the batch that is borrowed
-                Ok((name, ArrayFormatter::try_new(batch.column(at), &TEXT)?))
+                Ok((name, batch.column(at), ArrayFormatter::try_new(batch.column(at), &TEXT)?))
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Self { columns })
     }
 
-    /// The key values joined with `|`, as clients see them; empty without keys.
+    /// The key values joined with `|`, as clients see them; empty without keys. A text has `\` before its `|` and
+    /// `\`, and before the whole where it reads `null`, which else stands for NULL: two keys are never one.
     pub fn key(&self, row: usize) -> String {
         let mut key = String::new();
-        for (at, (_, column)) in self.columns.iter().enumerate() {
+        for (at, (_, values, column)) in self.columns.iter().enumerate() {
             if at > 0 {
                 key.push('|');
             }
-            key.push_str(&column.value(row).to_string());
+            let text = column.value(row).to_string();
+            if text == "null" && values.is_valid(row) {
+                key.push('\\');
+            }
+            for c in text.chars() {
+                if matches!(c, '|' | '\\') {
+                    key.push('\\');
+                }
+                key.push(c);
+            }
         }
         key
     }
 
     /// Names and values of the key columns.
     pub fn pairs(&self, row: usize) -> Vec<(String, String)> {
-        self.columns.iter().map(|(name, column)| ((*name).to_owned(), column.value(row).to_string())).collect()
+        self.columns.iter().map(|(name, _, column)| ((*name).to_owned(), column.value(row).to_string())).collect()
     }
 }

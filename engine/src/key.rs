@@ -6,7 +6,7 @@ use arrow::array::{
     TimestampMicrosecondArray,
 };
 use arrow::buffer::{Buffer, NullBuffer, OffsetBuffer};
-use arrow::datatypes::{DataType, Int64Type, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Float64Type, Int64Type, SchemaRef, TimeUnit, TimestampMicrosecondType};
 use arrow::row::{RowConverter, SortField};
 use datafusion_common::Result;
 use hashbrown::hash_table::Entry;
@@ -204,7 +204,8 @@ impl KeyTable {
                 }
             }
             Layout::Rows(converter) => {
-                encoded = converter.convert_columns(columns)?;
+                let columns: Vec<ArrayRef> = columns.iter().map(one_zero).collect();
+                encoded = converter.convert_columns(&columns)?;
                 for (row, part) in batch.iter_mut().enumerate() {
                     *part = Part::text(encoded.row(row).as_ref(), &self.seeds);
                 }
@@ -385,7 +386,8 @@ impl KeyTable {
                 Arc::new(TimestampMicrosecondArray::new(numbers().collect(), nulls).with_timezone_opt(zone.clone()))
             }
             _ => {
-                let mut bytes = Vec::with_capacity(ids.len() * 8);
+                let length = |part: &Part| if part.tag < NUMBER { part.tag as usize } else { 0 };
+                let mut bytes = Vec::with_capacity(parts().map(length).sum());
                 let mut offsets = Vec::with_capacity(ids.len() + 1);
                 offsets.push(0i32);
                 for &id in ids {
@@ -598,6 +600,14 @@ fn write_parts<'a, 'b>(
         }
     }
     None
+}
+
+/// The column with one zero and one NaN: as keys and for DISTINCT, what is equal is one value.
+pub(crate) fn one_zero(column: &ArrayRef) -> ArrayRef {
+    match column.as_primitive_opt::<Float64Type>() {
+        Some(floats) => Arc::new(floats.unary::<_, Float64Type>(|x| if x.is_nan() { f64::NAN } else { x + 0.0 })),
+        None => column.clone(),
+    }
 }
 
 /// A batch of `columns` that keeps its row count also without a column.

@@ -85,7 +85,7 @@ pub struct Call {
 
 /// Whether an aggregate over all rows so far has state of constant size.
 pub fn is_running(aggregate: &Aggregate, input: &Schema) -> Result<bool> {
-    Ok(!matches!(kind(aggregate, input)?, Kind::Any(_)))
+    Ok(!kind(aggregate, input)?.is_ordered())
 }
 
 fn kind(aggregate: &Aggregate, input: &Schema) -> Result<Kind> {

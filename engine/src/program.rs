@@ -5,7 +5,7 @@
 use crate::accumulate::Kind;
 use crate::event::{Micros, StreamName};
 use crate::join::Joins;
-use crate::key::batch_of;
+use crate::key::{batch_of, one_zero};
 use crate::over::Over;
 use crate::shared::Computed;
 use crate::window::Window;
@@ -106,7 +106,7 @@ impl Aggregate {
     /// What it is called with and, where it goes by an order, what that is by.
     fn arguments(&self, kind: &Kind) -> Result<Vec<Arc<dyn PhysicalExpr>>> {
         let exprs = self.call.all_expressions();
-        let order = if let Kind::Any(_) = kind { exprs.order_by_exprs } else { Vec::new() };
+        let order = if kind.is_ordered() { exprs.order_by_exprs } else { Vec::new() };
         exprs.args.iter().chain(&order).map(checked).collect()
     }
 }
@@ -305,7 +305,10 @@ impl Program {
         let mut array = |expr: &Arc<dyn PhysicalExpr>| computed.get(expr, batch);
         let calls = self.parts.aggregates.iter().zip(&self.arguments);
         let arguments = calls.map(|(aggregate, arguments)| {
-            let values = arguments.iter().map(&mut array).collect::<Result<Vec<_>>>()?;
+            let mut values = arguments.iter().map(&mut array).collect::<Result<Vec<_>>>()?;
+            if aggregate.call.is_distinct() {
+                values.iter_mut().for_each(|values| *values = one_zero(values));
+            }
             let keep = aggregate.filter.as_ref().map(&mut array).transpose()?;
             Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
         });

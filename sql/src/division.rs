@@ -1,5 +1,8 @@
-//! Division by zero is NULL, not an error: one row must not stop a metric or a question.
+//! Division by zero is NULL, not an error: one row must not stop a metric or a question. The smallest integer has no
+//! negative, which is an error and not itself again.
 
+use crate::sandbox;
+use datafusion::arrow::datatypes::DataType;
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::common::{DFSchema, Result, ScalarValue};
@@ -10,13 +13,17 @@ use datafusion::logical_expr::{BinaryExpr, Expr, ExprSchemable, LogicalPlan, Ope
 use datafusion::optimizer::AnalyzerRule;
 
 /// The expression with every `a / b` and `a % b` of whole numbers or decimals as one with `nullif(b, 0)`. Floats divide
-/// as IEEE 754 says.
+/// as IEEE 754 says. `-a` of an integer becomes `0 - a`, which fails where it does not fit.
 pub(crate) fn by_zero_is_null(expr: Expr, schema: &DFSchema) -> Result<Transformed<Expr>> {
     let exact = |expr: &Expr| expr.get_type(schema).ok().filter(|kind| kind.is_integer() || kind.is_decimal());
     expr.transform_up(|expr| {
         let (left, op, right) = match expr {
             Expr::BinaryExpr(BinaryExpr { left, op: op @ (Operator::Divide | Operator::Modulo), right }) => {
                 (left, op, right)
+            }
+            Expr::Negative(whole) if exact(&whole) == Some(DataType::Int64) => {
+                let zero = Expr::Literal(ScalarValue::Int64(Some(0)), None);
+                return Ok(Transformed::yes(sandbox::checked("-", zero, *whole)));
             }
             other => return Ok(Transformed::no(other)),
         };

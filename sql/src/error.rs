@@ -64,10 +64,17 @@ impl SqlError {
         }
         let text = error.find_root().strip_backtrace();
         let text = text.lines().next().unwrap_or_default();
-        let text =
-            ["Error during planning: ", "SQL error: ", "Schema error: ", "Invalid or Unsupported Configuration: "]
-                .iter()
-                .fold(text, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
+        let text = [
+            "Error during planning: ",
+            "SQL error: ",
+            "Schema error: ",
+            "Invalid or Unsupported Configuration: ",
+            "Internal error: ",
+            "Execution error: ",
+            "This feature is not implemented: ",
+        ]
+        .iter()
+        .fold(text, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
         SqlError::from_parser(text).placed(sql)
     }
 
@@ -85,7 +92,7 @@ impl SqlError {
         SqlError::new(text)
     }
 
-    /// Without a place yet: the first word that message and text share in quotes.
+    /// Without a place yet: the first word that message and text share in quotes, or else as a keyword.
     pub(crate) fn placed(mut self, sql: &str) -> Self {
         if self.line.is_some() {
             return self;
@@ -96,6 +103,8 @@ impl SqlError {
             .map(|rest| rest.split(". ").next().unwrap_or(rest).trim_end_matches('.').trim_matches('"'));
         let quoted = self.message.split(['\'', '"', '`']).skip(1).step_by(2);
         let words = unknown.into_iter().chain(quoted).flat_map(|word| [word, word.rsplit('.').next().unwrap_or(word)]);
+        let is_keyword = |word: &&str| word.len() > 3 && word.bytes().all(|byte| byte.is_ascii_uppercase());
+        let words = words.chain(self.message.split_whitespace().filter(is_keyword));
         let found = words
             .filter(|word| !word.is_empty())
             .find_map(|word| sql.to_ascii_lowercase().find(&word.to_ascii_lowercase()));

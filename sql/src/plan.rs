@@ -71,7 +71,7 @@ impl Planner {
         if let Some(known) = self.known(sql, &source) {
             return Ok(known);
         }
-        text::deep(self.planned(sql, source)).await
+        text::deep(self.planned(sql, source)).await.map_err(|error| error.placed(sql))
     }
 
     async fn planned<S: Into<Source>>(
@@ -116,6 +116,12 @@ impl Planner {
             (Parsed::Rows(rows), Source::Metric(upstream)) => rows.program(sql, upstream).await?,
             (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
         });
+        let is_span = |kind: &DataType| matches!(kind, DataType::Duration(_) | DataType::Interval(_));
+        if let Some(span) = program.output().fields().iter().find(|field| is_span(field.data_type())) {
+            let name = span.name();
+            return Err(SqlError::new(format!("`{name}` is a length of time, which a row's columns cannot hold"))
+                .help("give it in seconds: extract(epoch FROM window_end) - extract(epoch FROM window_start)"));
+        }
         let mut programs = self.programs.lock();
         programs.retain(|_, known| {
             known.retain(|planned| planned.program.strong_count() > 0);
@@ -230,6 +236,9 @@ impl MetricSql {
         if let Some(with) = &query.with {
             return Err(unsupported("WITH", "write one SELECT over one stream").at(with.span().start));
         }
+        if !query.locks.is_empty() {
+            return Err(unsupported("FOR UPDATE", "leave it out: a metric only reads").at(place));
+        }
         let select = match query.body.as_mut() {
             SetExpr::Select(select) => select,
             other => {
@@ -242,6 +251,16 @@ impl MetricSql {
         }
         if !select.named_window.is_empty() || select.qualify.is_some() {
             return Err(unsupported("WINDOW and QUALIFY", "use GROUP BY with a window").at(place));
+        }
+        for part in select
+            .from
+            .iter()
+            .flat_map(|from| std::iter::once(&from.relation).chain(from.joins.iter().map(|join| &join.relation)))
+        {
+            if let TableFactor::Table { sample: Some(_), .. } = part {
+                let instead = "take some of the events with WHERE, or use approx_distinct and approx_percentile_cont";
+                return Err(unsupported("TABLESAMPLE", instead).at(part.span().start));
+            }
         }
         let from = join::read(select)?;
         let GroupByExpr::Expressions(group_by, modifiers) = &mut select.group_by else {

@@ -257,7 +257,7 @@ impl ExprPlanner for BoundedOperators {
         if let Some(sign) = sign {
             let is_integer = |side: &Expr| Ok::<_, DataFusionError>(side.get_type(schema)?.is_signed_integer());
             return Ok(match is_integer(&expr.left)? && is_integer(&expr.right)? {
-                true => PlannerResult::Planned(ScalarUDF::from(Checked::new(sign)).call(vec![expr.left, expr.right])),
+                true => PlannerResult::Planned(checked(sign, expr.left, expr.right)),
                 false => PlannerResult::Original(expr),
             });
         }
@@ -279,6 +279,11 @@ impl ExprPlanner for BoundedOperators {
     fn plan_overlay(&self, arguments: Vec<Expr>) -> Result<PlannerResult<Vec<Expr>>> {
         Ok(call(&self.overlay, arguments))
     }
+}
+
+/// `left sign right` of integers, which fails where the result is none.
+pub(crate) fn checked(sign: &'static str, left: Expr, right: Expr) -> Expr {
+    ScalarUDF::from(Checked::new(sign)).call(vec![left, right])
 }
 
 /// Integer arithmetic that fails where the result is no 64-bit integer: the operators of DataFusion begin anew at the

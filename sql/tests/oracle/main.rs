@@ -504,7 +504,7 @@ fn what_is_divided_by_zero_is_null_and_the_metric_goes_on() {
 
 #[test]
 fn an_integer_that_does_not_fit_stops_the_metric_with_a_clear_error_and_never_wraps() {
-    let trades = [("A", 4.0e18, 1.0), ("A", 4.0e18, 1.0), ("A", 4.0e18, 1.0)];
+    let trades = [("A", 4.0e18, 1.0), ("A", 4.0e18, 2.0), ("A", 4.0e18, 3.0)];
     for call in [
         "sum(CAST(price AS BIGINT))",
         "sum(CAST(price AS BIGINT) * 3)",
@@ -512,10 +512,47 @@ fn an_integer_that_does_not_fit_stops_the_metric_with_a_clear_error_and_never_wr
         "max(CAST(price AS BIGINT)) + max(CAST(price AS BIGINT)) + min(CAST(price AS BIGINT))",
         "-9 - max(CAST(price AS BIGINT)) - max(CAST(price AS BIGINT)) - max(CAST(price AS BIGINT))",
         "count(*) FILTER (WHERE CAST(price AS BIGINT) * 5 > 0)",
+        "sum(DISTINCT CAST(price + qty * 1.0e6 AS BIGINT))",
+        "max(-(CAST(-price - price AS BIGINT) - CAST(price / 4.0e18 * 1223372036854775808 AS BIGINT)))",
+        "max(-(-9223372036854775807 - CAST(price / 4.0e18 AS BIGINT)))",
+        "-(min(-9223372036854775807 - CAST(price / 4.0e18 AS BIGINT)))",
+        "CAST(sum(CAST(price * 2.0e19 AS DECIMAL(38, 0))) AS DOUBLE)",
+        "CAST(sum(DISTINCT CAST(price * 2.0e19 + qty * 1.0e30 AS DECIMAL(38, 0))) AS DOUBLE)",
     ] {
         let error = computed(call, &trades).expect_err(call).to_lowercase();
         assert!(error.contains("overflow"), "{call}: {error}");
     }
+}
+
+#[test]
+fn of_rows_at_one_instant_the_first_and_last_are_by_arrival_however_they_are_cut() {
+    let sql = "SELECT window_start, window_end, symbol, first_value(price ORDER BY ts) AS open, last_value(price ORDER BY ts) AS close, \
+        first_value(price ORDER BY ts DESC) AS newest, last_value(price ORDER BY ts DESC) AS oldest, \
+        last_value(price ORDER BY qty) AS of_most, nth_value(price, 2 ORDER BY ts) AS second, \
+        nth_value(price, -1 ORDER BY ts DESC) AS first, sum(DISTINCT qty) AS different \
+        FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    let events: Vec<(i64, &str, f64, f64)> = (0..60)
+        .map(|n| ((n * 7 % 12) * 1_000_000, if n % 3 == 0 { "A" } else { "B" }, n as f64, (n * 5 % 4) as f64))
+        .collect();
+    // batch SQL leaves open which of equals comes first; prices rise with arrival
+    let told = ["ts", "ts DESC", "qty"].iter().fold(sql.to_owned(), |sql, order| {
+        sql.replace(&format!("ORDER BY {order})"), &format!("ORDER BY {order}, price)"))
+    });
+    let truth = batch_rows(&told, &batch(&events));
+    for size in [1, 7, 60] {
+        let cut: Vec<RecordBatch> = events.chunks(size).map(batch).collect();
+        let ours = engine_rows(&planned(sql), timing(60, 0), &cut, &[1, 4]);
+        assert_same(&ours, &truth, &format!("requests of {size}"));
+    }
+}
+
+#[test]
+fn zero_is_one_key_and_one_value_whatever_its_sign() {
+    let sql = "SELECT symbol, qty AS size, count(*) AS n, count(DISTINCT price) AS prices \
+        FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol, qty";
+    let events = batch(&[(0, "A", 0.0, -0.0), (1, "A", -0.0, 0.0), (2, "A", 1.0, 0.0)]);
+    let ours = engine_rows(&planned(sql), timing(0, 0), &[events], &[]);
+    assert_eq!(ours.into_iter().collect::<Vec<_>>(), [((0, 60_000_000, "A|0.0".into()), vec![Some(3.0), Some(2.0)])]);
 }
 
 #[test]

@@ -190,6 +190,8 @@ impl Field {
             "first_value({} ORDER BY ts, seq)",
             "last_value({} ORDER BY ts, seq)",
             "array_agg({} ORDER BY ts, seq)",
+            "nth_value({}, 2 ORDER BY ts, seq)",
+            "nth_value({}, -1 ORDER BY ts, seq)",
         ];
         calls.extend(match self.kind {
             ColumnType::Int64 => &[
