@@ -72,7 +72,8 @@ pub(crate) fn live(
     Ok(all)
 }
 
-fn has_keys(key: &str, wanted: &[(String, String)]) -> bool {
+/// Whether the key columns, as JSON, have these values.
+pub(crate) fn has_keys(key: &str, wanted: &[(String, String)]) -> bool {
     if wanted.is_empty() {
         return true;
     }

@@ -108,6 +108,7 @@ mod tests {
                 clock: Arc::new(actors::clock::SystemClock),
                 limits: actors::Limits::default(),
                 agents: Default::default(),
+                cache: cache::Cache::new(&cache::Config::default()),
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();

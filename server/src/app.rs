@@ -4,9 +4,11 @@ use crate::config::{Backend, Config};
 use actors::clock::{Clock, SystemClock};
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
+use cache::Cache;
 use gateway::{AppState, Auth, Hub};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
 use sql::store::Store;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -46,7 +48,10 @@ impl App {
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
-        let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
+        let store_url = config.store_url()?;
+        let store = Store::open_with(&store_url, &config.store.options()).await?;
+        let installation = installation(&store, &store_url).await?;
+        let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let resealed = auth.reseal(&store).await?;
@@ -63,6 +68,7 @@ impl App {
             clock,
             limits: config.limits.system(),
             agents: config.agents.clone(),
+            cache,
         })
         .await?;
         let listener = TcpListener::bind(config.listen)
@@ -88,10 +94,28 @@ impl App {
         gateway::serve(self.listener, self.state, &config, stop).await?;
         tracing::info!("draining");
         system.stop(DRAIN).await;
+        system.cache().stop().await;
         system.store().close().await;
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// Where the store keeps what its installation is called.
+const INSTALLATION: &str = "installation";
+
+/// What the nodes of one store have in common, and no others: neither another store, nor a copy of this one elsewhere.
+async fn installation(store: &Store, url: &str) -> Result<String> {
+    let name = match store.meta(INSTALLATION).await? {
+        Some(name) => name,
+        None => {
+            let name = uuid::Uuid::new_v4().simple().to_string();
+            store.put_meta(INSTALLATION, &name).await?;
+            name
+        }
+    };
+    let digest = Sha256::digest(format!("{name} {url}"));
+    Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Completes on SIGTERM or SIGINT.

@@ -59,6 +59,7 @@ async fn world() -> World {
         clock: Arc::new(SystemClock),
         limits: Limits::default(),
         agents: BTreeMap::new(),
+        cache: cache::Cache::new(&cache::Config::default()),
     };
     let system = System::start(parts).await.unwrap();
     let ws: WorkspaceId = "acme".parse().unwrap();
