@@ -8,7 +8,7 @@ use crate::workspace::{MetricInfo, timing};
 use arrow::array::{AsArray, BooleanArray, PrimitiveArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::error::ArrowError;
-use engine::alert::{Change, Phase, Rule};
+use engine::alert::{Change, Phase, Rule, Trouble};
 use engine::event::{ItemName, Micros, WorkspaceId};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
@@ -39,6 +39,8 @@ pub struct Backtest {
     pub events: u64,
     /// Event time of the first and the last of them.
     pub seen: Option<(Micros, Micros)>,
+    /// Rows over which the rule's condition could not be computed.
+    pub trouble: Option<Trouble>,
 }
 
 /// The most alerts a backtest lists: a rule that raises more is not one to keep.
@@ -47,8 +49,8 @@ const EPISODES_MAX: usize = 10_000;
 impl System {
     /// Runs `definition` over the retained events whose time is in `asked`.
     ///
-    /// The rule's metric starts empty at the first of them and is looked at after every batch of the log, so an
-    /// alert fires here at the batch that would have raised it. Nothing of the workspace changes.
+    /// The rule's metric starts empty at the first of them and takes in the batches of the log as they are, so a rule
+    /// that was there from its first event on raised the same alerts. Nothing of the workspace changes.
     pub async fn backtest(
         &self,
         id: &WorkspaceId,
@@ -85,6 +87,7 @@ impl System {
             alone.define(name.clone(), 0, program.clone(), timing(definition)).map_err(Fault::internal)?;
             stream = alone.root(name).unwrap_or(&stream).clone();
         }
+        let name = rule.name.clone();
         alone.watch(rule).map_err(Fault::internal)?;
         let (log, from) = self.log_of(id)?;
         let filter = Filter {
@@ -106,16 +109,15 @@ impl System {
                     Body::Advance { frontier, .. } if asked.contains(&frontier) => alone.idle(&stream, frontier),
                     _ => continue,
                 };
-                let provisional = alone.tick(&definition.metric);
-                for change in outputs.alerts.iter().chain(&provisional.alerts) {
+                for change in &outputs.alerts {
                     found.take(change)?;
                 }
-                if let Some(failure) = outputs.failures.first().or(provisional.failures.first()) {
+                if let Some(failure) = outputs.failures.first() {
                     return Err(Fault::invalid(failure.stop.cause.code(), failure.stop.reason.clone()));
                 }
             }
             let Found { episodes, events, seen, .. } = found;
-            Ok(Backtest { severity, episodes, events, seen })
+            Ok(Backtest { severity, episodes, events, seen, trouble: alone.trouble(&name).cloned() })
         };
         tokio::task::spawn_blocking(work).await.map_err(Fault::internal)?
     }

@@ -132,7 +132,8 @@ pub(crate) struct Past<'a> {
     pub(crate) store: &'a Store,
     pub(crate) workspace: &'a WorkspaceId,
     pub(crate) metric: &'a ItemName,
-    pub(crate) window: Window,
+    /// Nothing where it cannot be planned, and has only rows of before.
+    pub(crate) window: Option<Window>,
     /// How far the metric has come: no final row starts later, but for those of an earlier life of it.
     pub(crate) frontier: Option<Micros>,
 }
@@ -184,8 +185,8 @@ impl Past<'_> {
     async fn page_of_blocks(&self, wanted: &RowQuery) -> Result<Option<(Vec<FinalRow>, Option<String>)>, Fault> {
         let after = wanted.position(None)?;
         let from = wanted.from.max(after.as_ref().map(Place::start));
-        let (Some(from), Some(frontier)) = (from, self.frontier) else { return Ok(None) };
-        let (limit, width) = (wanted.limit.max(1), Width::of(self.window));
+        let (Some(from), Some(frontier), Some(window)) = (from, self.frontier, self.window) else { return Ok(None) };
+        let (limit, width) = (wanted.limit.max(1), Width::of(window));
         let first = width.block(from);
         // the last one has no end
         let last = width.block(frontier).max(first);
@@ -219,7 +220,7 @@ impl Past<'_> {
         width: Width,
         block: i64,
         is_open: bool,
-        keys: &[(String, String)],
+        keys: &[(String, Option<String>)],
     ) -> Result<Option<Arc<Rows>>, Fault> {
         let all = self.rows_of(width, block, is_open, &[]).await?;
         if !all.too_many {
@@ -237,7 +238,7 @@ impl Past<'_> {
         width: Width,
         block: i64,
         is_open: bool,
-        keys: &[(String, String)],
+        keys: &[(String, Option<String>)],
     ) -> Result<Arc<Rows>, Fault> {
         let newest =
             if is_open { of_tail(self.workspace, self.metric) } else { of_block(self.workspace, self.metric, block) };
@@ -302,14 +303,21 @@ mod tests {
 
         fn past(&self, window: Window, frontier: Option<Micros>) -> Past<'_> {
             let World { cache, store, ws, metric, .. } = self;
-            Past { cache, store, workspace: ws, metric, window, frontier }
+            Past { cache, store, workspace: ws, metric, window: Some(window), frontier }
         }
 
         async fn commit(&self, rows: Vec<FinalRow>, width: Width) {
             let changed = changed_by(&self.ws, &rows, |_| Some(width));
             let workspace = self.ws.clone();
-            let commit =
-                Commit { workspace, offset: 0, state: None, rows, alerts: Vec::new(), dead_letters: Vec::new() };
+            let commit = Commit {
+                workspace,
+                offset: 0,
+                state: None,
+                rows,
+                alerts: Vec::new(),
+                notices: Vec::new(),
+                dead_letters: Vec::new(),
+            };
             self.store.commit(&[commit]).await.unwrap();
             self.cache.changed(&changed);
         }
@@ -335,7 +343,7 @@ mod tests {
             limit: [1, 7, 100, 5_000][random.random_range(0..4_usize)],
             after: None,
             keys: match random.random_bool(0.5) {
-                true => vec![("symbol".to_owned(), format!("S{}", random.random_range(0..5)))],
+                true => vec![("symbol".to_owned(), Some(format!("S{}", random.random_range(0..5))))],
                 false => Vec::new(),
             },
         }
@@ -394,7 +402,7 @@ mod tests {
         let read = async |minute: i64| {
             let past = world.past(window, Some(Micros(START + minute * MINUTE)));
             for key in 0..4 {
-                let keys = vec![("symbol".to_owned(), format!("S{key}"))];
+                let keys = vec![("symbol".to_owned(), Some(format!("S{key}")))];
                 let from = Some(Micros(START + (minute - 240) * MINUTE));
                 let wanted = RowQuery { from, limit: 500, keys, ..RowQuery::default() };
                 assert_eq!(past.page(&wanted, None).await.unwrap().0.len(), 240);

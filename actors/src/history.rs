@@ -44,14 +44,9 @@ pub(crate) fn live(
     query: &RowsQuery,
     finals: &[Map<String, Value>],
 ) -> Result<Vec<Map<String, Value>>, arrow::error::ArrowError> {
-    let columns: Vec<&str> = recent
-        .program
-        .output()
-        .fields()
-        .iter()
-        .take(2 + recent.program.key_count())
-        .map(|f| f.name().as_str())
-        .collect();
+    let Ok(program) = &recent.program else { return Ok(Vec::new()) };
+    let columns: Vec<&str> =
+        program.output().fields().iter().take(2 + program.key_count()).map(|f| f.name().as_str()).collect();
     let identity = |row: &Map<String, Value>| -> Vec<Value> {
         columns.iter().map(|column| row.get(*column).cloned().unwrap_or_default()).collect()
     };
@@ -73,21 +68,20 @@ pub(crate) fn live(
 }
 
 /// Whether the key columns, as JSON, have these values.
-pub(crate) fn has_keys(key: &str, wanted: &[(String, String)]) -> bool {
+pub(crate) fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
     if wanted.is_empty() {
         return true;
     }
     serde_json::from_str::<Map<String, Value>>(key).is_ok_and(|key| matches(&key, wanted))
 }
 
-fn matches(row: &Map<String, Value>, wanted: &[(String, String)]) -> bool {
-    wanted.iter().all(|(name, value)| match row.get(name) {
-        Some(Value::String(text)) => text == value,
-        Some(Value::Null) | None => false,
-        Some(other) => {
-            let text = other.to_string();
-            text == *value
-        }
+fn matches(row: &Map<String, Value>, wanted: &[(String, Option<String>)]) -> bool {
+    wanted.iter().all(|(name, value)| match (row.get(name), value) {
+        (Some(Value::Null) | None, value) => value.is_none(),
+        (Some(_), None) => false,
+        (Some(Value::String(text)), Some(value)) => text == value,
+        // read as the row was: 1.10 is 1.1 there
+        (Some(other), Some(value)) => serde_json::from_str::<Value>(value).is_ok_and(|value| value == *other),
     })
 }
 
@@ -154,12 +148,20 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_any_type_are_compared_by_value() {
+        let key = r#"{"d":1.10,"n":7,"live":true,"side":null,"symbol":"7"}"#;
+        let has = |name: &str, value: Option<&str>| has_keys(key, &[(name.to_owned(), value.map(str::to_owned))]);
+        assert!(has("d", Some("1.10")) && has("n", Some("7")) && has("live", Some("true")) && has("symbol", Some("7")));
+        assert!(has("side", None) && !has("side", Some("null")) && !has("n", None) && !has("n", Some("8")));
+    }
+
+    #[test]
     fn memory_obeys_range_and_keys_and_the_last_row_of_an_hour_wins() {
         let unsaved = [row(0, "A", 0), row(10, "B", 0), row(20, "A", 0), row(30, "A", 0)];
         let query = RowsQuery {
             from: Some(Micros(10)),
             to: Some(Micros(30)),
-            keys: vec![("symbol".into(), "A".into())],
+            keys: vec![("symbol".into(), Some("A".into()))],
             ..RowsQuery::default()
         };
         assert_eq!(read(&[], &unsaved, &query, 10), [row(20, "A", 0)]);

@@ -2,16 +2,16 @@
 
 use crate::fault::{Fault, FaultKind};
 use crate::system::QueryAnswer;
-use actix::{Actor, Addr, Handler, Message, SyncArbiter, SyncContext};
+use actix::{Actor, Addr, Arbiter, ArbiterHandle, Handler, Message, SyncArbiter, SyncContext};
 use arrow::array::RecordBatch;
 use cache::{Kept, Tag};
 use engine::event::WorkspaceId;
+use parking_lot::Mutex;
 use serde_json::Value;
 use sql::query::{Answer, Bounds, QueryError, Question, Table};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
-use tokio::time::Instant;
 
 /// One question with all it may read.
 struct Job {
@@ -20,7 +20,6 @@ struct Job {
     tables: Vec<Table>,
     bounds: Bounds,
     timeout: Duration,
-    deadline: Instant,
     reply: oneshot::Sender<Result<Answer, Fault>>,
 }
 
@@ -38,7 +37,7 @@ impl Handler<Job> for Worker {
     type Result = ();
 
     fn handle(&mut self, job: Job, _: &mut SyncContext<Self>) {
-        let Job { question, params, tables, bounds, timeout, deadline, reply } = job;
+        let Job { question, params, tables, bounds, timeout, reply } = job;
         if reply.is_closed() {
             return; // its time was over before its turn came
         }
@@ -47,10 +46,10 @@ impl Handler<Job> for Worker {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(Fault::internal)?;
             runtime.block_on(async {
-                tokio::time::timeout_at(deadline, question.run(&params, tables, bounds))
+                tokio::time::timeout_at(bounds.until.into(), question.run(&params, tables, bounds))
                     .await
                     .map_err(|_| too_late(timeout))?
-                    .map_err(fault)
+                    .map_err(|error| fault(error, timeout))
             })
         });
         let answer = std::panic::catch_unwind(work).unwrap_or_else(|_| {
@@ -65,8 +64,9 @@ pub(crate) fn too_late(timeout: Duration) -> Fault {
     Fault::invalid("query_timeout", detail)
 }
 
-fn fault(error: QueryError) -> Fault {
+fn fault(error: QueryError, timeout: Duration) -> Fault {
     match error {
+        QueryError::Late => too_late(timeout),
         QueryError::Sql(error) => error.into(),
         QueryError::TooManyRows(_) => Fault::invalid("too_many_rows", error.to_string()),
         QueryError::Memory(_) => Fault::invalid("query_memory", error.to_string()),
@@ -85,13 +85,7 @@ impl Kept for QueryAnswer {
     }
 }
 
-/// Handle to the pool.
-pub(crate) struct QueryPool {
-    workers: Addr<Worker>,
-    waiting: Arc<Semaphore>,
-}
-
-/// Threads of the pool.
+/// Workers that answer at the same time.
 const WORKERS: usize = 2;
 
 /// How long after its time a query may still answer for itself.
@@ -100,28 +94,43 @@ const GRACE: Duration = Duration::from_millis(50);
 /// Questions that run or wait; over it new ones are refused.
 const WAITING: usize = 64;
 
+/// Workers that others stand in for, since they are in the middle of a step that looks at no clock. With more of them,
+/// one must come to its end before another question is begun.
+const STUCK: usize = 8;
+
+/// Handle to the pool.
+pub(crate) struct QueryPool(Arc<Pool>);
+
+struct Pool {
+    arbiter: ArbiterHandle,
+    idle: Mutex<Vec<Addr<Worker>>>,
+    waiting: Semaphore,
+    turns: Arc<Semaphore>,
+    stuck: Arc<Semaphore>,
+}
+
 impl QueryPool {
-    /// Starts the pool on threads of its own.
+    /// Starts the thread that starts the workers, when they are wanted.
     pub(crate) fn start() -> Result<QueryPool, Fault> {
         let (sender, receiver) = std::sync::mpsc::channel();
         // SyncArbiter wants an actix system around it
         let run = move || {
             actix::System::new().block_on(async move {
-                let workers = SyncArbiter::start(WORKERS, || {
-                    if let Err(error) = rustix::process::nice(10) {
-                        tracing::warn!(%error, "query workers run at normal priority");
-                    }
-                    Worker
-                });
-                _ = sender.send(workers);
+                _ = sender.send(Arbiter::current());
                 std::future::pending::<()>().await;
             });
         };
         std::thread::Builder::new().name("query".to_owned()).spawn(run).map_err(Fault::internal)?;
-        let workers = receiver.recv().map_err(Fault::internal)?;
-        Ok(QueryPool { workers, waiting: Arc::new(Semaphore::new(WAITING)) })
+        Ok(QueryPool(Arc::new(Pool {
+            arbiter: receiver.recv().map_err(Fault::internal)?,
+            idle: Mutex::default(),
+            waiting: Semaphore::new(WAITING),
+            turns: Arc::new(Semaphore::new(WORKERS)),
+            stuck: Arc::new(Semaphore::new(STUCK)),
+        })))
     }
 
+    /// Answers in time, whatever the question is; `held` is kept until nothing of it runs any more.
     pub(crate) async fn run(
         &self,
         question: Question,
@@ -129,21 +138,58 @@ impl QueryPool {
         tables: Vec<Table>,
         bounds: Bounds,
         timeout: Duration,
-        deadline: Instant,
+        held: impl Send + 'static,
     ) -> Result<Answer, Fault> {
-        let Ok(_place) = self.waiting.try_acquire() else {
+        let Ok(_place) = self.0.waiting.try_acquire() else {
             let detail = format!("{WAITING} queries run or wait already; try again in a moment");
             return Err(Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "queries_busy", detail));
         };
-        let (reply, answer) = oneshot::channel();
-        self.workers.do_send(Job { question, params, tables, bounds, timeout, deadline, reply });
-        // a worker in the middle of one long step cannot look at the clock: whoever asked is told in time all the same
-        match tokio::time::timeout_at(deadline + GRACE, answer).await {
-            Ok(answer) => answer.map_err(Fault::internal)?,
-            Err(_) => {
-                metrics::counter!("tidewatch_queries_abandoned_total").increment(1);
-                Err(too_late(timeout))
+        let turn = tokio::time::timeout_at(bounds.until.into(), self.0.turns.clone().acquire_owned()).await;
+        let turn = turn.map_err(|_| too_late(timeout))?.map_err(Fault::internal)?;
+        let worker = self.0.worker().await?;
+        let (reply, mut answer) = oneshot::channel();
+        worker.do_send(Job { question, params, tables, bounds, timeout, reply });
+        let (tell, told) = oneshot::channel();
+        let pool = self.0.clone();
+        // goes on when the caller leaves: the worker is another's afterwards
+        let follow = async move {
+            let _held = held;
+            match tokio::time::timeout_at((bounds.until + GRACE).into(), &mut answer).await {
+                Ok(Ok(answer)) => {
+                    pool.idle.lock().push(worker);
+                    _ = tell.send(answer);
+                }
+                Ok(Err(died)) => _ = tell.send(Err(Fault::internal(died))),
+                Err(_) => {
+                    metrics::counter!("tidewatch_queries_abandoned_total").increment(1);
+                    _ = tell.send(Err(too_late(timeout)));
+                    let stands_in = pool.stuck.clone().try_acquire_owned();
+                    let _turn = stands_in.is_err().then_some(turn);
+                    _ = answer.await; // its thread ends with it: nobody else has the worker's address
+                }
             }
+        };
+        tokio::spawn(follow);
+        told.await.map_err(Fault::internal)?
+    }
+}
+
+impl Pool {
+    /// A worker with nothing to do.
+    async fn worker(&self) -> Result<Addr<Worker>, Fault> {
+        if let Some(worker) = self.idle.lock().pop() {
+            return Ok(worker);
         }
+        let (sender, started) = oneshot::channel();
+        self.arbiter.spawn_fn(move || {
+            let worker = SyncArbiter::start(1, || {
+                if let Err(error) = rustix::process::nice(10) {
+                    tracing::warn!(%error, "query workers run at normal priority");
+                }
+                Worker
+            });
+            _ = sender.send(worker); // the caller may have left
+        });
+        started.await.map_err(Fault::internal)
     }
 }

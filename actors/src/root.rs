@@ -1,5 +1,6 @@
-//! The root supervisor: starts a workspace's actor, and starts it again when it failed.
+//! The root supervisor: starts a workspace's actor and the notifier, and starts them again when they failed.
 
+use crate::notifier::NotifierActor;
 use crate::system::Deps;
 use crate::tenant::{Phase, Tenant};
 use crate::workspace::WorkspaceActor;
@@ -13,20 +14,24 @@ use std::time::{Duration, Instant};
 pub(crate) enum RootMsg {
     /// Starts the actor of a workspace.
     Start(Arc<Tenant>),
+    StartNotifier,
 }
 
 pub(crate) struct RootActor;
 
-/// Failures of one workspace of late.
+/// Failures of one actor of late.
+#[derive(Default)]
 struct Failures {
     count: u32,
-    last: Instant,
+    last: Option<Instant>,
 }
 
 pub(crate) struct State {
     deps: Arc<Deps>,
     children: HashMap<ActorId, Arc<Tenant>>,
     failures: HashMap<engine::event::WorkspaceId, Failures>,
+    notifier: Option<ActorId>,
+    notifier_failures: Failures,
 }
 
 /// The wait before the second restart in a row; it doubles up to [`BACKOFF_MAX`].
@@ -36,7 +41,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// The wait while the store that has the state cannot be reached.
 const STORE_AGAIN: Duration = Duration::from_secs(1);
 
-/// A workspace that ran this long without failing starts over at the shortest wait.
+/// An actor that ran this long without failing starts over at the shortest wait.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
 #[async_trait]
@@ -45,8 +50,10 @@ impl Actor for RootActor {
     type State = State;
     type Arguments = Arc<Deps>;
 
-    async fn pre_start(&self, _: ActorRef<RootMsg>, deps: Arc<Deps>) -> Result<State, ActorProcessingErr> {
-        Ok(State { deps, children: HashMap::new(), failures: HashMap::new() })
+    async fn pre_start(&self, myself: ActorRef<RootMsg>, deps: Arc<Deps>) -> Result<State, ActorProcessingErr> {
+        myself.send_message(RootMsg::StartNotifier)?;
+        let (children, failures) = (HashMap::new(), HashMap::new());
+        Ok(State { deps, children, failures, notifier: None, notifier_failures: Failures::default() })
     }
 
     async fn handle(
@@ -55,7 +62,10 @@ impl Actor for RootActor {
         message: RootMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
-        let RootMsg::Start(tenant) = message;
+        let tenant = match message {
+            RootMsg::Start(tenant) => tenant,
+            RootMsg::StartNotifier => return state.start_notifier(&myself).await,
+        };
         if tenant.gone.load(Relaxed) || tenant.actor().is_some() {
             return Ok(());
         }
@@ -78,6 +88,12 @@ impl Actor for RootActor {
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         match event {
+            SupervisionEvent::ActorFailed(cell, error) if state.notifier == Some(cell.get_id()) => {
+                state.deps.notifier.failed(error.to_string());
+                let wait = state.notifier_failures.backoff();
+                tracing::error!(%error, ?wait, "the notifier failed; starting it again");
+                drop(myself.send_after(wait, || RootMsg::StartNotifier));
+            }
             SupervisionEvent::ActorFailed(cell, error) => {
                 let Some(tenant) = state.children.remove(&cell.get_id()) else { return Ok(()) };
                 tenant.left(cell.get_id(), Phase::Failed);
@@ -88,7 +104,7 @@ impl Actor for RootActor {
                     Some(StoreError::Unreachable { .. } | StoreError::Busy { .. }) => STORE_AGAIN,
                     _ => {
                         tenant.accuse();
-                        state.backoff(&tenant)
+                        state.failures.entry(tenant.id.clone()).or_default().backoff()
                     }
                 };
                 tracing::error!(workspace = %tenant.id, %error, ?wait, "workspace failed; starting it again from its checkpoint");
@@ -106,19 +122,27 @@ impl Actor for RootActor {
 }
 
 impl State {
+    async fn start_notifier(&mut self, myself: &ActorRef<RootMsg>) -> Result<(), ActorProcessingErr> {
+        let started = Actor::spawn_linked(None, NotifierActor, self.deps.clone(), myself.get_cell()).await;
+        let (notifier, _) = started?;
+        self.notifier = Some(notifier.get_id());
+        Ok(())
+    }
+}
+
+impl Failures {
     /// At once the first time, then ever later, with jitter so that many do not start together.
-    fn backoff(&mut self, tenant: &Tenant) -> Duration {
+    fn backoff(&mut self) -> Duration {
         let now = Instant::now();
-        let failures = self.failures.entry(tenant.id.clone()).or_insert(Failures { count: 0, last: now });
-        if now.duration_since(failures.last) > HEALTHY_AFTER {
-            failures.count = 0;
+        if self.last.is_some_and(|last| now.duration_since(last) > HEALTHY_AFTER) {
+            self.count = 0;
         }
-        failures.last = now;
-        failures.count += 1;
-        if failures.count == 1 {
+        self.last = Some(now);
+        self.count += 1;
+        if self.count == 1 {
             return Duration::ZERO;
         }
-        let most = BACKOFF.saturating_mul(1 << (failures.count - 2).min(16)).min(BACKOFF_MAX);
+        let most = BACKOFF.saturating_mul(1 << (self.count - 2).min(16)).min(BACKOFF_MAX);
         most.mul_f64(rand::random_range(0.5..=1.0))
     }
 }

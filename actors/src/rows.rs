@@ -1,6 +1,7 @@
 //! A metric's rows as JSON: what the store keeps and what HTTP answers.
 
-use arrow::array::{ArrayRef, AsArray, RecordBatch, StringArray};
+use crate::json::AnyValue;
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use arrow::json::LineDelimitedWriter;
@@ -27,14 +28,28 @@ pub fn json_lines(batch: &RecordBatch) -> Result<Vec<String>, ArrowError> {
         return Ok(vec!["{}".to_owned(); batch.num_rows()]);
     }
     let batch = with_times_as_text(batch)?;
-    let mut writer: LineDelimitedWriter<_> =
-        WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
+    let mut writer: LineDelimitedWriter<_> = WriterBuilder::new()
+        .with_explicit_nulls(true)
+        .with_encoder_factory(Arc::new(AnyValue))
+        .build::<_, LineDelimited>(Vec::new());
     writer.write(&batch)?;
     writer.finish()?;
     let mut bytes = writer.into_inner();
     bytes.flush()?;
     let text = String::from_utf8(bytes).map_err(|error| ArrowError::JsonError(error.to_string()))?;
     Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// A value of this type, read from text, as rows show it; `None` for what is no such value.
+pub(crate) fn shown_as(kind: &DataType, text: &str) -> Option<String> {
+    if matches!(kind, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) {
+        return Some(text.to_owned());
+    }
+    let text: ArrayRef = Arc::new(StringArray::from(vec![text]));
+    let value = arrow::compute::cast(&text, kind).ok().filter(|value| value.is_valid(0))?;
+    let line = json_lines(&RecordBatch::try_from_iter([("v", value)]).ok()?).ok()?.pop()?;
+    let shown = line.strip_prefix("{\"v\":")?.strip_suffix('}')?;
+    Some(serde_json::from_str::<String>(shown).unwrap_or_else(|_| shown.to_owned()))
 }
 
 fn with_times_as_text(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
@@ -148,4 +163,28 @@ fn bounds(start: Micros, end: Micros) -> Map<String, Value> {
     map.insert("window_start".into(), rfc3339(start).into());
     map.insert("window_end".into(), rfc3339(end).into());
     map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_read_as_its_type_and_shown_as_rows_show_it() {
+        let time = DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into()));
+        for (kind, text, shown) in [
+            (&time, "2026-01-01T01:00:00+01:00", Some("2026-01-01T00:00:00.000000Z")),
+            (&time, "2026-01-01T00:00:00.5Z", Some("2026-01-01T00:00:00.500000Z")),
+            (&time, "yesterday", None),
+            (&DataType::Decimal128(10, 2), "1.1", Some("1.10")),
+            (&DataType::Int64, "007", Some("7")),
+            (&DataType::Int64, "1.5", None),
+            (&DataType::Float64, "1", Some("1.0")),
+            (&DataType::Boolean, "true", Some("true")),
+            (&DataType::Utf8, "1.10", Some("1.10")),
+            (&DataType::Utf8, "", Some("")),
+        ] {
+            assert_eq!(shown_as(kind, text).as_deref(), shown, "{text} as {kind}");
+        }
+    }
 }

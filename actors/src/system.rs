@@ -9,17 +9,21 @@ use crate::fault::{Fault, FaultKind};
 use crate::history;
 use crate::holdings::{Listed, of_portfolio, of_portfolios};
 use crate::looks::Looks;
+use crate::notifier::Notifier;
 use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::{self, QueryPool};
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
+use crate::seal::Sealer;
 use crate::silence;
 use crate::table::{StoredTable, TableInfo};
 use crate::tenant::{Held, Phase, Resting, Shared, Tenant};
-use crate::workspace::{MetricInfo, Reply, WorkspaceMsg};
-use arrow::array::RecordBatch;
+use crate::webhook::WebhookConfig;
+use crate::workspace::{MetricInfo, Reply, UnplannedMetric, WorkspaceMsg};
+use arrow::array::{Array, ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use cache::{Ask, Cache, Class, Standing};
+use engine::alert::Trouble;
 use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::limit::{StateLimits, StateSize};
 use engine::metric::Rows;
@@ -136,6 +140,9 @@ pub(crate) struct Deps {
     pub(crate) rest_after: Duration,
     /// See [`Limits::idle_timeout_ms`].
     pub(crate) idle_timeout: Span,
+    pub(crate) webhooks: WebhookConfig,
+    pub(crate) sealer: Arc<Sealer>,
+    pub(crate) notifier: Notifier,
     planner: Planner,
 }
 
@@ -153,14 +160,18 @@ impl Deps {
         sql: &str,
         metrics: impl Fn(&ItemName) -> Option<Arc<Program>>,
     ) -> Result<Arc<Program>, Fault> {
-        let source = |name: &StreamName| match name.metric() {
-            Some(metric) => metrics(&metric).map(Source::Metric),
-            None if name.is_table() => {
-                tenant.tables.read().get(name).map(|table| Source::Stream(table.schema().relation().clone()))
-            }
-            None => tenant.schemas.read().get(name).map(|schema| Source::Stream(schema.arrow().clone())),
-        };
-        Ok(self.planner.program(sql, source).await?)
+        Ok(self.planner.program(sql, |name: &StreamName| source(tenant, name, &metrics)).await?)
+    }
+}
+
+/// What a name in FROM stands for in a workspace.
+fn source(tenant: &Tenant, name: &StreamName, metrics: impl Fn(&ItemName) -> Option<Arc<Program>>) -> Option<Source> {
+    match name.metric() {
+        Some(metric) => metrics(&metric).map(Source::Metric),
+        None if name.is_table() => {
+            tenant.tables.read().get(name).map(|table| Source::Stream(table.schema().relation().clone()))
+        }
+        None => tenant.schemas.read().get(name).map(|schema| Source::Stream(schema.arrow().clone())),
     }
 }
 
@@ -215,8 +226,8 @@ pub struct RowsQuery {
     pub after: Option<String>,
     /// Only final rows, or only provisional ones.
     pub only_final: Option<bool>,
-    /// Key columns and the value each must have.
-    pub keys: Vec<(String, String)>,
+    /// Key columns and the value each must have, as text of the column's type; `None` is NULL.
+    pub keys: Vec<(String, Option<String>)>,
     /// Of the final rows only the last of each hour or day and key; the range is then widened to whole ones.
     pub step: Option<Step>,
 }
@@ -309,6 +320,9 @@ pub struct Parts {
     pub limits: Limits,
     pub agents: BTreeMap<ItemName, crate::agent::AgentConfig>,
     pub cache: Arc<Cache>,
+    pub webhooks: WebhookConfig,
+    /// Seals the secrets of webhooks.
+    pub sealer: Arc<Sealer>,
 }
 
 /// Where the store keeps [`Tenant::first`], by workspace.
@@ -348,7 +362,7 @@ impl System {
     /// Makes every workspace of the store known and returns at once: those that were at work when the last process
     /// ended are woken one after the other, every other when it is needed.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
-        let Parts { store, log, dedup, outlet, clock, limits, agents, cache } = parts;
+        let Parts { store, log, dedup, outlet, clock, limits, agents, cache, webhooks, sealer } = parts;
         let committer = Committer::start(store.clone());
         let mailbox_bytes = limits.mailbox_bytes;
         let shared = Shared { log: log.clone(), dedup, outlet: outlet.clone(), root: OnceLock::new(), mailbox_bytes };
@@ -363,6 +377,9 @@ impl System {
             cache,
             rest_after: Duration::from_millis(limits.rest_ms),
             idle_timeout: Span::millis(i64::try_from(limits.idle_timeout_ms).unwrap_or(i64::MAX / 1_000)),
+            notifier: Notifier::new(&webhooks).map_err(Fault::internal)?,
+            webhooks,
+            sealer,
             planner: Planner::default(),
         });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
@@ -397,9 +414,18 @@ impl System {
         let drains = self.tenants().into_iter().filter_map(|tenant| tenant.actor()).map(|actor| async move {
             _ = ractor::call!(actor, WorkspaceMsg::Drain);
         });
-        if tokio::time::timeout(within, futures::future::join_all(drains)).await.is_err() {
-            tracing::warn!(?within, "not all workspaces committed in time; their log will be replayed at start");
-        }
+        // what the last commits put into the outbox is delivered after the next start
+        let deliveries = async {
+            if tokio::time::timeout(within, self.0.deps.notifier.drain()).await.is_err() {
+                tracing::warn!(?within, "not all webhooks answered in time; they will be told again, with the same id");
+            }
+        };
+        let drains = async {
+            if tokio::time::timeout(within, futures::future::join_all(drains)).await.is_err() {
+                tracing::warn!(?within, "not all workspaces committed in time; their log will be replayed at start");
+            }
+        };
+        tokio::join!(deliveries, drains);
         if let Err(error) = self.note_resting().await {
             tracing::warn!(%error, "who rests could not be noted; those workspaces are woken at the next start");
         }
@@ -627,6 +653,10 @@ impl System {
         &self.0.limits
     }
 
+    pub(crate) fn deps(&self) -> &Deps {
+        &self.0.deps
+    }
+
     pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
         self.0.deps.empty_engine()
     }
@@ -673,13 +703,11 @@ impl System {
     pub async fn streams(&self, id: &WorkspaceId) -> Result<Vec<StreamInfo>, Fault> {
         let tenant = self.tenant(id)?;
         let times = self.read(id, WorkspaceMsg::Streams).await?;
-        let events = tenant.counters.by_stream.lock().clone();
         let mut schemas: Vec<_> = tenant.schemas.read().values().cloned().collect();
         schemas.sort_by(|a, b| a.stream.cmp(&b.stream));
         let info = |schema: Arc<StreamSchema>| {
             let time = times.get(&schema.stream).copied().unwrap_or_default();
-            let events = events.get(&schema.stream).copied().unwrap_or(0);
-            StreamInfo { frontier: time.frontier, late: time.late, events, schema }
+            StreamInfo { frontier: time.frontier, late: time.late, events: time.events, schema }
         };
         Ok(schemas.into_iter().map(info).collect())
     }
@@ -688,31 +716,22 @@ impl System {
     pub async fn define_stream(&self, id: &WorkspaceId, schema: StreamSchema) -> Result<(), Fault> {
         let tenant = self.tenant(id)?;
         let stream = schema.stream.clone();
-        if let (METRICS, name) = stream.parts() {
-            let detail =
-                format!("`{stream}` names the final rows of metric `{name}`; give the stream another first part");
-            return Err(Fault::new(FaultKind::Conflict, "reserved_stream", detail));
-        }
-        if built_in().iter().any(|known| known.stream == stream) {
-            let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
-            return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
-        }
-        if stream.is_table() {
-            let detail =
-                format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
-            return Err(Fault::invalid("bad_name", detail));
-        }
-        {
+        own_name(&stream)?;
+        let (known, count) = {
             let schemas = tenant.schemas.read();
-            match schemas.get(&stream) {
-                Some(known) => known
+            (schemas.get(&stream).cloned(), schemas.len())
+        };
+        match known {
+            Some(known) => {
+                known
                     .check_evolution(&schema)
-                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
-                None if schemas.len() >= self.0.limits.streams + built_in().len() => {
-                    return Err(over_limit("limits.streams", self.0.limits.streams));
-                }
-                None => {}
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?;
+                self.check_readers(id, &stream, schema.arrow()).await?;
             }
+            None if count >= self.0.limits.streams + built_in().len() => {
+                return Err(over_limit("limits.streams", self.0.limits.streams));
+            }
+            None => {}
         }
         let now = self.now();
         let stored = StoredSchema { columns: schema.columns.clone(), unknown_fields: schema.unknown_fields };
@@ -726,6 +745,29 @@ impl System {
         self.store().put_stream(&row).await?;
         Arc::make_mut(&mut tenant.schemas.write()).insert(stream, Arc::new(schema));
         self.cache().changed(&[query::of_definitions(id)]);
+        Ok(())
+    }
+
+    /// An error where a metric could no longer be planned with `columns` as those of `changed`.
+    async fn check_readers(&self, id: &WorkspaceId, changed: &StreamName, columns: &SchemaRef) -> Result<(), Fault> {
+        let (tenant, known) = (self.tenant(id)?, self.metrics(id).await?);
+        let metric = |name: &ItemName| known.iter().find(|metric| metric.name == *name).map(|m| m.program.clone());
+        let reads =
+            |info: &&MetricInfo| info.program.streams().chain(info.program.tables()).any(|read| read == changed);
+        for info in known.iter().filter(reads) {
+            let of = |name: &StreamName| match name == changed {
+                true => Some(Source::Stream(columns.clone())),
+                false => source(&tenant, name, metric),
+            };
+            if let Err(error) = self.0.deps.planner.program(&info.definition.sql, of).await {
+                let name = &info.name;
+                let detail = format!(
+                    "metric `{name}` reads `{changed}` and could not be planned over these columns: {error}; delete or \
+                     change the metric first"
+                );
+                return Err(Fault::new(FaultKind::Conflict, "column_in_use", detail));
+            }
+        }
         Ok(())
     }
 
@@ -802,17 +844,21 @@ impl System {
         let tenant = self.tenant(id)?;
         let name = table.name();
         not_built_in(name)?;
-        {
+        let (known, count) = {
             let tables = tenant.tables.read();
-            match tables.get(name) {
-                Some(known) => known
+            (tables.get(name).cloned(), tables.len())
+        };
+        match known {
+            Some(known) => {
+                known
                     .check_evolution(&table)
-                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?,
-                None if tables.len() >= self.0.limits.tables + built_in_tables().len() => {
-                    return Err(over_limit("limits.tables", self.0.limits.tables));
-                }
-                None => {}
+                    .map_err(|error| Fault::new(FaultKind::Conflict, "incompatible_schema", error.to_string()))?;
+                self.check_readers(id, name, table.schema().relation()).await?;
             }
+            None if count >= self.0.limits.tables + built_in_tables().len() => {
+                return Err(over_limit("limits.tables", self.0.limits.tables));
+            }
+            None => {}
         }
         self.ask(id, |reply| WorkspaceMsg::DefineTable { table: Box::new(table), reply }).await
     }
@@ -886,6 +932,11 @@ impl System {
         if existed { Ok(()) } else { Err(unknown("metric", "unknown_metric", name)) }
     }
 
+    /// Metrics of the store that stay stopped since they cannot be planned.
+    pub async fn unplanned_metrics(&self, id: &WorkspaceId) -> Result<Vec<UnplannedMetric>, Fault> {
+        self.read(id, WorkspaceMsg::Unplanned).await
+    }
+
     pub async fn metrics(&self, id: &WorkspaceId) -> Result<Vec<MetricInfo>, Fault> {
         self.read(id, WorkspaceMsg::Metrics).await
     }
@@ -908,7 +959,9 @@ impl System {
         }
         // memory first: what moves to the store meanwhile is then seen twice and counted once, never missed
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        self.check_keys(&recent.program, &query.keys)?;
+        if let Ok(program) = &recent.program {
+            query.keys = key_values(program, std::mem::take(&mut query.keys))?;
+        }
         let (after, live_done) = match query.after.as_deref().map(|after| after.split_once('~')) {
             None => (None, None),
             Some(Some(("s", cursor))) => (Some(cursor.to_owned()), None),
@@ -924,7 +977,7 @@ impl System {
                 store: self.store(),
                 workspace: id,
                 metric: name,
-                window: recent.program.window(),
+                window: recent.program.as_ref().ok().map(|program| program.window()),
                 frontier: recent.frontier,
             };
             let (stored, next) = past.page(&cursor, query.step).await?;
@@ -947,22 +1000,10 @@ impl System {
         Ok(RowsPage { rows, next })
     }
 
-    fn check_keys(&self, program: &Program, keys: &[(String, String)]) -> Result<(), Fault> {
-        let known: Vec<&str> =
-            program.output().fields().iter().skip(2).take(program.key_count()).map(|f| f.name().as_str()).collect();
-        match keys.iter().find(|(name, _)| !known.contains(&name.as_str())) {
-            None => Ok(()),
-            Some((name, _)) => {
-                let detail = format!("`{name}` is no key of this metric; its keys are {}", known.join(", "));
-                Err(Fault::invalid("unknown_parameter", detail))
-            }
-        }
-    }
-
     /// Provisional rows as they stand now, and the event time that their metric has reached.
     pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        Ok((recent.program, recent.live, recent.frontier))
+        Ok((recent.program?, recent.live, recent.frontier))
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
@@ -970,19 +1011,22 @@ impl System {
     pub async fn query(&self, id: &WorkspaceId, request: QueryRequest) -> Result<QueryAnswer, Fault> {
         let most = Duration::from_millis(self.0.limits.query_ms);
         let timeout = request.timeout.map_or(most, |asked| asked.min(most));
+        let deadline = tokio::time::Instant::now() + timeout;
         let tenant = self.tenant(id)?;
         let question = Question::parse(&request.sql)?;
         let Some(offset) = tenant.settled().filter(|_| question.is_repeatable()) else {
-            return self.compute(tenant, question, request.params, timeout).await;
+            return self.compute(tenant, question, request.params, timeout, deadline).await;
         };
+        // events that are too old to be kept go without a record of it
+        let first = self.0.deps.log.head().0.max(tenant.first);
         let params = serde_json::to_string(&request.params).map_err(Fault::internal)?;
         let ask = Ask {
             class: Class::Queries,
             tags: vec![blocks::of_workspace(id), query::of_definitions(id)],
             // who may wait longer does not get the failure of who may not
-            question: format!("at {offset} within {timeout:?} of {params} {}", request.sql),
+            question: format!("from {first} to {offset} within {timeout:?} of {params} {}", request.sql),
         };
-        let answer = self.cache().get(&ask, self.compute(tenant, question, request.params, timeout)).await;
+        let answer = self.cache().get(&ask, self.compute(tenant, question, request.params, timeout, deadline)).await;
         answer.map(|answer| answer.as_ref().clone()).map_err(Arc::unwrap_or_clone)
     }
 
@@ -992,10 +1036,10 @@ impl System {
         question: Question,
         params: Vec<Value>,
         timeout: Duration,
+        deadline: tokio::time::Instant,
     ) -> Result<QueryAnswer, Fault> {
         let limits = &self.0.limits;
-        let deadline = tokio::time::Instant::now() + timeout;
-        let Some(_place) = Place::take(&tenant, limits.queries) else {
+        let Some(place) = Place::take(&tenant, limits.queries) else {
             let detail = format!(
                 "{} queries of this workspace run or wait already, the most of limits.queries; wait for one of them",
                 limits.queries
@@ -1005,8 +1049,8 @@ impl System {
         };
         let tables = tokio::time::timeout_at(deadline, self.tables_of(&tenant.id, &question));
         let tables = tables.await.map_err(|_| crate::query::too_late(timeout))??;
-        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory };
-        let answer = self.0.queries.run(question, params, tables, bounds, timeout, deadline).await?;
+        let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory, until: deadline.into_std() };
+        let answer = self.0.queries.run(question, params, tables, bounds, timeout, place).await?;
         Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
     }
 
@@ -1016,7 +1060,7 @@ impl System {
         let mut bytes = 0;
         for name in question.tables()? {
             let table = self.table(id, name).await?;
-            bytes += table.batches.iter().map(RecordBatch::get_array_memory_size).sum::<usize>();
+            bytes += table.batches.iter().map(held).sum::<usize>();
             if bytes > self.0.limits.query_memory {
                 let most = self.0.limits.query_memory;
                 let detail = format!("the query reads more than the {most} bytes of limits.query_memory");
@@ -1030,9 +1074,12 @@ impl System {
     async fn table(&self, id: &WorkspaceId, name: Vec<String>) -> Result<Table, Fault> {
         let tenant = self.tenant(id)?;
         let text = name.join(".");
-        if let Some(schema) = text.parse::<StreamName>().ok().and_then(|s| tenant.schemas.read().get(&s).cloned()) {
-            let batches = self.events(id, &schema).await?;
-            return Ok(Table { name, schema: schema.arrow().clone(), batches });
+        let stream = text.parse::<StreamName>().ok();
+        let known = stream.and_then(|stream| Some((tenant.schemas.read().get(&stream).cloned()?, stream)));
+        if let Some((schema, stream)) = known {
+            let schema = loose(schema.arrow());
+            let batches = self.events(id, stream, schema.clone()).await?;
+            return Ok(Table { name, schema, batches });
         }
         if let Some(table) = text.parse::<StreamName>().ok().filter(StreamName::is_table) {
             let rows = self.table_rows(id, &table, self.now()).await?;
@@ -1061,7 +1108,7 @@ impl System {
         let mut all = finals.iter().map(rows::from_store).collect::<Result<Vec<_>, _>>().map_err(Fault::internal)?;
         let live = history::live(&recent, &query, &all).map_err(Fault::internal)?;
         all.extend(live);
-        let schema = with_state(recent.program.output());
+        let schema = with_state(recent.program?.output());
         let mut decoder = arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
         let mut batches = Vec::new();
         for rows in all.chunks(1024) {
@@ -1071,25 +1118,24 @@ impl System {
         Ok(Table { name, schema, batches })
     }
 
-    /// The retained events of a stream, in today's columns.
-    async fn events(&self, id: &WorkspaceId, schema: &Arc<StreamSchema>) -> Result<Vec<RecordBatch>, Fault> {
-        let (log, schema, most) = (self.0.deps.log.clone(), schema.clone(), self.0.limits.query_memory);
+    /// The retained events of a stream in the columns of `schema`.
+    async fn events(&self, id: &WorkspaceId, stream: StreamName, schema: SchemaRef) -> Result<Vec<RecordBatch>, Fault> {
+        let (log, most) = (self.0.deps.log.clone(), self.0.limits.query_memory);
         let first = Offset(self.tenant(id)?.first);
-        let filter = Filter { workspace: Some(id.clone()), stream: Some(schema.stream.clone()), ..Filter::default() };
+        let filter = Filter { workspace: Some(id.clone()), stream: Some(stream.clone()), ..Filter::default() };
         let read = move || -> Result<Vec<RecordBatch>, Fault> {
             let (mut batches, mut bytes) = (Vec::new(), 0);
             for record in log.scan(log.head().max(first), filter).map_err(Fault::internal)? {
                 let (_, record) = record.map_err(Fault::internal)?;
                 let Body::Events { batch, .. } = record.body else { continue };
-                bytes += batch.get_array_memory_size();
+                bytes += held(&batch);
                 if bytes > most {
-                    let stream = &schema.stream;
                     let detail = format!(
                         "stream `{stream}` holds more than the {most} bytes of limits.query_memory; define a metric over it instead"
                     );
                     return Err(Fault::invalid("query_memory", detail));
                 }
-                batches.push(conform(&batch, schema.arrow())?);
+                batches.push(conform(&batch, &schema)?);
             }
             Ok(batches)
         };
@@ -1112,6 +1158,11 @@ impl System {
     pub async fn remove_alert_rule(&self, id: &WorkspaceId, name: &ItemName) -> Result<(), Fault> {
         let existed = self.ask(id, |reply| WorkspaceMsg::Unwatch { name: name.clone(), reply }).await?;
         if existed { Ok(()) } else { Err(unknown("alert rule", "unknown_alert_rule", name)) }
+    }
+
+    /// Rules of a workspace that cannot look at every row, or at none (`rows` is 0 then), and why.
+    pub async fn rule_trouble(&self, id: &WorkspaceId) -> Result<BTreeMap<ItemName, Trouble>, Fault> {
+        self.read(id, WorkspaceMsg::Trouble).await
     }
 
     pub async fn alert_rules(&self, id: &WorkspaceId) -> Result<Vec<(ItemName, RuleDefinition)>, Fault> {
@@ -1249,9 +1300,19 @@ impl System {
         self.0.sessions.attach(self, id, run, after).await
     }
 
+    /// A reader of the newest run on a thread, if there is one.
+    pub async fn last_run(&self, id: &WorkspaceId, thread: &str) -> Result<Option<RunHandle>, Fault> {
+        self.0.sessions.last_run(self, id, thread).await
+    }
+
     /// The run that a thread is busy with.
     pub fn active_run(&self, id: &WorkspaceId, thread: &str) -> Option<String> {
         self.0.sessions.active_run(id, thread)
+    }
+
+    /// Id of the user who asked for a run; `None` once it is over and only stored.
+    pub fn run_user(&self, id: &WorkspaceId, run: &str) -> Option<String> {
+        self.0.sessions.run_user(id, run)
     }
 
     /// Stops a run's model and tools; it ends as cancelled.
@@ -1264,7 +1325,7 @@ impl System {
         Ok(self.0.sessions.agents())
     }
 
-    /// The supervision tree, workspaces first.
+    /// The supervision tree, workspaces first, the notifier last.
     pub async fn actors(&self) -> Vec<ActorInfo> {
         let mut all: Vec<ActorInfo> = Vec::new();
         let batches = self.throughput().batches;
@@ -1290,6 +1351,7 @@ impl System {
         }
         all.sort_by(|a, b| a.path.cmp(&b.path));
         all.extend(self.0.sessions.info());
+        all.push(self.0.deps.notifier.info());
         all
     }
 
@@ -1385,6 +1447,23 @@ impl System {
     }
 }
 
+/// Refuses names that a stream of the user's own cannot have.
+pub(crate) fn own_name(stream: &StreamName) -> Result<(), Fault> {
+    if let (METRICS, name) = stream.parts() {
+        let detail = format!("`{stream}` names the final rows of metric `{name}`; give the stream another first part");
+        return Err(Fault::new(FaultKind::Conflict, "reserved_stream", detail));
+    }
+    if built_in().iter().any(|known| known.stream == *stream) {
+        let detail = format!("stream `{stream}` is built in; choose another name for your own columns");
+        return Err(Fault::new(FaultKind::Conflict, "built_in_stream", detail));
+    }
+    if stream.is_table() {
+        let detail = format!("`{stream}` names a reference table; define it with PUT …/tables/{}", stream.parts().1);
+        return Err(Fault::invalid("bad_name", detail));
+    }
+    Ok(())
+}
+
 fn not_built_in(name: &StreamName) -> Result<(), Fault> {
     if built_in_tables().iter().any(|known| known.name() == name) {
         let detail = format!("table `{name}` is built in; choose another name for your own columns");
@@ -1398,27 +1477,38 @@ fn restarting(id: &WorkspaceId, error: impl std::fmt::Display) -> Fault {
     Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "workspace_restarting", detail)
 }
 
-fn unknown(what: &str, code: &'static str, name: impl std::fmt::Display) -> Fault {
+pub(crate) fn unknown(what: &str, code: &'static str, name: impl std::fmt::Display) -> Fault {
     Fault::not_found(code, format!("there is no {what} `{name}`"))
 }
 
-fn over_limit(name: &str, most: usize) -> Fault {
+pub(crate) fn over_limit(name: &str, most: usize) -> Fault {
     let detail = format!("this workspace has reached {name} = {most}; delete one or raise the limit");
     Fault::new(FaultKind::Conflict, "limit_reached", detail)
 }
 
+/// Bytes of the batch's values: its columns may share one buffer, which each of them would count whole.
+fn held(batch: &RecordBatch) -> usize {
+    let bytes = |column: &ArrayRef| match column.to_data().get_slice_memory_size() {
+        Ok(bytes) => bytes,
+        Err(_) => column.get_array_memory_size(),
+    };
+    batch.columns().iter().map(bytes).sum()
+}
+
+/// The columns, each of which may be NULL: events that are older than a column have none in it.
+fn loose(schema: &SchemaRef) -> SchemaRef {
+    let fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone().with_nullable(true)).collect();
+    Arc::new(Schema::new(fields))
+}
+
 /// The batch in the columns of `schema`: those it lacks are NULL, those it has too many are left out.
 fn conform(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Fault> {
-    if batch.schema_ref() == schema {
-        return Ok(batch.clone());
-    }
     let column = |field: &Arc<Field>| match batch.column_by_name(field.name()) {
         Some(column) if column.data_type() == field.data_type() => column.clone(),
         _ => arrow::array::new_null_array(field.data_type(), batch.num_rows()),
     };
     let columns = schema.fields().iter().map(column).collect();
-    let loose: Vec<Field> = schema.fields().iter().map(|f| f.as_ref().clone().with_nullable(true)).collect();
-    RecordBatch::try_new(Arc::new(Schema::new(loose)), columns).map_err(Fault::internal)
+    RecordBatch::try_new(schema.clone(), columns).map_err(Fault::internal)
 }
 
 /// A metric's columns with `final` and `revision` behind, as a table of SQL.
@@ -1518,5 +1608,31 @@ async fn rouse(system: Weak<Inner>) {
     }
 }
 
+/// Wanted values of key columns as rows show them: `2026-01-01T01:00:00+01:00` and `1.1` of a decimal with two digits are
+/// `2026-01-01T00:00:00.000000Z` and `1.10` there.
+fn key_values(
+    program: &Program,
+    wanted: Vec<(String, Option<String>)>,
+) -> Result<Vec<(String, Option<String>)>, Fault> {
+    let keys = &program.output().fields()[2..2 + program.key_count()];
+    let as_shown = |(name, value): (String, Option<String>)| {
+        let Some(field) = keys.iter().find(|field| *field.name() == name) else {
+            let known: Vec<&str> = keys.iter().map(|field| field.name().as_str()).collect();
+            let detail = format!("`{name}` is no key of this metric; its keys are {}", known.join(", "));
+            return Err(Fault::invalid("unknown_parameter", detail));
+        };
+        let Some(text) = value else { return Ok((name, None)) };
+        let Some(shown) = crate::rows::shown_as(field.data_type(), &text) else {
+            let text: String = text.chars().take(40).collect();
+            let detail = format!("`{text}` is no value of `{name}`, whose type is {}", field.data_type());
+            return Err(Fault::invalid("bad_filter", detail));
+        };
+        Ok((name, Some(shown)))
+    };
+    wanted.into_iter().map(as_shown).collect()
+}
+
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

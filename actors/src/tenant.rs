@@ -151,7 +151,6 @@ pub(crate) struct Counters {
     pub(crate) pushed: AtomicU64,
     /// Log offset that the stored state includes.
     pub(crate) saved: AtomicU64,
-    pub(crate) by_stream: Mutex<HashMap<StreamName, u64>>,
     pub(crate) last_failure: Mutex<Option<String>>,
 }
 
@@ -264,7 +263,6 @@ impl Tenant {
         counters.events.fetch_add(count, Relaxed);
         counters.batches.fetch_add(1, Relaxed);
         counters.bytes.fetch_add(bytes as u64, Relaxed);
-        *counters.by_stream.lock().entry(stream.clone()).or_default() += count;
         Ok(Appended { accepted: count, duplicates: all - count, offset })
     }
 

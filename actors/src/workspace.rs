@@ -6,16 +6,17 @@
 use crate::blocks::{self, Width};
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
-use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
+use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::query;
 use crate::rows;
 use crate::system::Deps;
 use crate::table::{Positions, StoredTable};
 use crate::tenant::{Phase as Life, Resting, Tenant};
+use crate::webhook::notice;
 use arrow::array::RecordBatch;
 use cache::Tag;
-use engine::alert::{Change, Phase, Rule};
+use engine::alert::{Change, Phase, Rule, Trouble};
 use engine::cost::Cost;
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
@@ -84,6 +85,9 @@ pub(crate) enum WorkspaceMsg {
         reply: Reply<bool>,
     },
     Metrics(RpcReplyPort<Vec<MetricInfo>>),
+    Unplanned(RpcReplyPort<Vec<UnplannedMetric>>),
+    /// Rules that cannot look at every row, and why.
+    Trouble(RpcReplyPort<BTreeMap<ItemName, Trouble>>),
     Streams(RpcReplyPort<BTreeMap<StreamName, engine::workspace::StreamTime>>),
     Rows {
         metric: ItemName,
@@ -138,9 +142,18 @@ pub struct MetricInfo {
     pub frontier: Option<Micros>,
 }
 
+/// A metric whose SQL can no longer be planned over what it reads. Its name is taken and its rows can be read.
+#[derive(Clone, Debug)]
+pub struct UnplannedMetric {
+    pub name: ItemName,
+    pub definition: MetricDefinition,
+    pub reason: String,
+}
+
 /// A metric's rows that the store may not have yet.
 pub(crate) struct Recent {
-    pub(crate) program: Arc<Program>,
+    /// Or why it has none.
+    pub(crate) program: Result<Arc<Program>, Fault>,
     pub(crate) frontier: Option<Micros>,
     pub(crate) unsaved: Vec<FinalRow>,
     pub(crate) live: Vec<Rows>,
@@ -213,7 +226,11 @@ pub(crate) struct State {
     engine: Workspace,
     applied: u64, // the next log offset
     metrics: BTreeMap<ItemName, Defined>,
+    /// What the store has as metrics and cannot be planned, and why.
+    unplanned: BTreeMap<ItemName, (MetricDefinition, String)>,
     rules: BTreeMap<ItemName, RuleDefinition>,
+    /// Why a rule cannot run at all.
+    idle_rules: BTreeMap<ItemName, String>,
     tables: BTreeMap<StreamName, DefinedTable>,
     portfolios: BTreeMap<ItemName, Held>,
     /// The positions that `ref.positions` was told of, by portfolio and symbol; read from the table when first needed.
@@ -225,9 +242,9 @@ pub(crate) struct State {
     dirty: bool,               // the state differs from the stored one
     saving: bool,
     save_planned: bool,
-    alerts_planned: bool, // and sooner
-    tick_planned: bool,
-    idle_planned: bool,
+    alerts_planned: bool,      // and sooner
+    tick_due: Option<Instant>, // the earliest tick that was asked for
+    idle_due: Option<Instant>,
     next_state: Instant,  // the whole state is not written more often than pays
     next_alerts: Instant, // nor for what has to come with it
     failed_saves: u32,    // in a row
@@ -285,7 +302,9 @@ impl Actor for WorkspaceActor {
             deps,
             applied: 0,
             metrics: BTreeMap::new(),
+            unplanned: BTreeMap::new(),
             rules: BTreeMap::new(),
+            idle_rules: BTreeMap::new(),
             tables: BTreeMap::new(),
             portfolios: BTreeMap::new(),
             written: None,
@@ -297,8 +316,8 @@ impl Actor for WorkspaceActor {
             saving: false,
             save_planned: false,
             alerts_planned: false,
-            tick_planned: false,
-            idle_planned: false,
+            tick_due: None,
+            idle_due: None,
             next_state: Instant::now(),
             next_alerts: Instant::now(),
             failed_saves: 0,
@@ -360,9 +379,20 @@ impl Actor for WorkspaceActor {
                 _ = reply.send(state.define(&myself, name, definition, program).await); // the caller may have left
             }
             WorkspaceMsg::Remove { name, reply } => _ = reply.send(state.remove(&name).await),
-            WorkspaceMsg::Watch { name, definition, reply } => _ = reply.send(state.watch(name, definition).await),
-            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&name).await),
+            WorkspaceMsg::Watch { name, definition, reply } => {
+                _ = reply.send(state.watch(&myself, name, definition).await);
+            }
+            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&myself, &name).await),
+            WorkspaceMsg::Trouble(reply) => _ = reply.send(state.trouble()),
             WorkspaceMsg::Metrics(reply) => _ = reply.send(state.infos()),
+            WorkspaceMsg::Unplanned(reply) => {
+                let one = |(name, (definition, reason)): (&ItemName, &(MetricDefinition, String))| UnplannedMetric {
+                    name: name.clone(),
+                    definition: definition.clone(),
+                    reason: reason.clone(),
+                };
+                _ = reply.send(state.unplanned.iter().map(one).collect());
+            }
             WorkspaceMsg::Streams(reply) => {
                 _ = reply.send(state.engine.streams().map(|(name, time)| (name.clone(), time)).collect());
             }
@@ -445,8 +475,9 @@ impl State {
                 }
             }
             if failed.len() == count {
-                for (row, error) in &failed {
+                for (row, error) in failed {
                     tracing::error!(workspace = %id, metric = %row.name, %error, "stored metric can no longer be planned; it stays stopped");
+                    self.unplanned.insert(row.name, (serde_json::from_value(row.definition)?, error.detail));
                 }
                 break;
             }
@@ -479,6 +510,7 @@ impl State {
         let rested = rested.map(|resting| resting.arrivals).unwrap_or_default();
         let before: BTreeMap<StreamName, Option<Micros>> = self.times();
         self.replay(later, myself).await?;
+        self.settle_alerts();
         self.count_tables();
         for (name, frontier) in self.times() {
             let Some(frontier) = frontier else { continue };
@@ -680,15 +712,27 @@ impl State {
         let rules: Vec<(ItemName, RuleDefinition)> =
             self.rules.iter().filter(|(_, r)| r.metric == *metric).map(|(n, r)| (n.clone(), r.clone())).collect();
         for (name, rule) in rules {
-            if let Err(fault) = self.start_rule(&name, &rule) {
-                tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
+            let started = self.rule(&name, &rule).and_then(|rule| self.engine.watch(rule).map_err(Fault::internal));
+            match started {
+                Ok(()) => _ = self.idle_rules.remove(&name),
+                Err(fault) => {
+                    tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
+                    self.idle_rules.insert(name, fault.detail);
+                }
             }
         }
     }
 
-    fn start_rule(&mut self, name: &ItemName, definition: &RuleDefinition) -> Result<(), Fault> {
-        let rule = self.rule(name, definition)?;
-        self.engine.watch(rule).map_err(Fault::internal)
+    /// Rules that cannot look at every row, and why.
+    fn trouble(&self) -> BTreeMap<ItemName, Trouble> {
+        let trouble = |name: &ItemName, rule: &RuleDefinition| {
+            let unplanned = self.unplanned.get(&rule.metric).map(|(_, reason)| cannot_be_planned(&rule.metric, reason));
+            match self.idle_rules.get(name).cloned().or(unplanned) {
+                Some(reason) => Some(Trouble { reason, rows: 0 }),
+                None => self.engine.trouble(name).cloned(),
+            }
+        };
+        self.rules.iter().filter_map(|(name, rule)| Some((name.clone(), trouble(name, rule)?))).collect()
     }
 
     fn rule(&self, name: &ItemName, definition: &RuleDefinition) -> Result<Rule, Fault> {
@@ -951,6 +995,13 @@ impl State {
         for change in outputs.alerts {
             self.on_alert(&change);
         }
+        for (rule, trouble) in outputs.trouble {
+            metrics::counter!("tidewatch_alert_rule_failures_total").increment(trouble.rows);
+            // once: it may be so for every row that comes
+            if self.engine.trouble(&rule).is_some_and(|all| all.rows == trouble.rows) {
+                tracing::warn!(workspace = %self.tenant.id, %rule, reason = trouble.reason, "the condition of an alert rule cannot be computed for some rows; they are left out");
+            }
+        }
         for failure in outputs.failures {
             let Failure { metric, stop } = failure;
             tracing::warn!(workspace = %self.tenant.id, %metric, code = stop.cause.code(), reason = stop.reason, "metric stopped");
@@ -966,7 +1017,6 @@ impl State {
         let labels = labels(change);
         let episode = (change.rule.clone(), labels.to_string());
         let id = self.alert_id(change, &episode.1);
-        let now = self.deps.clock.now();
         let (alert, phase) = match change.phase {
             Phase::Firing => {
                 let row = rows::json_lines(&change.row).ok().and_then(|mut lines| lines.pop());
@@ -981,7 +1031,7 @@ impl State {
                     state: "firing".to_owned(),
                     row,
                     started_at: change.since,
-                    fired_at: now,
+                    fired_at: self.deps.clock.now(),
                     resolved_at: None,
                     acked_at: None,
                     acked_by: None,
@@ -993,17 +1043,45 @@ impl State {
                 (alert, AlertPhase::Firing)
             }
             Phase::Resolved => {
-                let Some(mut alert) = self.firing.remove(&episode) else { return };
-                if alert.state == "resolved" {
-                    return; // before the restart, and told then
-                }
-                alert.state = "resolved".to_owned();
-                alert.resolved_at = Some(now);
-                (alert, AlertPhase::Resolved)
+                self.resolve(&episode);
+                return;
             }
         };
         self.unsaved.alerts.push((phase, alert));
         self.dirty = true; // the state knows where the rule stands
+    }
+
+    fn resolve(&mut self, episode: &Episode) {
+        let Some(mut alert) = self.firing.remove(episode) else { return };
+        if alert.state == "resolved" {
+            return; // before the restart, and told then
+        }
+        alert.state = "resolved".to_owned();
+        alert.resolved_at = Some(self.deps.clock.now());
+        self.unsaved.alerts.push((AlertPhase::Resolved, alert));
+        self.dirty = true; // the state knows where the rule stands
+    }
+
+    /// Resolves the alerts for which no rule fires any more, since the rule or its metric is gone or another one now.
+    fn settle_alerts(&mut self) {
+        let mut keys: HashMap<&ItemName, HashSet<&str>> = HashMap::new();
+        for (name, rule) in &self.rules {
+            if self.metrics.contains_key(&rule.metric) {
+                keys.insert(name, self.engine.firing(name).collect());
+            }
+        }
+        let fires = |alert: &Alert| {
+            let program = &self.metrics.get(&alert.metric)?.program;
+            let names = program.output().fields().iter().skip(2).take(program.key_count());
+            let values = names.map(|name| alert.labels.get(name.name()).and_then(Value::as_str));
+            let key = values.collect::<Option<Vec<&str>>>()?.join("|");
+            let is_same = self.rules.get(&alert.rule)?.metric == alert.metric;
+            (is_same && keys.get(&alert.rule)?.contains(key.as_str())).then_some(())
+        };
+        let stale = self.firing.iter().filter(|(_, alert)| fires(alert).is_none()).map(|(episode, _)| episode.clone());
+        let mut stale: Vec<Episode> = stale.collect();
+        stale.sort();
+        stale.iter().for_each(|episode| self.resolve(episode));
     }
 
     /// Events too late for a metric go to the dead letters.
@@ -1030,9 +1108,10 @@ impl State {
     }
 
     fn plan_tick(&mut self, myself: &ActorRef<WorkspaceMsg>, due: Instant) {
-        if std::mem::replace(&mut self.tick_planned, true) {
+        if self.tick_due.is_some_and(|planned| planned <= due) {
             return;
         }
+        self.tick_due = Some(due);
         match due.checked_duration_since(Instant::now()) {
             // behind what waits in the mailbox, so that a burst is shown once
             None => _ = myself.send_message(WorkspaceMsg::Tick),
@@ -1041,8 +1120,11 @@ impl State {
     }
 
     fn on_tick(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        self.tick_planned = false;
         let now = Instant::now();
+        if self.tick_due.is_none_or(|due| due > now) {
+            return; // an earlier one came in its place
+        }
+        self.tick_due = None;
         let mut next: Option<Instant> = None;
         let mut due = Vec::new();
         for (name, metric) in self.metrics.iter_mut().filter(|(_, metric)| metric.changed) {
@@ -1071,7 +1153,9 @@ impl State {
     }
 
     fn plan_idle(&mut self, myself: &ActorRef<WorkspaceMsg>, wait: Duration) {
-        if !std::mem::replace(&mut self.idle_planned, true) {
+        let due = Instant::now() + wait;
+        if self.idle_due.is_none_or(|planned| due < planned) {
+            self.idle_due = Some(due);
             drop(myself.send_after(wait, || WorkspaceMsg::Idle));
         }
     }
@@ -1079,7 +1163,10 @@ impl State {
     /// Event time of a stream without events goes on by processing time, but only to close a window
     /// that waits for it: an idle workspace costs nothing.
     fn on_idle(&mut self, myself: &ActorRef<WorkspaceMsg>) {
-        self.idle_planned = false;
+        if self.idle_due.is_none_or(|due| due > Instant::now()) {
+            return; // an earlier one came in its place
+        }
+        self.idle_due = None;
         let (now, timeout) = (self.deps.clock.now(), self.deps.idle_timeout);
         let mut wait: Option<Span> = None;
         for (stream, arrival) in &self.arrivals {
@@ -1164,16 +1251,16 @@ impl State {
         let one = self.tenant.committing.clone().try_acquire_owned();
         let one = one.expect("one commit at a time, and none of the actor before this one");
         self.saving = true;
-        let (committer, outlet, myself) = (self.deps.committer.clone(), self.deps.outlet.clone(), myself.clone());
-        let (tenant, cache, changed) = (self.tenant.clone(), self.deps.cache.clone(), self.changed_by(&commit));
+        let (deps, tenant, myself) = (self.deps.clone(), self.tenant.clone(), myself.clone());
+        let changed = self.changed_by(&commit);
         tokio::spawn(async move {
-            let Some((commit, result)) = committer.commit(commit).await else { return };
+            let Some((commit, result)) = deps.committer.commit(commit).await else { return };
             // before the actor lets the rows go, and also after a failure, which may be that only the answer was lost
-            cache.changed(&changed);
+            deps.cache.changed(&changed);
             drop(one);
             let result = match result {
                 Ok(()) => {
-                    tell(&*outlet, &tenant, alerts); // also when the actor has failed meanwhile
+                    tell(&deps, &tenant, alerts); // also when the actor has failed meanwhile
                     Ok(commit.offset)
                 }
                 Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
@@ -1217,8 +1304,10 @@ impl State {
         }
         self.in_store = rows.as_slice().into();
         let stored = alerts.iter().map(|(_, alert)| alert.clone()).collect();
+        let loud = alerts.iter().filter(|(_, alert)| !self.tenant.is_silenced(alert));
+        let notices = loud.filter_map(|(phase, alert)| notice(*phase, alert)).collect();
         let workspace = self.tenant.id.clone();
-        Some((Commit { workspace, offset, state, rows, alerts: stored, dead_letters }, alerts))
+        Some((Commit { workspace, offset, state, rows, alerts: stored, notices, dead_letters }, alerts))
     }
 
     /// What of the cached history is not as it was once this is in the store.
@@ -1296,7 +1385,7 @@ impl State {
             match committed {
                 Some((commit, Ok(()))) => {
                     self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
-                    tell(&*self.deps.outlet, &self.tenant, alerts);
+                    tell(&self.deps, &self.tenant, alerts);
                 }
                 Some((_, Err(error))) => {
                     tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
@@ -1319,8 +1408,10 @@ impl State {
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         let (workspace, store) = (self.tenant.id.clone(), self.deps.store.clone());
         // the same again changes nothing, but for a metric that stopped: it begins anew, behind the rows it has given
-        let is_again = self.metrics.get(&name).is_some_and(|known| known.definition == definition);
-        if is_again && self.engine.failure(&name).is_none() {
+        let known = self.metrics.get(&name).map(|known| &known.definition);
+        let known = known.or(self.unplanned.get(&name).map(|(known, _)| known));
+        let (is_known, is_again) = (known.is_some(), known == Some(&definition));
+        if is_again && self.metrics.contains_key(&name) && self.engine.failure(&name).is_none() {
             return Ok(());
         }
         self.check_chain(&name, &definition, &program)?;
@@ -1335,7 +1426,7 @@ impl State {
             (Some(span), Some(upstream)) => Some(self.history(&upstream, Some(span)).await?),
             _ => None,
         };
-        if self.metrics.contains_key(&name) && !is_again {
+        if is_known && !is_again {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
             blocks::forget(&self.deps.cache, &workspace, &name);
@@ -1343,11 +1434,13 @@ impl State {
         let row = store.put_metric(&workspace, &name, &stored, since, now).await?;
         let defined = self.defined(definition, program, row.version, since);
         self.begin(name.clone(), defined).map_err(Fault::internal)?;
+        self.unplanned.remove(&name);
         match history {
             Some(history) => self.take_history(&name, &history),
             None => self.catch_up(&name).await.map_err(Fault::internal)?,
         }
         self.start_rules(&name);
+        self.settle_alerts();
         self.publish(What::MetricRemoved { metric: name.clone() });
         if let Some(metric) = self.metrics.get_mut(&name) {
             metric.changed = true;
@@ -1476,6 +1569,7 @@ impl State {
         self.check_unread(name, "delete them first")?;
         self.engine.remove(name);
         self.metrics.remove(name);
+        self.unplanned.remove(name);
         self.unsaved.rows.retain(|row| row.metric != *name);
         let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
         blocks::forget(&self.deps.cache, &self.tenant.id, name);
@@ -1484,22 +1578,35 @@ impl State {
         Ok(existed)
     }
 
-    async fn watch(&mut self, name: ItemName, definition: RuleDefinition) -> Result<(), Fault> {
-        self.start_rule(&name, &definition)?;
+    async fn watch(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        name: ItemName,
+        definition: RuleDefinition,
+    ) -> Result<(), Fault> {
+        let rule = self.rule(&name, &definition)?;
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
         self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, self.deps.clock.now()).await?;
-        let metric = definition.metric.clone();
+        self.engine.watch(rule).map_err(Fault::internal)?;
+        self.idle_rules.remove(&name);
         self.rules.insert(name, definition);
-        if let Some(metric) = self.metrics.get_mut(&metric) {
-            metric.changed = true;
-        }
+        self.rules_changed(myself);
         Ok(())
     }
 
-    async fn unwatch(&mut self, name: &ItemName) -> Result<bool, Fault> {
+    async fn unwatch(&mut self, myself: &ActorRef<WorkspaceMsg>, name: &ItemName) -> Result<bool, Fault> {
+        let existed = self.deps.store.delete_alert_rule(&self.tenant.id, name).await?;
         self.engine.unwatch(name);
         self.rules.remove(name);
-        Ok(self.deps.store.delete_alert_rule(&self.tenant.id, name).await?)
+        self.idle_rules.remove(name);
+        self.rules_changed(myself);
+        Ok(existed)
+    }
+
+    fn rules_changed(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+        self.settle_alerts();
+        self.dirty = true;
+        self.plan_save(myself);
     }
 
     fn infos(&self) -> Vec<MetricInfo> {
@@ -1524,10 +1631,13 @@ impl State {
     }
 
     fn recent(&mut self, metric: &ItemName) -> Result<Recent, Fault> {
-        let Some(defined) = self.metrics.get(metric) else {
-            return Err(Fault::not_found("unknown_metric", format!("there is no metric `{metric}`")));
+        let program = match (self.metrics.get(metric), self.unplanned.get(metric)) {
+            (Some(defined), _) => Ok(defined.program.clone()),
+            (None, Some((_, reason))) => Err(Fault::invalid("metric_failed", cannot_be_planned(metric, reason))),
+            (None, None) => {
+                return Err(Fault::not_found("unknown_metric", format!("there is no metric `{metric}`")));
+            }
         };
-        let program = defined.program.clone();
         let live = self.engine.live(metric).map_err(|error| Fault::invalid("metric_failed", error.to_string()))?;
         let unsaved =
             self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
@@ -1626,11 +1736,18 @@ impl State {
     }
 }
 
+fn cannot_be_planned(metric: &ItemName, reason: &str) -> String {
+    format!("metric `{metric}` can no longer be planned and stays stopped; define it anew: {reason}")
+}
+
 /// Tells of alerts that are in the store, but for those that are silenced.
-fn tell(outlet: &dyn Outlet, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
+fn tell(deps: &Deps, tenant: &Tenant, alerts: Vec<(AlertPhase, Alert)>) {
+    if !alerts.is_empty() {
+        deps.notifier.wake();
+    }
     for (phase, alert) in alerts {
         if !tenant.is_silenced(&alert) {
-            outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
+            deps.outlet.publish(Update { workspace: tenant.id.clone(), what: What::Alert { phase, alert } });
         }
     }
 }

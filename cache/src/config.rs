@@ -1,5 +1,6 @@
 //! The settings of this crate.
 
+use redis::Client;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::PathBuf;
@@ -63,6 +64,11 @@ pub enum CacheError {
 }
 
 impl RedisConfig {
+    /// Refuses what [`Cache::start`](crate::Cache::start) would refuse.
+    pub fn check(&self) -> Result<(), CacheError> {
+        self.address()?.map_or(Ok(()), |url| client(&url).map(drop))
+    }
+
     /// The address, if there is one.
     pub(crate) fn address(&self) -> Result<Option<String>, CacheError> {
         match (&self.url, &self.url_file) {
@@ -75,4 +81,8 @@ impl RedisConfig {
             (None, None) => Ok(None),
         }
     }
+}
+
+pub(crate) fn client(url: &str) -> Result<Client, CacheError> {
+    Client::open(url).map_err(|error| CacheError::Url(error.to_string()))
 }

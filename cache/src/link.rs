@@ -3,7 +3,7 @@
 //!
 //! What changed while it could not be told is remembered, and told before Redis is asked anything again.
 
-use crate::config::CacheError;
+use crate::config::{self, CacheError};
 use crate::tag::{Generations, Tag};
 use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
@@ -88,7 +88,7 @@ impl Link {
         era_file: PathBuf,
         generations: Arc<Generations>,
     ) -> Result<Link, CacheError> {
-        let client = Client::open(url).map_err(|error| CacheError::Url(error.to_string()))?;
+        let client = config::client(url)?;
         let trust = take_era(&era_file).map_or(Trust::No, Trust::Era);
         let inner = Arc::new(Inner {
             client,

@@ -12,6 +12,7 @@ use crate::limit::StateSize;
 use crate::metric::{Metric, RestoreError, Rows, Timing, times};
 use crate::program::Program;
 use crate::reference::{Tables, evaluate};
+use crate::shared::Shared;
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Array, NullArray, RecordBatch, UInt32Array, new_null_array,
 };
@@ -483,7 +484,7 @@ impl Joined {
             }
             (_, state) => return Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
         };
-        let metric = Metric::restore(program, self.metric.timing(), closed, panes, revisions)?;
+        let metric = self.metric.emptied().restored(closed, panes, revisions)?;
         Ok(Joined { metric, streams, rows: 0, most: self.most })
     }
 }
@@ -508,7 +509,7 @@ fn absorb_with_tables(
     let rows = Wide::new(joins.own_columns(batch), batch.num_rows());
     let (rows, origin) = joins.join_tables(rows, 0, tables)?.finish(joins)?;
     let mut late = Vec::new();
-    metric.absorb(&rows, frontier, out, &mut late)?;
+    metric.absorb(&rows, frontier, &mut Shared::default(), out, &mut late)?;
     if let Some(origin) = origin {
         late.iter_mut().for_each(|row| *row = origin[*row as usize]);
         late.dedup();
@@ -866,7 +867,7 @@ impl StreamJoin {
         self.emitted += rows.num_rows();
         let frontier = metric.closed().plus(metric.timing().max_delay);
         // pairs with an event whose window is past its lateness count no more
-        metric.absorb(&rows, frontier, out, &mut Vec::new())
+        metric.absorb(&rows, frontier, &mut Shared::default(), out, &mut Vec::new())
     }
 
     /// The watermark of joined rows moves on: left events that no match can come for become rows, windows close, and

@@ -11,9 +11,9 @@ use datafusion_common::Result;
 use hashbrown::hash_table::Entry;
 use hashbrown::{DefaultHashBuilder, HashTable};
 use std::hash::BuildHasher;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-/// Number of a key within one metric. Reused after the last pane that held it is gone.
+/// Number of a key within one table. Reused after the last metric that held it let it go.
 pub(crate) type KeyId = u32;
 
 /// One value of a key in a fixed size. A text of up to 16 bytes is here as a whole, so that looking up a key follows no
@@ -117,7 +117,7 @@ enum Layout {
     Rows(RowConverter),
 }
 
-/// The keys a metric holds state for. Memory follows the keys in open panes, not the keys ever seen.
+/// Keys by number. Memory follows the keys in open panes, not the keys ever seen.
 pub(crate) struct KeyTable {
     layout: Layout,
     width: usize, // parts of a key
@@ -385,6 +385,145 @@ impl KeyTable {
             + self.long_bytes
             + self.panes.capacity() * 12
             + (self.index.capacity() + self.free.capacity()) * 5
+    }
+}
+
+/// The keys that one metric holds, in a table that metrics with the same keys share: they number a key alike.
+pub(crate) struct Keys {
+    table: SharedTable,
+    held: Vec<u32>, // by key: how many panes of this metric hold it
+    count: usize,
+}
+
+type SharedTable = Arc<Mutex<KeyTable>>;
+
+/// Which table it is.
+pub(crate) type WeakTable = Weak<Mutex<KeyTable>>;
+
+fn lock(table: &SharedTable) -> MutexGuard<'_, KeyTable> {
+    table.lock().unwrap_or_else(PoisonError::into_inner) // a metric whose step panicked is made anew
+}
+
+impl Keys {
+    pub(crate) fn new(schema: &SchemaRef) -> Result<Keys> {
+        Ok(Keys::of(Arc::new(Mutex::new(KeyTable::new(schema)?))))
+    }
+
+    fn of(table: SharedTable) -> Keys {
+        Keys { table, held: Vec::new(), count: 0 }
+    }
+
+    /// Keys of another metric in the same table.
+    pub(crate) fn beside(&self) -> Keys {
+        Keys::of(self.table.clone())
+    }
+
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.table) > 1
+    }
+
+    pub(crate) fn table(&self) -> WeakTable {
+        Arc::downgrade(&self.table)
+    }
+
+    /// Whether they are in this table.
+    pub(crate) fn are_of(&self, table: &WeakTable) -> bool {
+        table.as_ptr() == Arc::as_ptr(&self.table)
+    }
+
+    /// The key of each of `count` rows of `columns`.
+    pub(crate) fn intern(&self, columns: &[ArrayRef], count: usize) -> Result<Vec<KeyId>> {
+        lock(&self.table).intern(columns, count)
+    }
+
+    /// A pane took the key in.
+    #[inline]
+    pub(crate) fn hold(&mut self, id: KeyId) {
+        let at = id as usize;
+        if self.held.len() <= at {
+            self.held.resize(at + 1, 0);
+        }
+        self.held[at] += 1;
+        if self.held[at] == 1 {
+            self.count += 1;
+            lock(&self.table).hold(id);
+        }
+    }
+
+    /// A pane that held the key is gone.
+    pub(crate) fn release(&mut self, id: KeyId) {
+        let at = id as usize;
+        self.held[at] -= 1;
+        if self.held[at] == 0 {
+            self.count -= 1;
+            lock(&self.table).release(id);
+        }
+        if self.count == 0 {
+            self.held = Vec::new(); // quiet metrics keep no room for the keys of busy times
+        }
+    }
+
+    /// Forgets those of `ids` that nothing took in.
+    pub(crate) fn forget_unheld(&self, ids: &[KeyId]) {
+        lock(&self.table).forget_unheld(ids);
+    }
+
+    /// How many keys hold state.
+    pub(crate) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// One more than the greatest number of a key.
+    pub(crate) fn bound(&self) -> usize {
+        lock(&self.table).bound()
+    }
+
+    /// The key columns of `ids`, in that order.
+    pub(crate) fn columns(&self, ids: &[KeyId]) -> Result<Vec<ArrayRef>> {
+        lock(&self.table).columns(ids)
+    }
+
+    /// Bytes on the heap; of the table, this metric's share.
+    pub(crate) fn bytes(&self) -> usize {
+        self.held.capacity() * size_of::<u32>() + lock(&self.table).bytes() / Arc::strong_count(&self.table)
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        if self.count > 0 && self.is_shared() {
+            let mut table = lock(&self.table);
+            let held = self.held.iter().enumerate().filter(|(_, panes)| **panes > 0);
+            held.for_each(|(id, _)| table.release(id as KeyId));
+        }
+    }
+}
+
+/// The keys of a batch's rows, which keep their numbers until this is dropped.
+pub(crate) struct Interned {
+    pub(crate) ids: Vec<KeyId>,
+    table: Option<SharedTable>, // where another metric might let go of them meanwhile
+}
+
+impl Interned {
+    /// The key of each of `count` rows of `columns`.
+    pub(crate) fn new(keys: &Keys, columns: &[ArrayRef], count: usize) -> Result<Interned> {
+        let mut table = lock(&keys.table);
+        let ids = table.intern(columns, count)?;
+        let shared = keys.is_shared().then(|| keys.table.clone());
+        if shared.is_some() {
+            ids.iter().for_each(|&id| table.hold(id));
+        }
+        Ok(Interned { ids, table: shared })
+    }
+}
+
+impl Drop for Interned {
+    fn drop(&mut self) {
+        if let Some(table) = &self.table {
+            let mut table = lock(table);
+            self.ids.iter().for_each(|&id| table.release(id));
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! One metric of one workspace: when its windows close, and the rows that come of it.
 
 use crate::event::{Micros, Span};
-use crate::key::{KeyId, KeyTable, batch_of};
-use crate::panes::Panes;
+use crate::key::{KeyId, Keys, batch_of};
+use crate::panes::{Panes, Tops};
 use crate::program::{Finished, Program};
 use crate::session::Sessions;
+use crate::shared::{Front, Shared};
 use crate::window::Window;
-use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, TimestampMicrosecondArray};
 use arrow::compute;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimestampMicrosecondType};
 use datafusion_common::{DataFusionError, Result, exec_err};
@@ -31,9 +32,17 @@ pub struct Rows {
     pub gone: Option<RecordBatch>,
     /// These are all rows of their window: whoever is missing has left it (`ORDER BY … LIMIT`).
     pub complete: bool,
-    /// Earlier final rows that no longer hold, by HAVING or since late events joined their session to another one:
+    /// Earlier final rows that no longer hold, by HAVING, by LIMIT or since late events joined their session to another one:
     /// `window_start`, `window_end`, the keys, and the revision that takes the row back.
     pub withdrawn: Option<RecordBatch>,
+}
+
+impl Rows {
+    /// No final row.
+    pub(crate) fn none(program: &Program) -> Rows {
+        let batch = RecordBatch::new_empty(program.output().clone());
+        Rows { batch, revisions: Some(Vec::new()), gone: None, complete: false, withdrawn: None }
+    }
 }
 
 /// State of a metric that no version of this engine can read.
@@ -51,7 +60,7 @@ pub enum RestoreError {
 pub(crate) struct Frame {
     pub(crate) program: Arc<Program>,
     pub(crate) timing: Timing,
-    pub(crate) keys: KeyTable,
+    pub(crate) keys: Keys,
     /// The watermark; every window that closes here or before is final.
     pub(crate) closed: Micros,
 }
@@ -80,12 +89,26 @@ pub struct Metric {
 
 impl Metric {
     pub fn new(program: Arc<Program>, timing: Timing) -> Result<Self> {
-        let keys = KeyTable::new(&program.key_schema)?;
+        let keys = Keys::new(&program.key_schema)?;
+        Ok(Self::with_keys(program, timing, keys))
+    }
+
+    fn with_keys(program: Arc<Program>, timing: Timing, keys: Keys) -> Self {
         let state = match program.window() {
             Window::Session { gap } => State::Sessions(Sessions::new(&program, gap)),
             _ => State::Panes(Panes::default()),
         };
-        Ok(Self { frame: Frame { program, timing, keys, closed: Micros::MIN }, state })
+        Self { frame: Frame { program, timing, keys, closed: Micros::MIN }, state }
+    }
+
+    /// Another metric, which numbers its keys alike where they are the same.
+    pub(crate) fn beside(&self, program: Arc<Program>, timing: Timing) -> Option<Self> {
+        program.has_keys_of(&self.frame.program).then(|| Self::with_keys(program, timing, self.frame.keys.beside()))
+    }
+
+    /// The same metric without state.
+    pub(crate) fn emptied(&self) -> Self {
+        Self::with_keys(self.frame.program.clone(), self.frame.timing, self.frame.keys.beside())
     }
 
     pub fn program(&self) -> &Arc<Program> {
@@ -101,15 +124,17 @@ impl Metric {
         self.frame.closed
     }
 
-    /// Takes in a batch whose first event came when the stream's event time stood at `frontier`.
+    /// Takes in a batch whose first event came when the stream's event time stood at `frontier`; `shared` is what
+    /// others did with it before.
     ///
     /// Whether an event is late is decided by the events before it, never by how they were cut into
     /// batches. Final rows and corrections go to `out` in the order in which they became final; rows
     /// of `batch` that no window takes any more are listed in `dropped`.
-    pub fn absorb(
+    pub(crate) fn absorb(
         &mut self,
         batch: &RecordBatch,
         frontier: Micros,
+        shared: &mut Shared,
         out: &mut Vec<Rows>,
         dropped: &mut Vec<u32>,
     ) -> Result<()> {
@@ -117,10 +142,9 @@ impl Metric {
             return exec_err!("a batch of `{}` has no column `ts`", self.frame.program.stream());
         }
         let batch = self.frame.program.align(batch)?;
-        let keep = self.frame.program.selected(&batch)?;
         match &mut self.state {
-            State::Panes(panes) => panes.absorb(&mut self.frame, &batch, keep, frontier, out, dropped),
-            State::Sessions(sessions) => sessions.absorb(&mut self.frame, &batch, keep, frontier, out, dropped),
+            State::Panes(panes) => panes.absorb(&mut self.frame, &batch, shared, frontier, out, dropped),
+            State::Sessions(sessions) => sessions.absorb(&mut self.frame, &batch, shared, frontier, out, dropped),
         }
     }
 
@@ -132,7 +156,10 @@ impl Metric {
             None => batch,
         };
         match &mut self.state {
-            State::Panes(panes) => panes.fill(&mut self.frame, &batch).map(drop),
+            State::Panes(panes) => {
+                let mut front = Front::new(&self.frame.program, &self.frame.keys, batch)?;
+                panes.fill(&mut self.frame, &mut front).map(drop)
+            }
             State::Sessions(_) => exec_err!("{NO_SESSIONS}"),
         }
     }
@@ -147,7 +174,13 @@ impl Metric {
         out: &mut Vec<Rows>,
     ) -> Result<()> {
         let before = match &mut self.state {
-            State::Panes(panes) => panes.remove(start),
+            State::Panes(panes) => {
+                let tops = match self.frame.program.is_top() {
+                    true => panes.tops(&self.frame, std::iter::once(start))?,
+                    false => Tops::new(),
+                };
+                (panes.remove(start), tops)
+            }
             State::Sessions(_) => return exec_err!("{NO_SESSIONS}"),
         };
         self.take(whole)?;
@@ -185,6 +218,29 @@ impl Metric {
         match &mut self.state {
             State::Panes(panes) => panes.tick(&mut self.frame, frontier, out),
             State::Sessions(sessions) => sessions.tick(&self.frame, out),
+        }
+    }
+
+    /// The same, but since the last look, of which a tick knows nothing: what alert rules see after each batch.
+    pub(crate) fn look(&mut self, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        match &mut self.state {
+            State::Panes(panes) => panes.look(&mut self.frame, frontier, out),
+            State::Sessions(sessions) => sessions.look(&self.frame, out),
+        }
+    }
+
+    /// End of the window that the last look showed, of overlapping ones.
+    pub(crate) fn looked_at(&self) -> Option<Micros> {
+        match &self.state {
+            State::Panes(panes) => panes.looked_at,
+            State::Sessions(_) => None,
+        }
+    }
+
+    /// Goes on looking where a metric stood whose [`Metric::looked_at`] was this.
+    pub(crate) fn look_from(&mut self, looked_at: Option<Micros>) {
+        if let State::Panes(panes) = &mut self.state {
+            panes.looked_at = looked_at;
         }
     }
 
@@ -241,21 +297,19 @@ impl Metric {
         Ok((self.frame.closed, state, more))
     }
 
-    /// A metric with the state that [`Metric::save`] gave.
-    pub(crate) fn restore(
-        program: Arc<Program>,
-        timing: Timing,
+    /// This metric, which has none, with the state that [`Metric::save`] gave.
+    pub(crate) fn restored(
+        mut self,
         closed: Micros,
         state: &RecordBatch,
         more: &RecordBatch,
     ) -> Result<Self, RestoreError> {
-        let mut metric = Metric::new(program, timing)?;
-        metric.frame.closed = closed;
-        match &mut metric.state {
-            State::Panes(panes) => panes.restore(&mut metric.frame, state, more)?,
-            State::Sessions(sessions) => sessions.restore(&mut metric.frame, state)?,
+        self.frame.closed = closed;
+        match &mut self.state {
+            State::Panes(panes) => panes.restore(&mut self.frame, state, more)?,
+            State::Sessions(sessions) => sessions.restore(&mut self.frame, state)?,
         }
-        Ok(metric)
+        Ok(self)
     }
 }
 
@@ -287,7 +341,7 @@ impl Frame {
             gone = Some(compute::filter_record_batch(&keys, &left)?);
             if let Some(revisions) = revisions.as_ref().filter(|revisions| revisions.iter().any(|&n| n > 0)) {
                 let corrected = BooleanArray::from_iter(revisions.iter().map(|&n| Some(n > 0)));
-                let taken = self.withdrawal(fixed, revisions)?;
+                let taken = self.program.withdrawal(fixed, revisions)?;
                 let taken = compute::filter_record_batch(&taken, &compute::and(&left, &corrected)?)?;
                 withdrawn = Some(taken).filter(|taken| taken.num_rows() > 0);
             }
@@ -300,14 +354,36 @@ impl Frame {
         Ok(Some(Rows { batch, revisions, gone, complete, withdrawn }))
     }
 
-    /// [`Rows::withdrawn`] of these bounds, keys and revisions.
-    pub(crate) fn withdrawal(&self, bounds_and_keys: Vec<ArrayRef>, revisions: &[i64]) -> Result<RecordBatch> {
-        let mut columns = bounds_and_keys;
-        columns.push(Arc::new(Int64Array::from_iter_values(revisions.iter().copied())));
-        let mut fields: Vec<FieldRef> = self.program.output().fields()[..2].to_vec();
-        fields.extend(self.program.key_schema.fields().iter().cloned());
-        fields.push(Arc::new(Field::new("revision", DataType::Int64, false)));
-        batch_of(Arc::new(Schema::new(fields)), columns, revisions.len())
+    /// The keys of those groups that become rows.
+    pub(crate) fn chosen(&self, groups: Groups) -> Result<Vec<KeyId>> {
+        let Groups { starts, ends, ids, results, .. } = groups;
+        let mut columns = vec![starts, ends];
+        columns.extend(self.keys.columns(ids)?);
+        columns.extend(results);
+        let (batch, kept) = self.program.finish(columns, ids.len())?;
+        Ok((0..batch.num_rows() as u32).map(|row| ids[kept.group(row) as usize]).collect())
+    }
+
+    /// Adds to `rows` that earlier final rows no longer hold: their bounds, their keys, and the revisions that say so.
+    pub(crate) fn withdraw(
+        &self,
+        rows: &mut Option<Rows>,
+        (starts, ends): (ArrayRef, ArrayRef),
+        ids: &[KeyId],
+        revisions: &[i64],
+    ) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut columns = vec![starts, ends];
+        columns.extend(self.keys.columns(ids)?);
+        let mut taken = self.program.withdrawal(columns, revisions)?;
+        let rows = rows.get_or_insert_with(|| Rows::none(&self.program));
+        if let Some(more) = &rows.withdrawn {
+            taken = compute::concat_batches(&taken.schema(), [&taken, more])?;
+        }
+        rows.withdrawn = Some(taken);
+        Ok(())
     }
 
     /// Fields of saved state: `first` columns of integers, the keys, the state of every aggregate.

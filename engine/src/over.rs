@@ -10,7 +10,7 @@ use crate::event::{Micros, Span};
 use crate::indicator::{self, Indicator};
 use crate::key::{KeyTable, batch_of};
 use crate::metric::{RestoreError, Rows};
-use crate::program::{Aggregate, Arguments, Program};
+use crate::program::{Aggregate, Arguments, Program, checked};
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float64Array, Float64Builder, Int64Array, ListArray,
     ListBuilder, RecordBatch, UInt32Array, new_empty_array,
@@ -133,8 +133,13 @@ impl Over {
                 }
                 Work::Running { aggregate } => Plan::Running {
                     kind: kind(aggregate, input)?,
-                    arguments: aggregate.call.expressions().iter().map(|arg| over.argument(arg)).collect(),
-                    keep: aggregate.filter.as_ref().map(|filter| over.argument(filter)),
+                    arguments: aggregate
+                        .call
+                        .expressions()
+                        .iter()
+                        .map(|arg| over.argument(arg))
+                        .collect::<Result<_>>()?,
+                    keep: aggregate.filter.as_ref().map(|filter| over.argument(filter)).transpose()?,
                 },
                 Work::Lag { value, offset, default } => {
                     Plan::Lag { ring: over.ring(value, offset + 1, input)?, offset: *offset, default: default.clone() }
@@ -145,12 +150,12 @@ impl Over {
                 }
                 Work::First { value } => Plan::First {
                     null: ScalarValue::try_from(&value.data_type(input)?)?,
-                    argument: over.argument(value),
+                    argument: over.argument(value)?,
                 },
                 Work::RowNumber => Plan::RowNumber,
                 Work::Indicator { indicator, values } => Plan::Indicator {
                     indicator: *indicator,
-                    arguments: values.iter().map(|value| over.argument(value)).collect(),
+                    arguments: values.iter().map(|value| over.argument(value)).collect::<Result<_>>()?,
                 },
             };
             over.plans.push(plan);
@@ -159,15 +164,16 @@ impl Over {
         Ok(over)
     }
 
-    fn argument(&mut self, expr: &Arc<dyn PhysicalExpr>) -> usize {
-        self.arguments.iter().position(|known| known == expr).unwrap_or_else(|| {
-            self.arguments.push(expr.clone());
+    fn argument(&mut self, expr: &Arc<dyn PhysicalExpr>) -> Result<usize> {
+        let expr = checked(expr)?;
+        Ok(self.arguments.iter().position(|known| known == &expr).unwrap_or_else(|| {
+            self.arguments.push(expr);
             self.arguments.len() - 1
-        })
+        }))
     }
 
     fn ring(&mut self, expr: &Arc<dyn PhysicalExpr>, rows: usize, input: &Schema) -> Result<usize> {
-        let argument = self.argument(expr);
+        let argument = self.argument(expr)?;
         if let Some(at) = self.rings.iter().position(|(known, ..)| *known == argument) {
             self.rings[at].2 = self.rings[at].2.max(rows);
             return Ok(at);
@@ -412,6 +418,15 @@ struct Kept {
     row: RecordBatch,
     results: Vec<ScalarValue>,
     revision: i64,
+    /// It was not taken back.
+    is_in: bool,
+}
+
+/// A row that is taken back, and the revision that says so.
+struct Left {
+    row: RecordBatch,
+    revision: i64,
+    was_newest: bool,
 }
 
 struct Partition {
@@ -421,6 +436,19 @@ struct Partition {
     base: Option<Cursor>,
     kept: VecDeque<Kept>,
     newest: Option<Place>,
+}
+
+impl Partition {
+    /// Takes a kept row back; it keeps its place and its revision, should it come again.
+    fn leave(&mut self, place: &Place) -> Option<Left> {
+        let at = self.kept.binary_search_by(|kept| kept.place.cmp(place)).ok()?;
+        let was_newest = self.kept.iter().rposition(|kept| kept.is_in) == Some(at);
+        let kept = &mut self.kept[at];
+        std::mem::take(&mut kept.is_in).then(|| {
+            kept.revision += 1;
+            Left { row: kept.row.clone(), revision: kept.revision, was_newest }
+        })
+    }
 }
 
 /// Rows that came of a step, and whether they are the newest of their partitions.
@@ -490,59 +518,78 @@ impl RowMetric {
     }
 
     /// Takes in final rows of the metric it reads, in the columns of the program's input, and corrections of earlier
-    /// ones (`revisions` above 0).
-    pub(crate) fn absorb(&mut self, batch: &RecordBatch, revisions: &[i64], out: &mut Vec<Produced>) -> Result<()> {
+    /// ones (`revisions` above 0), after it took those back that were `withdrawn`.
+    pub(crate) fn absorb(
+        &mut self,
+        batch: &RecordBatch,
+        revisions: &[i64],
+        withdrawn: Option<&RecordBatch>,
+        out: &mut Vec<Produced>,
+    ) -> Result<()> {
         let program = self.program.clone();
         let over = over_of(&program)?;
+        let mut dirty: BTreeMap<u32, Vec<Place>> = BTreeMap::new(); // kept rows that were put in or changed
+        let mut left: Vec<Left> = Vec::new();
+        if let Some(withdrawn) = withdrawn {
+            let (ids, places) = self.places(&program.align(withdrawn)?)?;
+            for (place, row) in places {
+                let id = ids[row as usize];
+                if let Some(gone) = self.partition(id)?.leave(&place) {
+                    left.push(gone);
+                    dirty.entry(id).or_default();
+                }
+            }
+        }
         let batch = program.align(batch)?;
         let selected = program.selected(&batch)?;
         let (ids, mut order) = self.places(&batch)?;
         let arguments = over.evaluate(&batch)?;
         let mut appended: Vec<(u32, Vec<ScalarValue>)> = Vec::new();
-        let mut dirty: BTreeMap<u32, Vec<Place>> = BTreeMap::new(); // kept rows that were put in or changed
-        let mut gone: Vec<u32> = Vec::new();
         order.sort_unstable();
+        let lateness = self.lateness;
         for (place, row) in order {
             let id = ids[row as usize];
             let is_in = selected.as_ref().is_none_or(|mask| mask.value(row as usize));
-            let Some(partition) = self.partitions.get_mut(id as usize) else {
-                return exec_err!("partition {id} was not made");
-            };
-            let is_new = partition.newest.as_ref().is_none_or(|newest| *newest < place);
+            let partition = self.partition(id)?;
+            let is_new = partition.newest.as_ref().is_none_or(|newest| *newest < place) && !dirty.contains_key(&id);
             if is_new || (partition.kept.is_empty() && revisions[row as usize] == 0) {
                 if !is_in {
                     continue;
                 }
-                if self.lateness > Span::ZERO && partition.base.is_none() {
+                if lateness > Span::ZERO && partition.base.is_none() {
                     partition.base = Some(partition.tip.copy(over)?);
                 }
                 let results = partition.tip.push(over, &arguments, row as usize)?;
-                if self.lateness > Span::ZERO {
+                if lateness > Span::ZERO {
                     let row = batch.slice(row as usize, 1);
-                    partition.kept.push_back(Kept { place: place.clone(), row, results: results.clone(), revision: 0 });
+                    let (place, results) = (place.clone(), results.clone());
+                    partition.kept.push_back(Kept { place, row, results, revision: 0, is_in: true });
                 }
                 partition.newest = partition.newest.take().max(Some(place));
                 appended.push((row, results));
                 continue;
             }
-            let found = partition.kept.binary_search_by(|kept| kept.place.cmp(&place));
             let one = batch.slice(row as usize, 1);
-            match (found, is_in) {
-                (Ok(at), true) => partition.kept[at].row = one,
-                (Ok(at), false) => {
-                    if at + 1 == partition.kept.len() {
-                        gone.push(row);
+            match (partition.kept.binary_search_by(|kept| kept.place.cmp(&place)), is_in) {
+                (Ok(at), true) if partition.kept[at].is_in && partition.kept[at].row == one => continue,
+                (Ok(at), true) => {
+                    partition.kept[at].row = one;
+                    partition.kept[at].is_in = true;
+                }
+                (Ok(_), false) => {
+                    if let Some(gone) = partition.leave(&place) {
+                        left.push(gone);
+                        dirty.entry(id).or_default();
                     }
-                    partition.kept.remove(at);
-                    dirty.entry(id).or_default();
                     continue;
                 }
                 // what lies before the kept rows was let go as settled
                 (Err(_), true) if partition.base.is_none() => continue,
                 (Err(at), true) => {
-                    partition
-                        .kept
-                        .insert(at, Kept { place: place.clone(), row: one, results: Vec::new(), revision: -1 });
+                    let place = place.clone();
+                    partition.newest = partition.newest.take().max(Some(place.clone()));
+                    let kept = Kept { place, row: one, results: Vec::new(), revision: -1, is_in: true };
+                    partition.kept.insert(at, kept);
                 }
                 (Err(_), false) => continue,
             }
@@ -555,14 +602,17 @@ impl RowMetric {
             out.push(Produced { rows: finished(&program, &taken, &results, revisions)?, is_newest: true });
         }
         self.correct(&program, over, dirty, out)?;
-        if !gone.is_empty() {
-            let keys = compute::take_record_batch(&batch, &UInt32Array::from(gone))?;
-            let keys = batch_of(program.key_schema.clone(), program.keys_of(&keys)?, keys.num_rows())?;
-            let mut rows = finished(&program, &batch.slice(0, 0), &[], Vec::new())?;
-            rows.gone = Some(keys);
-            out.push(Produced { rows, is_newest: false });
+        if !left.is_empty() {
+            out.push(Produced { rows: taken_back(&program, &left)?, is_newest: false });
         }
         Ok(())
+    }
+
+    fn partition(&mut self, id: u32) -> Result<&mut Partition> {
+        match self.partitions.get_mut(id as usize) {
+            Some(partition) => Ok(partition),
+            None => exec_err!("partition {id} was not made"),
+        }
     }
 
     /// Every row of windows that end at `closed` or before has come; what can no longer be corrected is let go.
@@ -578,9 +628,12 @@ impl RowMetric {
             if settled == 0 {
                 continue;
             }
-            let rows: Vec<Kept> = partition.kept.drain(..settled).collect();
+            let rows: Vec<Kept> = partition.kept.drain(..settled).filter(|kept| kept.is_in).collect();
             if partition.kept.is_empty() {
                 partition.base = None;
+                continue;
+            }
+            if rows.is_empty() {
                 continue;
             }
             let batch = compute::concat_batches(rows[0].row.schema_ref(), rows.iter().map(|kept| &kept.row))?;
@@ -643,12 +696,13 @@ impl RowMetric {
                 Some(base) => base.copy(over)?,
                 None => Cursor::new(over)?,
             };
-            if let Some(first) = partition.kept.front() {
+            let is_in = || partition.kept.iter().filter(|kept| kept.is_in);
+            if let Some(first) = is_in().next() {
                 let schema = first.row.schema();
-                let batch = compute::concat_batches(&schema, partition.kept.iter().map(|kept| &kept.row))?;
+                let batch = compute::concat_batches(&schema, is_in().map(|kept| &kept.row))?;
                 let arguments = over.evaluate(&batch)?;
-                let last = partition.kept.len() - 1;
-                for (at, kept) in partition.kept.iter_mut().enumerate() {
+                let last = batch.num_rows() - 1;
+                for (at, kept) in partition.kept.iter_mut().filter(|kept| kept.is_in).enumerate() {
                     let results = cursor.push(over, &arguments, at)?;
                     if results != kept.results || changed.contains(&kept.place) {
                         kept.revision += 1;
@@ -696,9 +750,11 @@ impl RowMetric {
         let kept = || self.partitions.iter().enumerate().flat_map(|(id, p)| p.kept.iter().map(move |kept| (id, kept)));
         let ids = Int64Array::from_iter_values(kept().map(|(id, _)| id as i64));
         let revisions = Int64Array::from_iter_values(kept().map(|(_, kept)| kept.revision));
+        let is_in = Int64Array::from_iter_values(kept().map(|(_, kept)| i64::from(kept.is_in)));
         let rows = compute::concat_batches(&loose(&program.parts.input), kept().map(|(_, kept)| &kept.row))?;
         let count = rows.num_rows();
-        let columns = [Arc::new(ids) as ArrayRef, Arc::new(revisions)].into_iter().chain(rows.columns().to_vec());
+        let columns = [Arc::new(ids) as ArrayRef, Arc::new(revisions), Arc::new(is_in)];
+        let columns = columns.into_iter().chain(rows.columns().to_vec());
         Ok((self.closed, partitions, batch_of(kept_schema, columns.collect(), count)?))
     }
 
@@ -754,11 +810,12 @@ impl RowMetric {
     fn restore_kept(&mut self, kept: &RecordBatch) -> Result<(), RestoreError> {
         let program = self.program.clone();
         let over = over_of(&program)?;
-        let all: Vec<usize> = (2..kept.num_columns()).collect();
+        let all: Vec<usize> = (3..kept.num_columns()).collect();
         let rows = kept.project(&all)?;
         let rows = batch_of(loose(&program.parts.input), rows.columns().to_vec(), rows.num_rows())?;
         let partitions = kept.column(0).as_primitive::<Int64Type>();
         let revisions = kept.column(1).as_primitive::<Int64Type>();
+        let is_in = kept.column(2).as_primitive::<Int64Type>();
         let arguments = over.evaluate(&rows)?;
         let (_, places) = self.places(&rows)?;
         for (place, row) in places {
@@ -769,8 +826,9 @@ impl RowMetric {
             if partition.base.is_none() {
                 partition.base = Some(partition.tip.copy(over)?);
             }
-            let results = partition.tip.push(over, &arguments, row)?;
-            partition.kept.push_back(Kept { place, row: rows.slice(row, 1), results, revision: revisions.value(row) });
+            let (revision, is_in) = (revisions.value(row), is_in.value(row) == 1);
+            let results = if is_in { partition.tip.push(over, &arguments, row)? } else { Vec::new() };
+            partition.kept.push_back(Kept { place, row: rows.slice(row, 1), results, revision, is_in });
         }
         Ok(())
     }
@@ -792,7 +850,7 @@ impl RowMetric {
         for (at, plan) in over.plans.iter().enumerate() {
             partitions.extend(standing_fields(plan, &format!("call{at}"))?);
         }
-        let mut kept: Vec<FieldRef> = vec![int("partition"), int("revision")];
+        let mut kept: Vec<FieldRef> = vec![int("partition"), int("revision"), int("is_in")];
         kept.extend(self.program.parts.input.fields().iter().map(|f| Arc::new(f.as_ref().clone().with_nullable(true))));
         Ok((Arc::new(Schema::new(partitions)), Arc::new(Schema::new(kept))))
     }
@@ -821,6 +879,24 @@ fn finished(program: &Program, input: &RecordBatch, results: &[Vec<ScalarValue>]
     }
     let batch = program.finish_rows(input, columns)?;
     Ok(Rows { batch, revisions: Some(revisions), gone: None, complete: false, withdrawn: None })
+}
+
+/// What says that rows no longer hold.
+fn taken_back(program: &Program, left: &[Left]) -> Result<Rows> {
+    let rows = compute::concat_batches(&left[0].row.schema(), left.iter().map(|left| &left.row))?;
+    let keys = program.keys_of(&rows)?;
+    let mut columns: Vec<ArrayRef> =
+        ["window_start", "window_end"].iter().filter_map(|name| rows.column_by_name(name).cloned()).collect();
+    columns.extend(keys.iter().cloned());
+    let revisions: Vec<i64> = left.iter().map(|left| left.revision).collect();
+    let newest: BooleanArray = left.iter().map(|left| Some(left.was_newest)).collect();
+    let keys = batch_of(program.key_schema.clone(), keys, rows.num_rows())?;
+    let gone = compute::filter_record_batch(&keys, &newest)?;
+    Ok(Rows {
+        gone: Some(gone).filter(|gone| gone.num_rows() > 0),
+        withdrawn: Some(program.withdrawal(columns, &revisions)?),
+        ..Rows::none(program)
+    })
 }
 
 fn list_type(kind: &DataType) -> DataType {
@@ -892,14 +968,21 @@ fn load_standing(plan: &Plan, state: &[ArrayRef], has_rows: bool) -> Result<Stan
     Ok(standing)
 }
 
-/// The rows of `batch` whose window ends after `since`.
-pub(crate) fn rows_after(rows: &Rows, since: Micros) -> Result<(RecordBatch, Vec<i64>)> {
+/// The final rows whose windows end after `since` with their revisions, and those of them that are withdrawn.
+pub(crate) fn rows_after(rows: &Rows, since: Micros) -> Result<(RecordBatch, Vec<i64>, Option<RecordBatch>)> {
+    let after = |batch: &RecordBatch| -> BooleanArray {
+        let ends = batch.column(1).as_primitive::<TimestampMicrosecondType>();
+        ends.values().iter().map(|&end| Some(end > since.0)).collect()
+    };
+    let withdrawn = match &rows.withdrawn {
+        Some(gone) => Some(compute::filter_record_batch(gone, &after(gone))?).filter(|gone| gone.num_rows() > 0),
+        None => None,
+    };
     let revisions = rows.revisions.clone().unwrap_or_else(|| vec![0; rows.batch.num_rows()]);
-    let ends = rows.batch.column(1).as_primitive::<TimestampMicrosecondType>();
-    if ends.values().iter().all(|&end| end > since.0) {
-        return Ok((rows.batch.clone(), revisions));
+    let keep = after(&rows.batch);
+    if keep.true_count() == keep.len() {
+        return Ok((rows.batch.clone(), revisions, withdrawn));
     }
-    let keep: BooleanArray = ends.values().iter().map(|&end| Some(end > since.0)).collect();
     let revisions = revisions.into_iter().zip(keep.values().iter()).filter(|(_, keep)| *keep).map(|(n, _)| n).collect();
-    Ok((compute::filter_record_batch(&rows.batch, &keep)?, revisions))
+    Ok((compute::filter_record_batch(&rows.batch, &keep)?, revisions, withdrawn))
 }

@@ -2,10 +2,11 @@
 
 use crate::accumulate::{Column, Slot};
 use crate::event::{Micros, Span};
-use crate::key::{KeyId, KeyTable, batch_of};
+use crate::key::{KeyId, Keys, batch_of};
 use crate::merged::{Index, Merged, Running};
 use crate::metric::{Frame, Groups, RestoreError, Rows, bounds, check_saved, instant, times};
 use crate::program::Program;
+use crate::shared::{Front, Shared};
 use crate::window::Window;
 use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
 use arrow::compute;
@@ -19,17 +20,19 @@ use std::sync::Arc;
 /// Aggregate state of the keys that had events in one pane of event time.
 struct Pane {
     state: Merged,
-    changed: Vec<Slot>, // since the last tick
+    changed: Vec<Slot>, // since the last tick or look
     is_changed: Vec<bool>,
+    looked_at: Vec<Slot>, // since the last tick, changed before the last look
 }
 
 impl Pane {
     fn new(program: &Program, count: usize, bound: usize) -> Self {
-        Self { state: Merged::new(program, count, bound), changed: Vec::new(), is_changed: Vec::new() }
+        let state = Merged::new(program, count, bound);
+        Self { state, changed: Vec::new(), is_changed: Vec::new(), looked_at: Vec::new() }
     }
 
     /// The slots of keys, which the pane takes in.
-    fn slots(&mut self, ids: impl Iterator<Item = KeyId>, keys: &mut KeyTable) -> Vec<Slot> {
+    fn slots(&mut self, ids: impl Iterator<Item = KeyId>, keys: &mut Keys) -> Vec<Slot> {
         let slots = ids
             .map(|id| {
                 let slot = self.state.slot(id);
@@ -58,8 +61,28 @@ impl Pane {
         }
     }
 
+    /// What changed was looked at, and waits for the next tick.
+    fn set_aside(&mut self) {
+        self.looked_at.extend_from_slice(&self.changed);
+        self.settle();
+        if self.looked_at.len() > 2 * self.is_changed.len() {
+            self.looked_at.sort_unstable();
+            self.looked_at.dedup();
+        }
+    }
+
+    /// What was looked at has changed for the tick.
+    fn bring_back(&mut self) {
+        for slot in self.looked_at.drain(..) {
+            if !std::mem::replace(&mut self.is_changed[slot as usize], true) {
+                self.changed.push(slot);
+            }
+        }
+    }
+
     fn bytes(&self) -> usize {
-        self.state.bytes() + self.is_changed.capacity() + self.changed.capacity() * size_of::<Slot>()
+        let slots = self.changed.capacity() + self.looked_at.capacity();
+        self.state.bytes() + self.is_changed.capacity() + slots * size_of::<Slot>()
     }
 }
 
@@ -69,13 +92,17 @@ type Revisions = BTreeMap<Micros, HashMap<KeyId, i64>>;
 /// Keys that late rows touched, by pane, and whether each had rows there before.
 type Late = BTreeMap<Micros, Vec<(KeyId, bool)>>;
 
+/// The keys of all rows of windows that are final, by their end, where `ORDER BY … LIMIT` chooses them.
+pub(crate) type Tops = BTreeMap<Micros, Vec<KeyId>>;
+
 /// The panes of one metric, and what became of its windows.
 #[derive(Default)]
 pub(crate) struct Panes {
     panes: BTreeMap<Micros, Pane>,
     revisions: Revisions,
-    running: Option<Running>, // of windows that overlap
-    shown: Option<Micros>,    // end of the window that the last tick showed, of overlapping ones
+    running: Option<Running>,             // of windows that overlap
+    shown: Option<Micros>,                // end of the window that the last tick showed, of overlapping ones
+    pub(crate) looked_at: Option<Micros>, // and the last look
 }
 
 impl Panes {
@@ -89,12 +116,12 @@ impl Panes {
             + self.revisions.values().map(|keys| keys.capacity() * 17).sum::<usize>()
     }
 
-    /// As [`crate::metric::Metric::absorb`]; `keep`: the rows that WHERE takes.
+    /// As [`crate::metric::Metric::absorb`].
     pub(crate) fn absorb(
         &mut self,
         frame: &mut Frame,
         batch: &RecordBatch,
-        mut keep: Option<BooleanArray>,
+        shared: &mut Shared,
         frontier: Micros,
         out: &mut Vec<Rows>,
         dropped: &mut Vec<u32>,
@@ -103,12 +130,13 @@ impl Panes {
         let mut cuts: Vec<(usize, Micros)> = Vec::new(); // close windows up to here before this row
         let (window, delay, lateness) = (frame.program.window(), frame.timing.max_delay, frame.timing.allowed_lateness);
         let (lowest, highest) = bounds(ts);
+        let done = shared.done(frame, batch)?;
+        let mut mask = None; // of rows that no window takes any more
         if window.first_end(lowest) <= frontier.max(highest).minus(delay) {
-            let mut mask = None;
             let (mut seen, mut cut_at) = (frontier, frame.closed);
             for (row, &at) in ts.iter().enumerate() {
                 let (at, watermark) = (Micros(at), seen.minus(delay));
-                if window.first_end(at) <= watermark {
+                if at < watermark && window.first_end(at) <= watermark {
                     if window.last_end(at).plus(lateness) <= watermark {
                         dropped.push(row as u32);
                         mask.get_or_insert_with(|| vec![true; ts.len()])[row] = false;
@@ -119,13 +147,15 @@ impl Panes {
                 }
                 seen = seen.max(at);
             }
-            if let Some(mask) = mask.map(BooleanArray::from) {
-                keep = Some(match keep {
-                    Some(other) => compute::and(&mask, &other)?,
-                    None => mask,
-                });
-            }
         }
+        if cuts.is_empty() && mask.is_none() {
+            let front = done.front(frame, batch)?;
+            return self.absorb_front(frame, front, out);
+        }
+        let keep = match (mask.map(BooleanArray::from), &done.keep) {
+            (Some(mask), Some(keep)) => Some(compute::and(&mask, keep)?),
+            (mask, keep) => mask.or_else(|| keep.clone()),
+        };
         let mut from = 0;
         for (row, watermark) in cuts {
             self.absorb_part(frame, batch, keep.as_ref(), from, row, out)?;
@@ -160,6 +190,28 @@ impl Panes {
     /// Tumbling: the changed keys of each open window. Hopping: the window that ends next, as the
     /// newest complete view; when it moves on, all its keys.
     pub(crate) fn tick(&mut self, frame: &mut Frame, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        self.panes.values_mut().for_each(Pane::bring_back);
+        self.shown = self.show(frame, frontier, self.shown, out)?;
+        self.panes.values_mut().for_each(Pane::settle);
+        Ok(())
+    }
+
+    /// The same since the last look.
+    pub(crate) fn look(&mut self, frame: &mut Frame, frontier: Micros, out: &mut Vec<Rows>) -> Result<()> {
+        self.looked_at = self.show(frame, frontier, self.looked_at, out)?;
+        self.panes.values_mut().filter(|pane| !pane.changed.is_empty()).for_each(Pane::set_aside);
+        Ok(())
+    }
+
+    /// Rows that changed, and which window they are of where windows overlap; before, they were of the one that ends at
+    /// `shown`.
+    fn show(
+        &mut self,
+        frame: &mut Frame,
+        frontier: Micros,
+        shown: Option<Micros>,
+        out: &mut Vec<Rows>,
+    ) -> Result<Option<Micros>> {
         let top = frame.program.is_top();
         match frame.program.window() {
             Window::Tumble { size } => {
@@ -174,10 +226,11 @@ impl Panes {
                     let slots = if top { (0..pane.state.ids.len() as Slot).collect() } else { pane.changed.clone() };
                     out.extend(self.rows_of_pane(frame, start, start.plus(size), slots, false)?);
                 }
+                Ok(None)
             }
             window => {
                 let end = window.first_end(frontier).max(window.first_end(frame.closed));
-                let moved = self.shown != Some(end);
+                let moved = shown != Some(end);
                 let all = moved || top;
                 let mut only: Vec<KeyId> = Vec::new();
                 for pane in self.panes.range(window.start(end)..end).map(|(_, pane)| pane) {
@@ -188,11 +241,9 @@ impl Panes {
                 if all || !only.is_empty() {
                     out.extend(self.rows_of_panes(frame, end, (!all).then_some(only.as_slice()), false)?);
                 }
-                self.shown = Some(end);
+                Ok(Some(end))
             }
         }
-        self.panes.values_mut().for_each(Pane::settle);
-        Ok(())
     }
 
     /// All rows of windows that are not final yet, up to the one that holds `frontier`.
@@ -230,25 +281,58 @@ impl Panes {
         if let Some(keep) = keep {
             part = compute::filter_record_batch(&part, &keep.slice(from, to - from))?;
         }
-        if part.num_rows() == 0 {
-            return Ok(());
+        let mut front = Front::new(&frame.program, &frame.keys, part)?;
+        self.absorb_front(frame, &mut front, out)
+    }
+
+    fn absorb_front(&mut self, frame: &mut Frame, front: &mut Front, out: &mut Vec<Rows>) -> Result<()> {
+        let tops = match frame.program.is_top() {
+            true => self.tops(frame, front.split(frame.program.window().pane()).iter().map(|(start, _)| *start))?,
+            false => Tops::new(),
+        };
+        let late = self.fill(frame, front)?;
+        self.emit_corrections(frame, late, tops, out)
+    }
+
+    /// The rows that the final windows over these panes have now and that may still be corrected.
+    pub(crate) fn tops(&mut self, frame: &Frame, panes: impl Iterator<Item = Micros>) -> Result<Tops> {
+        let (window, lateness, closed) = (frame.program.window(), frame.timing.allowed_lateness, frame.closed);
+        let mut tops = Tops::new();
+        for pane in panes {
+            let mut end = window.first_end(pane);
+            while end <= closed.min(window.last_end(pane)) {
+                if end.plus(lateness) > closed && !tops.contains_key(&end) {
+                    tops.insert(end, self.top(frame, end)?);
+                }
+                end = end.plus(window.slide());
+            }
         }
-        let late = self.fill(frame, &part)?;
-        self.emit_corrections(frame, late, out)
+        Ok(tops)
+    }
+
+    /// The keys of a window's top rows.
+    fn top(&mut self, frame: &Frame, end: Micros) -> Result<Vec<KeyId>> {
+        let mut whole = self.whole(frame, end, None)?;
+        if whole.ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let results = evaluate_all(&frame.program, &mut whole)?;
+        frame.chosen(self.groups((frame.program.window().start(end), end), &whole.ids, results, false))
     }
 
     /// Adds rows to their panes: in panes of windows that are final, which keys they touched and whether those had
     /// rows there before.
-    pub(crate) fn fill(&mut self, frame: &mut Frame, part: &RecordBatch) -> Result<Late> {
+    pub(crate) fn fill(&mut self, frame: &mut Frame, front: &mut Front) -> Result<Late> {
         let mut late = Late::new();
-        if part.num_rows() == 0 {
+        if front.rows.num_rows() == 0 {
             return Ok(late);
         }
-        let ids = frame.keys.intern(&frame.program.keys_of(part)?, part.num_rows())?;
-        let arguments = frame.program.arguments(part)?;
-        let width = frame.program.window().pane();
-        for (start, rows) in split_by_pane(times(part), width) {
-            let count = rows.as_ref().map_or(ids.len(), Vec::len);
+        let arguments = front.arguments(&frame.program)?;
+        let split = front.split(frame.program.window().pane());
+        let ids = front.ids();
+        for (start, rows) in split.iter() {
+            let (start, rows) = (*start, rows.as_deref());
+            let count = rows.map_or(ids.len(), <[u32]>::len);
             let pane = match self.panes.entry(start) {
                 Entry::Occupied(pane) => pane.into_mut(),
                 Entry::Vacant(empty) => empty.insert(Pane::new(&frame.program, count, frame.keys.bound())),
@@ -257,13 +341,13 @@ impl Panes {
                 self.running = None; // what it was put together from has changed
             }
             let known = pane.state.ids.len();
-            let mut slots = match &rows {
+            let mut slots = match rows {
                 None => pane.slots(ids.iter().copied(), &mut frame.keys),
                 Some(rows) => pane.slots(rows.iter().map(|&row| ids[row as usize]), &mut frame.keys),
             };
             for (column, arguments) in pane.state.columns.iter_mut().zip(&arguments) {
                 column.grow(pane.state.ids.len())?;
-                column.update(arguments, rows.as_deref(), &slots)?;
+                column.update(arguments, rows, &slots)?;
             }
             if frame.program.window().first_end(start) <= frame.closed {
                 slots.sort_unstable();
@@ -280,12 +364,13 @@ impl Panes {
         self.panes.remove(&start).map(|pane| pane.state)
     }
 
-    /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew.
+    /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew;
+    /// `tops`: what [`Panes::tops`] was of it.
     pub(crate) fn correct(
         &mut self,
         frame: &mut Frame,
         start: Micros,
-        before: Option<Merged>,
+        (before, tops): (Option<Merged>, Tops),
         corrected: &RecordBatch,
         out: &mut Vec<Rows>,
     ) -> Result<()> {
@@ -299,14 +384,15 @@ impl Panes {
         let idle: Vec<KeyId> = touched.iter().copied().filter(|&id| !had(id) && !has(id)).collect();
         frame.keys.forget_unheld(&idle); // nobody holds what was only looked up
         if frame.program.window().first_end(start) <= frame.closed {
-            self.emit_corrections(frame, BTreeMap::from([(start, changed)]), out)?;
+            self.emit_corrections(frame, BTreeMap::from([(start, changed)]), tops, out)?;
         }
         before.into_iter().flat_map(|pane| pane.ids).for_each(|id| frame.keys.release(id));
         Ok(())
     }
 
-    /// Corrects the windows that were final before an event came within the allowed lateness.
-    fn emit_corrections(&mut self, frame: &Frame, late: Late, out: &mut Vec<Rows>) -> Result<()> {
+    /// Corrects the windows that were final before an event came within the allowed lateness. `tops`: what
+    /// [`Panes::tops`] was then.
+    fn emit_corrections(&mut self, frame: &mut Frame, late: Late, mut tops: Tops, out: &mut Vec<Rows>) -> Result<()> {
         let window = frame.program.window();
         let mut touched: BTreeMap<Micros, HashMap<KeyId, bool>> = BTreeMap::new();
         for (pane, keys) in late {
@@ -327,19 +413,66 @@ impl Panes {
             }
         }
         for (end, keys) in touched {
-            let revisions = self.revisions.entry(end).or_default();
+            if frame.program.is_top() {
+                self.correct_top(frame, end, tops.remove(&end).unwrap_or_default(), &keys, out)?;
+                continue;
+            }
             for (&id, &had) in &keys {
-                match revisions.get_mut(&id) {
-                    Some(revision) => *revision += 1,
-                    None if had => _ = revisions.insert(id, 1),
-                    None => _ = revisions.insert(id, 0),
-                }
+                self.revise(frame, end, id, had);
             }
             let only: Vec<KeyId> = keys.into_keys().collect();
-            // which of the top rows changed place is not known from the changed keys alone
-            let only = (!frame.program.is_top()).then_some(only.as_slice());
-            out.extend(self.rows_of_panes(frame, end, only, true)?);
+            let mut whole = self.whole(frame, end, Some(&only))?;
+            let mut rows = self.rows_of(frame, end, &mut whole, true)?;
+            let gone: Vec<KeyId> = only.into_iter().filter(|&id| whole.index.get(id).is_none()).collect();
+            self.withdraw(frame, end, &gone, &mut rows)?;
+            out.extend(rows);
         }
+        Ok(())
+    }
+
+    /// The row of a key in a final window changes, which `had` a row there so far.
+    fn revise(&mut self, frame: &mut Frame, end: Micros, id: KeyId, had: bool) {
+        match self.revisions.entry(end).or_default().entry(id) {
+            hashbrown::hash_map::Entry::Occupied(mut revision) => *revision.get_mut() += 1,
+            hashbrown::hash_map::Entry::Vacant(empty) => {
+                empty.insert(i64::from(had));
+                frame.keys.hold(id); // its number stays, also when its last row is taken back
+            }
+        }
+    }
+
+    /// Takes back the final rows of these keys in a window.
+    fn withdraw(&self, frame: &Frame, end: Micros, ids: &[KeyId], rows: &mut Option<Rows>) -> Result<()> {
+        let start = frame.program.window().start(end);
+        let revisions: Vec<i64> = ids.iter().map(|&id| self.revision(end, id)).collect();
+        frame.withdraw(rows, (instant(start, ids.len()), instant(end, ids.len())), ids, &revisions)
+    }
+
+    fn revision(&self, end: Micros, id: KeyId) -> i64 {
+        self.revisions.get(&end).and_then(|revisions| revisions.get(&id)).copied().unwrap_or(0)
+    }
+
+    /// Corrects the top rows of a window, which were those of the keys `before`, after late rows `touched` some keys:
+    /// the rows of others may come in for them or go.
+    fn correct_top(
+        &mut self,
+        frame: &mut Frame,
+        end: Micros,
+        before: Vec<KeyId>,
+        touched: &HashMap<KeyId, bool>,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
+        let after = self.top(frame, end)?;
+        for &id in before.iter().chain(after.iter().filter(|id| !before.contains(id))) {
+            let was = before.contains(&id);
+            if was != after.contains(&id) || touched.contains_key(&id) {
+                self.revise(frame, end, id, was);
+            }
+        }
+        let mut rows = self.rows_of_panes(frame, end, None, true)?;
+        let gone: Vec<KeyId> = before.into_iter().filter(|id| !after.contains(id)).collect();
+        self.withdraw(frame, end, &gone, &mut rows)?;
+        out.extend(rows);
         Ok(())
     }
 
@@ -391,7 +524,6 @@ impl Panes {
         self.rows(frame, (start, end), &ids, results, is_final)
     }
 
-    /// The window's panes merged, for `only` these keys or for all.
     fn rows_of_panes(
         &mut self,
         frame: &Frame,
@@ -399,6 +531,20 @@ impl Panes {
         only: Option<&[KeyId]>,
         is_final: bool,
     ) -> Result<Option<Rows>> {
+        let mut whole = self.whole(frame, end, only)?;
+        self.rows_of(frame, end, &mut whole, is_final)
+    }
+
+    fn rows_of(&self, frame: &Frame, end: Micros, whole: &mut Merged, is_final: bool) -> Result<Option<Rows>> {
+        if whole.ids.is_empty() {
+            return Ok(None);
+        }
+        let results = evaluate_all(&frame.program, whole)?;
+        self.rows(frame, (frame.program.window().start(end), end), &whole.ids, results, is_final)
+    }
+
+    /// The window's panes merged, for `only` these keys or for all.
+    fn whole(&mut self, frame: &Frame, end: Micros, only: Option<&[KeyId]>) -> Result<Merged> {
         let window = frame.program.window();
         let start = window.start(end);
         let count = only.map_or(frame.keys.bound(), <[KeyId]>::len);
@@ -424,27 +570,30 @@ impl Panes {
                 }
             }
         }
-        if whole.ids.is_empty() {
-            return Ok(None);
-        }
-        let slots: Vec<Slot> = (0..whole.ids.len() as Slot).collect();
-        let results = evaluate(&frame.program, &mut whole.columns, &slots)?;
-        self.rows(frame, (start, end), &whole.ids, results, is_final)
+        Ok(whole)
     }
 
     fn rows(
         &self,
         frame: &Frame,
-        (start, end): (Micros, Micros),
+        bounds: (Micros, Micros),
         ids: &[KeyId],
         results: Vec<ArrayRef>,
         is_final: bool,
     ) -> Result<Option<Rows>> {
-        let known = self.revisions.get(&end);
-        let revision = |id| known.and_then(|revisions| revisions.get(id)).copied().unwrap_or(0);
-        let revisions = is_final.then(|| ids.iter().map(revision).collect());
+        frame.rows(self.groups(bounds, ids, results, is_final))
+    }
+
+    fn groups<'a>(
+        &self,
+        (start, end): (Micros, Micros),
+        ids: &'a [KeyId],
+        results: Vec<ArrayRef>,
+        is_final: bool,
+    ) -> Groups<'a> {
+        let revisions = is_final.then(|| ids.iter().map(|&id| self.revision(end, id)).collect());
         let (starts, ends) = (instant(start, ids.len()), instant(end, ids.len()));
-        frame.rows(Groups { starts, ends, ids, results, revisions })
+        Groups { starts, ends, ids, results, revisions }
     }
 
     fn expire(&mut self, frame: &mut Frame) {
@@ -455,7 +604,12 @@ impl Panes {
             }
             first.remove().state.ids.iter().for_each(|&id| frame.keys.release(id));
         }
-        self.revisions.retain(|end, _| end.plus(lateness) > closed);
+        while let Some(first) = self.revisions.first_entry() {
+            if first.key().plus(lateness) > closed {
+                break;
+            }
+            first.remove().into_keys().for_each(|id| frame.keys.release(id));
+        }
         if self.panes.is_empty() {
             self.running = None;
         }
@@ -511,6 +665,7 @@ impl Panes {
         let (ends, counts) =
             (revisions.column(0).as_primitive::<Int64Type>(), revisions.column(1).as_primitive::<Int64Type>());
         for (at, id) in ids.into_iter().enumerate() {
+            frame.keys.hold(id);
             self.revisions.entry(Micros(ends.value(at))).or_default().insert(id, counts.value(at));
         }
         Ok(())
@@ -537,22 +692,7 @@ pub(crate) fn evaluate(program: &Program, columns: &mut [Column], slots: &[Slot]
     columns.iter_mut().zip(types).map(|(column, field)| column.evaluate(slots, field.data_type())).collect()
 }
 
-/// The rows of each pane, in order of panes; `None` stands for all rows, the usual case.
-fn split_by_pane(ts: &[i64], width: Span) -> Vec<(Micros, Option<Vec<u32>>)> {
-    let (low, high) = bounds(ts);
-    let first = low.pane_start(width);
-    if high.pane_start(width) == first {
-        return vec![(first, None)];
-    }
-    let mut panes: BTreeMap<Micros, Vec<u32>> = BTreeMap::new();
-    let (mut at, mut last) = (first, panes.entry(first).or_default());
-    for (row, &instant) in ts.iter().enumerate() {
-        let start = Micros(instant).pane_start(width);
-        if start != at {
-            at = start;
-            last = panes.entry(start).or_default();
-        }
-        last.push(row as u32);
-    }
-    panes.into_iter().filter(|(_, rows)| !rows.is_empty()).map(|(start, rows)| (start, Some(rows))).collect()
+fn evaluate_all(program: &Program, state: &mut Merged) -> Result<Vec<ArrayRef>> {
+    let slots: Vec<Slot> = (0..state.ids.len() as Slot).collect();
+    evaluate(program, &mut state.columns, &slots)
 }

@@ -1,13 +1,13 @@
-//! Positions valued at the last traded price.
+//! Positions valued at the last price of their symbol: of a trade, the middle of a quote or the close of a bar.
 
-use crate::event::Micros;
+use crate::event::{Micros, StreamName};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{Float64Type, TimestampMicrosecondType};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// The last trade of a symbol by event time; of two at one instant, the one that came later.
+/// The last price of a symbol by event time, whichever stream told it; of two at one instant, the one that came later.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Price {
     pub price: f64,
@@ -23,27 +23,32 @@ pub struct Prices(HashMap<String, Price>);
 pub const MAX_SYMBOLS: usize = 200_000;
 
 impl Prices {
-    /// Takes in a batch of `market.trades`; true when a price changed.
-    pub fn absorb(&mut self, trades: &RecordBatch) -> bool {
-        let column = |name| trades.column_by_name(name);
-        let (Some(ts), Some(symbol), Some(price)) = (column("ts"), column("symbol"), column("price")) else {
-            return false;
+    /// Takes in a batch of a market stream; true when a price changed. Other streams tell no prices.
+    pub fn absorb(&mut self, stream: &StreamName, batch: &RecordBatch) -> bool {
+        let numbers = |name| batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<Float64Type>());
+        let (first, second) = match stream.as_str() {
+            "market.trades" => (numbers("price"), None),
+            "market.quotes" => (numbers("bid"), numbers("ask")),
+            "market.bars" => (numbers("close"), None),
+            _ => return false,
         };
-        let (Some(ts), Some(symbol), Some(price)) = (
-            ts.as_primitive_opt::<TimestampMicrosecondType>(),
-            symbol.as_string_opt::<i32>(),
-            price.as_primitive_opt::<Float64Type>(),
-        ) else {
-            return false;
+        let ts = batch.column_by_name("ts").and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>());
+        let symbol = batch.column_by_name("symbol").and_then(|symbol| symbol.as_string_opt::<i32>());
+        let (Some(ts), Some(symbol), Some(first)) = (ts, symbol, first) else { return false };
+        let price = |row: usize| match second {
+            None => first.is_valid(row).then(|| first.value(row)),
+            // a side that is zero is not there, so there is no middle
+            Some(second) => {
+                let sides = [first, second].map(|side| if side.is_valid(row) { side.value(row) } else { 0.0 });
+                sides.iter().all(|side| *side > 0.0).then(|| sides[0] / 2.0 + sides[1] / 2.0)
+            }
         };
         let mut changed = false;
         let room = MAX_SYMBOLS.saturating_sub(self.0.len());
         let mut added = 0;
-        for row in 0..trades.num_rows() {
-            if symbol.is_null(row) || price.is_null(row) {
-                continue;
-            }
-            let new = Price { price: price.value(row), at: Micros(ts.value(row)) };
+        for row in 0..batch.num_rows() {
+            let Some(price) = price(row).filter(|_| symbol.is_valid(row)) else { continue };
+            let new = Price { price, at: Micros(ts.value(row)) };
             match self.0.get_mut(symbol.value(row)) {
                 Some(old) if new.at >= old.at => {
                     changed |= old.price != new.price;
@@ -65,7 +70,7 @@ impl Prices {
         self.0.insert(symbol, price);
     }
 
-    /// The last price of `symbol`; `None` before its first trade.
+    /// The last price of `symbol`; `None` before its first one.
     pub fn get(&self, symbol: &str) -> Option<Price> {
         self.0.get(symbol).copied()
     }
@@ -80,7 +85,7 @@ pub struct Position {
     pub sector: Option<String>,
 }
 
-/// A position at the last price of its symbol; the figures are `None` while no trade was seen.
+/// A position at the last price of its symbol; the figures are `None` while none was seen.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Valued {
     pub symbol: String,
@@ -88,7 +93,7 @@ pub struct Valued {
     /// Average price paid per unit.
     pub cost_price: f64,
     pub price: Option<f64>,
-    /// `qty · price`.
+    /// `qty · price`; `None` also where that is more than a double holds.
     pub value: Option<f64>,
     /// `qty · cost_price`.
     pub cost: f64,
@@ -117,14 +122,15 @@ pub struct Summary {
     pub cost: f64,
     /// `value − cost`.
     pub unrealised: f64,
-    /// `100 · unrealised / Σ|cost|`; `None` when that is zero.
+    /// `100 · (value − cost) / |cost|`, as of each position: the return on the net amount paid. `None` when that is zero,
+    /// as it is for as much sold short as bought.
     pub unrealised_pct: Option<f64>,
     /// Event time of the newest price in it; `None` before the first.
     #[serde(skip)]
     pub as_of: Option<Micros>,
     pub positions: Vec<Valued>,
     pub allocation: Allocation,
-    /// Symbols without a trade so far.
+    /// Symbols without a price so far.
     pub unpriced: Vec<String>,
 }
 
@@ -145,14 +151,14 @@ pub fn summarise(positions: &[Position], prices: &Prices) -> Summary {
         *allocation.sector.entry(sector).or_default() += weight;
     }
     let priced = || rows.iter().filter(|row| row.value.is_some());
-    let value: f64 = priced().filter_map(|row| row.value).sum();
-    let cost: f64 = priced().map(|row| row.cost).sum();
-    let paid: f64 = priced().map(|row| row.cost.abs()).sum();
+    // of no position at all the sum is negative zero
+    let value = priced().filter_map(|row| row.value).sum::<f64>() + 0.0;
+    let cost = priced().map(|row| row.cost).sum::<f64>() + 0.0;
     Summary {
         value,
         cost,
         unrealised: value - cost,
-        unrealised_pct: (paid > 0.0).then(|| 100.0 * (value - cost) / paid),
+        unrealised_pct: (cost != 0.0).then(|| 100.0 * (value - cost) / cost.abs()),
         as_of: positions.iter().filter_map(|p| prices.get(&p.symbol)).map(|price| price.at).max(),
         unpriced: rows.iter().filter(|row| row.value.is_none()).map(|row| row.symbol.clone()).collect(),
         allocation,
@@ -163,7 +169,7 @@ pub fn summarise(positions: &[Position], prices: &Prices) -> Summary {
 fn value(position: &Position, prices: &Prices) -> Valued {
     let price = prices.get(&position.symbol).map(|last| last.price);
     let cost = position.qty * position.cost;
-    let value = price.map(|price| position.qty * price);
+    let value = price.map(|price| position.qty * price).filter(|value| value.is_finite());
     let unrealised = value.map(|value| value - cost);
     Valued {
         symbol: position.symbol.clone(),
@@ -182,6 +188,8 @@ fn value(position: &Position, prices: &Prices) -> Valued {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArray};
+    use std::sync::Arc;
 
     fn position(symbol: &str, qty: f64, cost: f64, sector: Option<&str>) -> Position {
         Position { symbol: symbol.into(), qty, cost, sector: sector.map(Into::into) }
@@ -211,7 +219,8 @@ mod tests {
     fn a_short_position_gains_when_the_price_falls_and_weighs_by_its_size() {
         let held = [position("A", -10.0, 100.0, None), position("B", 10.0, 90.0, None)];
         let summary = summarise(&held, &prices(&[("A", 90.0), ("B", 90.0)]));
-        assert_eq!((summary.value, summary.unrealised), (0.0, 100.0));
+        assert_eq!((summary.value, summary.cost, summary.unrealised), (0.0, -100.0, 100.0));
+        assert_eq!(summary.unrealised_pct, Some(100.0), "(0 - -100) / 100");
         assert_eq!(summary.allocation.symbol["A"], 0.5);
     }
 
@@ -219,5 +228,34 @@ mod tests {
     fn an_empty_portfolio_is_worth_nothing_and_has_no_percentage() {
         let summary = summarise(&[], &Prices::default());
         assert_eq!((summary.value, summary.unrealised_pct, summary.as_of), (0.0, None, None));
+        let unpriced = summarise(&[position("A", 1.0, 2.0, None)], &Prices::default());
+        for zero in [summary.value, summary.cost, unpriced.value, unpriced.cost, unpriced.unrealised] {
+            assert!(zero == 0.0 && zero.is_sign_positive());
+        }
+        assert_eq!(unpriced.unpriced, ["A"]);
+        let beyond = summarise(&[position("A", 1e300, 1.0, None)], &prices(&[("A", 1e300)]));
+        assert_eq!((beyond.value, beyond.unpriced.len()), (0.0, 1));
+    }
+
+    #[test]
+    fn trades_quotes_and_bars_tell_prices_and_the_newest_event_time_wins() {
+        let mut prices = Prices::default();
+        let mut told = |stream: &str, at: i64, columns: &[(&str, f64)]| {
+            let ts: ArrayRef = Arc::new(TimestampMicrosecondArray::from(vec![at]).with_timezone("+00:00"));
+            let symbol: ArrayRef = Arc::new(StringArray::from(vec!["A"]));
+            let values = columns.iter().map(|(name, value)| {
+                let value: ArrayRef = Arc::new(Float64Array::from(vec![*value]));
+                (*name, value)
+            });
+            let columns = [("ts", ts), ("symbol", symbol)].into_iter().chain(values);
+            let changed = prices.absorb(&stream.parse().unwrap(), &RecordBatch::try_from_iter(columns).unwrap());
+            (changed, prices.get("A").map(|price| price.price))
+        };
+        assert_eq!(told("market.bars", 10, &[("close", 7.0), ("open", 1.0)]), (true, Some(7.0)));
+        assert_eq!(told("market.quotes", 20, &[("bid", 8.0), ("ask", 9.0)]), (true, Some(8.5)));
+        assert_eq!(told("market.trades", 15, &[("price", 1.0)]), (false, Some(8.5)), "an older one");
+        assert_eq!(told("market.quotes", 30, &[("bid", 0.0), ("ask", 9.0)]), (false, Some(8.5)), "one side only");
+        assert_eq!(told("market.trades", 20, &[("price", 8.0)]), (true, Some(8.0)), "the same time, later");
+        assert_eq!(told("shop.trades", 40, &[("price", 1.0)]), (false, Some(8.0)));
     }
 }

@@ -7,12 +7,16 @@ use crate::event::{Micros, StreamName};
 use crate::join::Joins;
 use crate::key::batch_of;
 use crate::over::Over;
+use crate::shared::Computed;
 use crate::window::Window;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, RecordBatch, new_null_array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, new_null_array};
 use arrow::compute;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use datafusion_common::tree_node::{Transformed, TreeNode};
 use datafusion_common::{Result, exec_err};
+use datafusion_expr::Operator;
 use datafusion_physical_expr::aggregate::AggregateFunctionExpr;
+use datafusion_physical_expr::expressions::BinaryExpr;
 use datafusion_physical_expr::{PhysicalExpr, PhysicalSortExpr};
 use std::sync::Arc;
 
@@ -62,6 +66,7 @@ pub struct Parts {
 pub struct Program {
     pub(crate) parts: Parts,
     pub(crate) kinds: Vec<Kind>,
+    arguments: Vec<Vec<Arc<dyn PhysicalExpr>>>, // of each aggregate
     pub(crate) key_schema: SchemaRef,
     groups: SchemaRef,
     output: SchemaRef,
@@ -84,8 +89,35 @@ impl Parts {
     }
 }
 
+/// The expression with sums, differences and products that fail where an integer does not fit, instead of wrapping.
+pub(crate) fn checked(expr: &Arc<dyn PhysicalExpr>) -> Result<Arc<dyn PhysicalExpr>> {
+    let checked = expr.clone().transform_up(|node| {
+        let binary = node.downcast_ref::<BinaryExpr>();
+        let binary = binary.filter(|b| matches!(b.op(), Operator::Plus | Operator::Minus | Operator::Multiply));
+        Ok(match binary.map(|binary| Arc::new(binary.clone().with_fail_on_overflow(true))) {
+            Some(checked) => Transformed::yes(checked as Arc<dyn PhysicalExpr>),
+            None => Transformed::no(node),
+        })
+    })?;
+    Ok(checked.data)
+}
+
+impl Aggregate {
+    /// What it is called with and, where it goes by an order, what that is by.
+    fn arguments(&self, kind: &Kind) -> Result<Vec<Arc<dyn PhysicalExpr>>> {
+        let exprs = self.call.all_expressions();
+        let order = if let Kind::Any(_) = kind { exprs.order_by_exprs } else { Vec::new() };
+        exprs.args.iter().chain(&order).map(checked).collect()
+    }
+}
+
 impl Program {
     pub fn new(mut parts: Parts) -> Result<Program> {
+        let own = |expr: &mut Arc<dyn PhysicalExpr>| checked(expr).map(|checked| *expr = checked);
+        let named = |(_, expr): &mut (String, Arc<dyn PhysicalExpr>)| own(expr);
+        parts.keys.iter_mut().chain(&mut parts.values).try_for_each(named)?;
+        let filters = parts.aggregates.iter_mut().filter_map(|aggregate| aggregate.filter.as_mut());
+        filters.chain(&mut parts.filter).chain(&mut parts.having).try_for_each(own)?;
         let asked = parts.asked();
         if let Some(joins) = &mut parts.joins {
             joins.prune(&asked);
@@ -116,9 +148,11 @@ impl Program {
                 Ok(Kind::of(&a.call, arg.as_ref()))
             })
             .collect::<Result<Vec<_>>>()?;
+        let arguments =
+            parts.aggregates.iter().zip(&kinds).map(|(a, kind)| a.arguments(kind)).collect::<Result<Vec<_>>>()?;
         let rows = std::iter::once(time_field("ts")).chain(output.fields().iter().cloned()).collect::<Vec<_>>();
         let rows = Arc::new(Schema::new(rows));
-        Ok(Program { kinds, key_schema: Arc::new(Schema::new(keys)), groups, output, rows, parts })
+        Ok(Program { kinds, arguments, key_schema: Arc::new(Schema::new(keys)), groups, output, rows, parts })
     }
 
     pub fn stream(&self) -> &StreamName {
@@ -182,6 +216,16 @@ impl Program {
         batch_of(self.rows.clone(), columns, rows.num_rows())
     }
 
+    /// [`crate::metric::Rows::withdrawn`] of these bounds, keys and revisions.
+    pub(crate) fn withdrawal(&self, bounds_and_keys: Vec<ArrayRef>, revisions: &[i64]) -> Result<RecordBatch> {
+        let mut columns = bounds_and_keys;
+        columns.push(Arc::new(Int64Array::from_iter_values(revisions.iter().copied())));
+        let mut fields: Vec<FieldRef> = self.output.fields()[..2].to_vec();
+        fields.extend(self.key_schema.fields().iter().cloned());
+        fields.push(Arc::new(Field::new("revision", DataType::Int64, false)));
+        batch_of(Arc::new(Schema::new(fields)), columns, revisions.len())
+    }
+
     /// Whether `upstream` gives the rows that this metric was planned to read.
     pub fn fits(&self, upstream: &Program) -> bool {
         let known = |field: &FieldRef| {
@@ -211,7 +255,7 @@ impl Program {
     }
 
     /// Whether HAVING may take back a row that was there before.
-    pub(crate) fn may_retract(&self) -> bool {
+    pub fn may_retract(&self) -> bool {
         self.parts.having.is_some()
     }
 
@@ -248,25 +292,24 @@ impl Program {
         self.parts.keys.iter().map(|(_, expr)| expr.evaluate(batch)?.into_array(batch.num_rows())).collect()
     }
 
+    /// Whether the other program tells events apart by the same keys of the same columns.
+    pub(crate) fn has_keys_of(&self, other: &Program) -> bool {
+        let (own, others) = (&self.parts, &other.parts);
+        let is_plain = own.joins.is_none() && others.joins.is_none() && own.stream == others.stream;
+        let keys = |parts: &Parts| parts.keys.iter().map(|(_, expr)| expr.clone()).collect::<Vec<_>>();
+        is_plain && own.input == others.input && keys(own) == keys(others)
+    }
+
     /// The argument columns and the FILTER mask of every aggregate call.
-    pub(crate) fn arguments(&self, batch: &RecordBatch) -> Result<Vec<Arguments>> {
-        let rows = batch.num_rows();
-        let array = |expr: &Arc<dyn PhysicalExpr>| expr.evaluate(batch)?.into_array(rows);
-        self.parts
-            .aggregates
-            .iter()
-            .zip(&self.kinds)
-            .map(|(aggregate, kind)| {
-                let exprs = aggregate.call.all_expressions();
-                let mut values = exprs.args.iter().map(array).collect::<Result<Vec<_>>>()?;
-                if let Kind::Any(_) = kind {
-                    // an ordered aggregate gets its sort keys behind its arguments
-                    values.extend(exprs.order_by_exprs.iter().map(array).collect::<Result<Vec<_>>>()?);
-                }
-                let keep = aggregate.filter.as_ref().map(array).transpose()?;
-                Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
-            })
-            .collect()
+    pub(crate) fn arguments(&self, batch: &RecordBatch, computed: &mut Computed) -> Result<Vec<Arguments>> {
+        let mut array = |expr: &Arc<dyn PhysicalExpr>| computed.get(expr, batch);
+        let calls = self.parts.aggregates.iter().zip(&self.arguments);
+        let arguments = calls.map(|(aggregate, arguments)| {
+            let values = arguments.iter().map(&mut array).collect::<Result<Vec<_>>>()?;
+            let keep = aggregate.filter.as_ref().map(&mut array).transpose()?;
+            Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
+        });
+        arguments.collect()
     }
 
     /// From input rows, whose columns and call results are `columns`, to rows of [`Program::output`].

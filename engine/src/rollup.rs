@@ -58,38 +58,51 @@ impl Rollup {
         self.metric.bytes() + kept.map(RecordBatch::get_array_memory_size).sum::<usize>()
     }
 
-    /// Takes in final rows of the metric it reads, in the columns of [`Program::rows`].
-    pub(crate) fn absorb(&mut self, batch: &RecordBatch, revisions: &[i64], out: &mut Vec<Rows>) -> Result<()> {
+    /// Takes in final rows of the metric it reads, in the columns of [`Program::rows`], and takes those out that were
+    /// `withdrawn`.
+    pub(crate) fn absorb(
+        &mut self,
+        batch: &RecordBatch,
+        revisions: &[i64],
+        withdrawn: Option<&RecordBatch>,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
         let closed = self.metric.closed();
         if self.metric.timing().allowed_lateness.0 == 0 {
             return self.metric.take(batch);
         }
-        let places = self.places(batch)?;
         let width = self.metric.program().window().pane();
+        let pane_of = |place: &Place| place.0.minus(Span(1)).pane_start(width);
         let mut fresh: Vec<(Micros, u32)> = Vec::new();
-        let mut corrected: BTreeMap<Micros, Vec<u32>> = BTreeMap::new();
-        for (row, place) in places.into_iter().enumerate() {
-            let pane = place.0.minus(Span(1)).pane_start(width);
-            if revisions[row] > 0 || place.0 <= closed {
-                corrected.entry(pane).or_default().push(row as u32);
+        let mut corrected: BTreeMap<Micros, Vec<RecordBatch>> = BTreeMap::new(); // as they were, and as they are
+        for place in withdrawn.map(|rows| self.places(rows, 0)).transpose()?.into_iter().flatten() {
+            let pane = pane_of(&place);
+            if let Some(before) = self.kept.get_mut(&pane).and_then(|rows| rows.remove(&place)) {
+                corrected.entry(pane).or_default().push(before);
+            }
+        }
+        for (row, place) in self.places(batch, 1)?.into_iter().enumerate() {
+            let (pane, is_late) = (pane_of(&place), place.0 <= closed);
+            let now = batch.slice(row, 1);
+            let before = self.kept.entry(pane).or_default().insert(place, now.clone());
+            if before.as_ref() == Some(&now) {
+                continue;
+            }
+            if before.is_some() || is_late || revisions[row] > 0 {
+                corrected.entry(pane).or_default().extend(before.into_iter().chain([now]));
             } else {
                 fresh.push((pane, row as u32));
             }
-            self.kept.entry(pane).or_default().insert(place, batch.slice(row, 1));
-        }
-        if corrected.is_empty() {
-            return self.metric.take(batch);
         }
         // a pane that is computed anew has all its rows, the fresh ones too
         let fresh = fresh.into_iter().filter(|(pane, _)| !corrected.contains_key(pane)).map(|(_, row)| row);
-        let fresh = UInt32Array::from_iter_values(fresh);
+        let fresh = compute::take_record_batch(batch, &UInt32Array::from_iter_values(fresh))?;
         for (pane, rows) in corrected {
-            let corrected = compute::take_record_batch(batch, &UInt32Array::from(rows))?;
+            let corrected = compute::concat_batches(self.upstream.rows(), &rows)?;
             let kept = self.kept.get(&pane).into_iter().flat_map(BTreeMap::values);
             let whole = compute::concat_batches(self.upstream.rows(), kept)?;
             self.metric.replace(pane, &whole, &corrected, out)?;
         }
-        let fresh = compute::take_record_batch(batch, &fresh)?;
         self.metric.take(&fresh)
     }
 
@@ -101,7 +114,8 @@ impl Rollup {
         Ok(())
     }
 
-    fn places(&self, batch: &RecordBatch) -> Result<Vec<Place>> {
+    /// The places of rows that have their bounds and keys from the column `first` on.
+    fn places(&self, batch: &RecordBatch, first: usize) -> Result<Vec<Place>> {
         let time = |name: &str| match batch
             .column_by_name(name)
             .and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>())
@@ -110,8 +124,7 @@ impl Rollup {
             None => exec_err!("rows of `{}` have no column `{name}`", self.metric.program().stream()),
         };
         let (starts, ends) = (time("window_start")?, time("window_end")?);
-        // behind ts, window_start and window_end
-        let columns = &batch.columns()[3..3 + self.upstream.key_count()];
+        let columns = &batch.columns()[first + 2..first + 2 + self.upstream.key_count()];
         let keys = self.keys.as_ref().map(|keys| keys.convert_columns(columns)).transpose()?;
         let place = |row: usize| {
             let key = keys.as_ref().map_or_else(Box::default, |keys| keys.row(row).as_ref().into());
@@ -140,12 +153,11 @@ impl Rollup {
                 self.upstream.rows()
             )));
         }
-        let (program, timing) = (self.metric.program().clone(), self.metric.timing());
-        let metric = Metric::restore(program, timing, closed, panes, revisions)?;
+        let metric = self.metric.emptied().restored(closed, panes, revisions)?;
         let mut rollup = Rollup::over(metric, self.upstream.clone())?;
         let width = rollup.metric.program().window().pane();
         let kept = batch_of(self.upstream.rows().clone(), kept.columns().to_vec(), kept.num_rows())?;
-        for (row, place) in rollup.places(&kept)?.into_iter().enumerate() {
+        for (row, place) in rollup.places(&kept, 1)?.into_iter().enumerate() {
             let pane = place.0.minus(Span(1)).pane_start(width);
             rollup.kept.entry(pane).or_default().insert(place, kept.slice(row, 1));
         }

@@ -11,7 +11,8 @@ use crate::key::{KeyId, batch_of};
 use crate::metric::{Frame, Groups, RestoreError, Rows, bounds, check_saved, times};
 use crate::panes::{evaluate, load};
 use crate::program::{Arguments, Program};
-use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
+use crate::shared::Shared;
+use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use arrow::compute;
 use arrow::datatypes::Int64Type;
 use datafusion_common::Result;
@@ -47,6 +48,7 @@ pub(crate) struct Sessions {
     newest: Vec<Slot>, // by key: the session that starts last
     due: BTreeSet<(Micros, Slot)>,
     changed: Vec<Slot>,
+    looked_at: Vec<Slot>, // changed before the last look, and not shown by a tick since
     corrected: Vec<Slot>, // closed sessions that late events changed, until their rows are out
     withdrawn: Vec<(KeyId, Micros, Micros, i64)>, // key, first and last event, revision
 }
@@ -68,6 +70,7 @@ impl Sessions {
             newest: Vec::new(),
             due: BTreeSet::new(),
             changed: Vec::new(),
+            looked_at: Vec::new(),
             corrected: Vec::new(),
             withdrawn: Vec::new(),
         }
@@ -89,12 +92,12 @@ impl Sessions {
             + self.due.len() * 24
     }
 
-    /// As [`crate::metric::Metric::absorb`]; `keep`: the rows that WHERE takes.
+    /// As [`crate::metric::Metric::absorb`].
     pub(crate) fn absorb(
         &mut self,
         frame: &mut Frame,
         batch: &RecordBatch,
-        keep: Option<BooleanArray>,
+        shared: &mut Shared,
         frontier: Micros,
         out: &mut Vec<Rows>,
         dropped: &mut Vec<u32>,
@@ -111,21 +114,20 @@ impl Sessions {
             };
             all.iter().scan(frontier, before).collect()
         });
-        let chosen: Option<Vec<u32>> = keep.as_ref().map(|k| k.values().set_indices().map(|row| row as u32).collect());
-        let part = match &keep {
-            Some(keep) => compute::filter_record_batch(batch, keep)?,
-            None => batch.clone(),
-        };
-        if part.num_rows() == 0 {
+        let done = shared.done(frame, batch)?;
+        let chosen = done.keep.as_ref().map(|keep| keep.values().set_indices().map(|row| row as u32));
+        let chosen: Option<Vec<u32>> = chosen.map(Iterator::collect);
+        let front = done.front(frame, batch)?;
+        if front.rows.num_rows() == 0 {
             return Ok(());
         }
-        let ids = frame.keys.intern(&frame.program.keys_of(&part)?, part.num_rows())?;
-        let arguments = frame.program.arguments(&part)?;
+        let arguments = front.arguments(&frame.program)?;
+        let (part, ids) = (&front.rows, front.ids());
         // a session that is over may be a key's last one: its number must not go to another key meanwhile
-        let held: &[KeyId] = if watermarks.is_some() { &ids } else { &[] };
+        let held: &[KeyId] = if watermarks.is_some() { ids } else { &[] };
         held.iter().for_each(|&id| frame.keys.hold(id));
         let mut pending = Pending::default();
-        for (row, (&at, &id)) in times(&part).iter().zip(&ids).enumerate() {
+        for (row, (&at, &id)) in times(part).iter().zip(ids).enumerate() {
             let at = Micros(at);
             let original = chosen.as_ref().map_or(row as u32, |chosen| chosen[row]);
             let watermark = watermarks.as_ref().map_or(Micros::MIN, |marks| marks[original as usize]);
@@ -371,26 +373,11 @@ impl Sessions {
             (session.shown, session.changed) = (true, false);
             session.revision += 1;
         }
-        if !withdrawn.is_empty() {
-            let ids: Vec<KeyId> = withdrawn.iter().map(|w| w.0).collect();
-            let revisions: Vec<i64> = withdrawn.iter().map(|w| w.3).collect();
-            let starts = time_column(withdrawn.iter().map(|w| w.1));
-            let ends = time_column(withdrawn.iter().map(|w| w.2.plus(self.gap)));
-            let mut columns = vec![starts, ends];
-            columns.extend(frame.keys.columns(&ids)?);
-            let mut taken = frame.withdrawal(columns, &revisions)?;
-            let rows = rows.get_or_insert_with(|| Rows {
-                batch: RecordBatch::new_empty(frame.program.output().clone()),
-                revisions: Some(Vec::new()),
-                gone: None,
-                complete: false,
-                withdrawn: None,
-            });
-            if let Some(more) = &rows.withdrawn {
-                taken = compute::concat_batches(&taken.schema(), [&taken, more])?;
-            }
-            rows.withdrawn = Some(taken);
-        }
+        let ids: Vec<KeyId> = withdrawn.iter().map(|w| w.0).collect();
+        let revisions: Vec<i64> = withdrawn.iter().map(|w| w.3).collect();
+        let starts = time_column(withdrawn.iter().map(|w| w.1));
+        let ends = time_column(withdrawn.iter().map(|w| w.2.plus(self.gap)));
+        frame.withdraw(&mut rows, (starts, ends), &ids, &revisions)?;
         out.extend(rows);
         Ok(())
     }
@@ -427,12 +414,34 @@ impl Sessions {
 
     /// Provisional rows of the open sessions that changed since the last tick.
     pub(crate) fn tick(&mut self, frame: &Frame, out: &mut Vec<Rows>) -> Result<()> {
-        let mut slots = std::mem::take(&mut self.changed);
-        slots.retain(|&slot| std::mem::replace(&mut self.all[slot as usize].changed, false));
+        let mut slots = self.take_changed();
+        slots.append(&mut self.looked_at);
+        // one that was looked at may have closed since
+        slots.retain(|&slot| self.all[slot as usize].key != KeyId::MAX && !self.all[slot as usize].shown);
         slots.sort_unstable();
         slots.dedup();
         out.extend(self.rows(frame, slots, false)?);
         Ok(())
+    }
+
+    /// The same since the last look.
+    pub(crate) fn look(&mut self, frame: &Frame, out: &mut Vec<Rows>) -> Result<()> {
+        let slots = self.take_changed();
+        self.looked_at.extend_from_slice(&slots);
+        if self.looked_at.len() > 2 * self.all.len() {
+            self.looked_at.sort_unstable();
+            self.looked_at.dedup();
+        }
+        out.extend(self.rows(frame, slots, false)?);
+        Ok(())
+    }
+
+    fn take_changed(&mut self) -> Vec<Slot> {
+        let mut slots = std::mem::take(&mut self.changed);
+        slots.retain(|&slot| std::mem::replace(&mut self.all[slot as usize].changed, false));
+        slots.sort_unstable();
+        slots.dedup();
+        slots
     }
 
     /// The rows of all open sessions.

@@ -1,6 +1,6 @@
 //! One workspace: event time of its streams, its metrics and alert rules, and the prices it has seen.
 
-use crate::alert::{Change, Rule, Standing, Watch};
+use crate::alert::{Change, Rule, Standing, Trouble, Verdict, View, Watch};
 use crate::cost::{Cost, Stopwatch};
 use crate::event::{ItemName, Micros, Span, StreamName};
 use crate::join::Joined;
@@ -11,6 +11,7 @@ use crate::portfolio::Prices;
 use crate::program::Program;
 use crate::reference::{TableSchema, Tables};
 use crate::rollup::Rollup;
+use crate::shared::Shared;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
@@ -28,6 +29,9 @@ pub struct StreamTime {
     pub frontier: Option<Micros>,
     /// Events that came so late that a metric could not take them.
     pub late: u64,
+    /// Events taken in so far.
+    #[serde(default)]
+    pub events: u64,
 }
 
 /// Rows of a metric, in the order in which they became so.
@@ -85,6 +89,8 @@ pub struct Failure {
 pub struct Outputs {
     pub rows: Vec<MetricRows>,
     pub alerts: Vec<Change>,
+    /// Rules whose condition could not be computed over some rows of this step.
+    pub trouble: Vec<(ItemName, Trouble)>,
     pub late: Vec<Late>,
     pub failures: Vec<Failure>,
     /// A trade changed a last price.
@@ -136,9 +142,7 @@ impl Computation {
     /// The same metric without state.
     fn emptied(&self) -> Result<Computation> {
         Ok(match self {
-            Computation::Windows(metric) => {
-                Computation::Windows(Metric::new(metric.program().clone(), metric.timing())?)
-            }
+            Computation::Windows(metric) => Computation::Windows(metric.emptied()),
             Computation::Joined(joined) => Computation::Joined(Box::new(joined.emptied()?)),
             Computation::Rollup(rollup) => Computation::Rollup(rollup.emptied()?),
             Computation::Rows(metric) => {
@@ -222,7 +226,7 @@ impl Computation {
         let program = self.program().clone();
         match (self, state) {
             (Computation::Windows(metric), [panes, revisions]) => {
-                Metric::restore(program, metric.timing(), closed, panes, revisions).map(Computation::Windows)
+                metric.emptied().restored(closed, panes, revisions).map(Computation::Windows)
             }
             (Computation::Rows(metric), [partitions, kept]) => {
                 RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
@@ -261,9 +265,6 @@ pub struct Workspace {
     stopwatch: Option<Stopwatch>,
 }
 
-/// The stream whose trades set last prices.
-const TRADES: &str = "market.trades";
-
 impl Workspace {
     /// A workspace whose metrics stop at these bounds, and by whose stopwatch their costs are told. The default has
     /// neither.
@@ -280,7 +281,7 @@ impl Workspace {
             None if program.is_joined() => {
                 Computation::Joined(Box::new(Joined::new(program, timing, self.limits.metric)?))
             }
-            None => Computation::Windows(Metric::new(program, timing)?),
+            None => Computation::Windows(self.metric_of(program, timing)?),
             Some(upstream) => {
                 if let Some(cycle) = self.cycle(&name, &program) {
                     return exec_err!("{}", in_a_circle(&cycle));
@@ -304,6 +305,18 @@ impl Workspace {
             .insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None, gauge, cost });
         self.sort_chain();
         self.index_tables()
+    }
+
+    /// A metric over a stream, which shares its keys with one that has the same.
+    fn metric_of(&self, program: Arc<Program>, timing: Timing) -> Result<Metric> {
+        let others = self.metrics.values().filter_map(|entry| match &entry.metric {
+            Computation::Windows(metric) => Some(metric),
+            _ => None,
+        });
+        match others.filter_map(|metric| metric.beside(program.clone(), timing)).next() {
+            Some(metric) => Ok(metric),
+            None => Metric::new(program, timing),
+        }
     }
 
     /// Tables find their rows by what the metrics of now compare, and by nothing else.
@@ -383,6 +396,9 @@ impl Workspace {
             let mine = self.streams.entry(stream).or_default();
             mine.frontier = mine.frontier.max(time.frontier);
         }
+        let watched: Vec<ItemName> =
+            self.metrics.iter().filter(|(_, entry)| !entry.watches.is_empty()).map(|(name, _)| name.clone()).collect();
+        watched.iter().for_each(|name| self.overlook(name));
     }
 
     /// Forgets a metric, its state and its rules.
@@ -451,19 +467,59 @@ impl Workspace {
         self.chain = chain.into_iter().map(|(_, name, upstream)| (name, upstream)).collect();
     }
 
-    /// Starts or replaces a rule; its standing starts anew.
+    /// Starts a rule, which looks at the rows that change from now on, or replaces it: what fires goes on firing as long
+    /// as the rows of open windows satisfy the new condition too. Ask [`Workspace::firing`] for what is left.
     pub fn watch(&mut self, rule: Rule) -> Result<()> {
-        self.unwatch(&rule.name);
-        let Some(entry) = self.metrics.get_mut(&rule.metric) else {
-            return exec_err!("alert rule `{}` reads metric `{}`, which is not defined", rule.name, rule.metric);
+        let before = self.take_watch(&rule.name).filter(|before| before.rule.metric == rule.metric);
+        let live = before.as_ref().map_or(Ok(Vec::new()), |_| self.live(&rule.metric))?;
+        let (name, metric) = (rule.name.clone(), rule.metric.clone());
+        let Some(entry) = self.metrics.get_mut(&metric) else {
+            return exec_err!("alert rule `{name}` reads metric `{metric}`, which is not defined");
         };
-        entry.watches.insert(rule.name.clone(), Watch::new(rule));
+        let is_first = entry.watches.is_empty();
+        let mut watch = Watch::new(rule);
+        if let Some(before) = before {
+            watch.succeed(before, entry.metric.program(), &live)?;
+        }
+        entry.watches.insert(name, watch);
+        if is_first {
+            self.overlook(&metric);
+        }
         Ok(())
     }
 
     /// Forgets a rule.
     pub fn unwatch(&mut self, rule: &ItemName) {
-        self.metrics.values_mut().for_each(|entry| _ = entry.watches.remove(rule));
+        drop(self.take_watch(rule));
+    }
+
+    fn take_watch(&mut self, rule: &ItemName) -> Option<Watch> {
+        self.metrics.values_mut().find_map(|entry| entry.watches.remove(rule))
+    }
+
+    fn find_watch(&self, rule: &ItemName) -> Option<&Watch> {
+        self.metrics.values().find_map(|entry| entry.watches.get(rule))
+    }
+
+    /// The keys that a rule fires for, as [`crate::alert::Labels::key`] writes them; none for an unknown rule.
+    pub fn firing(&self, rule: &ItemName) -> impl Iterator<Item = &str> {
+        self.find_watch(rule).into_iter().flat_map(Watch::firing)
+    }
+
+    /// Rows over which a rule's condition could not be computed so far.
+    pub fn trouble(&self, rule: &ItemName) -> Option<&Trouble> {
+        self.find_watch(rule)?.trouble.as_ref()
+    }
+
+    /// Rules look at nothing that changed in the open windows of `metric` up to now.
+    fn overlook(&mut self, metric: &ItemName) {
+        let Some(frontier) = self.frontier_of(metric) else { return };
+        if let Some(entry) = self.metrics.get_mut(metric)
+            && let Some(state) = entry.metric.windows_mut()
+            && entry.failure.is_none()
+        {
+            _ = state.look(frontier, &mut Vec::new()); // what cannot be computed stops the metric at the next step
+        }
     }
 
     /// Takes in one batch of a stream. Final rows come out; provisional ones wait for [`Workspace::tick`].
@@ -473,20 +529,20 @@ impl Workspace {
             return out;
         };
         let Some(highest) = ts.values().iter().max().map(|&at| Micros(at)) else { return out };
-        if stream.as_str() == TRADES {
-            out.prices_changed = self.prices.absorb(batch);
-        }
+        out.prices_changed = self.prices.absorb(stream, batch);
         let time = self.streams.entry(stream.clone()).or_default();
+        time.events += batch.num_rows() as u64;
         let before = time.frontier.unwrap_or(Micros::MIN);
         let after = before.max(highest);
         time.frontier = Some(after);
         let mut late: BTreeMap<u32, ItemName> = BTreeMap::new();
         let came = Came { rows: batch.num_rows(), bytes: batch.get_array_memory_size() };
+        let mut shared = Shared::default();
         self.each(stream, Some(came), &mut out, |name, metric, (streams, tables), rows| {
             let mut dropped = Vec::new();
             match metric {
                 Computation::Windows(metric) => {
-                    metric.absorb(batch, before, rows, &mut dropped)?;
+                    metric.absorb(batch, before, &mut shared, rows, &mut dropped)?;
                     metric.advance(after.minus(metric.timing().max_delay), rows)?;
                 }
                 Computation::Joined(joined) => {
@@ -528,18 +584,17 @@ impl Workspace {
         out
     }
 
-    /// Provisional rows of `metric` that changed since its last tick.
+    /// Provisional rows of `metric` that changed since its last tick: for who reads them, rules have seen them.
     pub fn tick(&mut self, metric: &ItemName) -> Outputs {
         let mut out = Outputs::default();
         let Some(frontier) = self.frontier_of(metric) else { return out };
-        let now = self.reached(metric).unwrap_or(frontier);
         if let Some(entry) = self.metrics.get_mut(metric)
             && let Some(state) = entry.metric.windows_mut()
             && entry.failure.is_none()
         {
             let mut rows = Vec::new();
             let result = state.tick(frontier, &mut rows);
-            entry.take(metric, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, &mut out);
+            entry.take(metric, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, &mut out);
         }
         out
     }
@@ -702,25 +757,25 @@ impl Workspace {
     ) {
         let Self { streams, metrics, tables, stopwatch, .. } = self;
         let of = |stream: &StreamName| streams.get(stream).and_then(|time| time.frontier);
-        let now = of(stream).unwrap_or(Micros::MIN);
         for (name, entry) in metrics {
             if entry.failure.is_some() || !entry.metric.program().reads(stream) {
                 continue;
             }
-            let now = entry.metric.program().frontier(of).unwrap_or(Micros::MIN);
+            let frontier = entry.metric.program().frontier(of);
             let mut rows = Vec::new();
             let began = stopwatch.map(|now| now());
             let result = work(name, &mut entry.metric, (streams, tables), &mut rows);
             if let Some(came) = came {
                 entry.took(came, since(*stopwatch, began));
             }
-            entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, now, out);
+            entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, out);
+            entry.look(name, frontier, out);
         }
-        self.pass_on(stream, now, out);
+        self.pass_on(stream, out);
     }
 
     /// Gives the final rows in `out` to the metrics that read them, and theirs to the next ones.
-    fn pass_on(&mut self, stream: &StreamName, now: Micros, out: &mut Outputs) {
+    fn pass_on(&mut self, stream: &StreamName, out: &mut Outputs) {
         for at in 0..self.chain.len() {
             let (name, upstream) = self.chain[at].clone();
             if !self.feeds(stream, &name) {
@@ -728,7 +783,7 @@ impl Workspace {
             }
             let fresh = out.rows.iter().filter(|rows| rows.metric == upstream && rows.rows.revisions.is_some());
             let fresh: Vec<Rows> = fresh.map(|rows| rows.rows.clone()).collect();
-            self.give(&name, &upstream, &fresh, now, out);
+            self.give(&name, &upstream, &fresh, out);
         }
     }
 
@@ -738,19 +793,19 @@ impl Workspace {
         let mut out = Outputs::default();
         let upstream = self.chain.iter().find(|(reader, _)| reader == name).map(|(_, upstream)| upstream.clone());
         let Some(upstream) = upstream else { return out };
-        let now = self.frontier_of(name).unwrap_or(Micros::MIN);
         let Some(entry) = self.metrics.get_mut(name) else { return out };
         entry.since = since;
         let watches = std::mem::take(&mut entry.watches); // what was then raises no alert now
-        self.give(name, &upstream, rows, now, &mut out);
+        self.give(name, &upstream, rows, &mut out);
         if let Some(entry) = self.metrics.get_mut(name) {
             entry.watches = watches;
         }
+        self.overlook(name);
         self.hold_to_limits(&mut out);
         out
     }
 
-    fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], now: Micros, out: &mut Outputs) {
+    fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], out: &mut Outputs) {
         let Some(read) = self.metrics.get(upstream) else { return };
         let (closed, program, failure) = (read.metric.closed(), read.metric.program().clone(), read.failure.is_some());
         let stopwatch = self.stopwatch;
@@ -764,7 +819,8 @@ impl Workspace {
         if failure {
             result = result.and_then(|()| exec_err!("metric `{upstream}`, which it reads, stopped"));
         }
-        entry.take(name, produced.into_iter(), result, now, out);
+        entry.take(name, produced.into_iter(), result, out);
+        entry.look(name, Some(closed).filter(|closed| *closed > Micros::MIN), out);
     }
 
     /// The whole state as bytes that [`Saved::read`] understands.
@@ -783,6 +839,12 @@ impl Workspace {
                 cause: entry.failure.as_ref().map(|stop| stop.cause).unwrap_or_default(),
                 lengths: state.iter().map(Vec::len).collect(),
                 standing: entry.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone())).collect(),
+                trouble: entry
+                    .watches
+                    .iter()
+                    .filter_map(|(n, watch)| Some((n.clone(), watch.trouble.clone()?)))
+                    .collect(),
+                looked_at: entry.metric.windows().and_then(Metric::looked_at),
             });
             blobs.extend(state);
         }
@@ -830,9 +892,17 @@ impl Workspace {
             }
             entry.failure = state.failure.map(|reason| Stop { cause: state.cause, reason });
             entry.since = state.since.unwrap_or(Micros::MIN);
+            if let Some(metric) = entry.metric.windows_mut() {
+                metric.look_from(state.looked_at);
+            }
             for (rule, standing) in state.standing {
                 if let Some(watch) = entry.watches.get_mut(&rule) {
                     watch.standing = standing;
+                }
+            }
+            for (rule, trouble) in state.trouble {
+                if let Some(watch) = entry.watches.get_mut(&rule) {
+                    watch.trouble = Some(trouble);
                 }
             }
         }
@@ -844,16 +914,16 @@ impl Entry {
     /// Final rows of `upstream`, the metric this one reads, which has closed all windows up to `closed`.
     fn absorb(&mut self, upstream: &Program, closed: Micros, rows: &[Rows], out: &mut Vec<Produced>) -> Result<()> {
         for rows in rows {
-            let (batch, revisions) = over::rows_after(rows, self.since)?;
-            if batch.num_rows() == 0 {
+            let (batch, revisions, withdrawn) = over::rows_after(rows, self.since)?;
+            if batch.num_rows() == 0 && withdrawn.is_none() {
                 continue;
             }
             let events = upstream.as_events(&batch)?;
             match &mut self.metric {
-                Computation::Rows(metric) => metric.absorb(&events, &revisions, out)?,
+                Computation::Rows(metric) => metric.absorb(&events, &revisions, withdrawn.as_ref(), out)?,
                 Computation::Rollup(rollup) => {
                     let mut rows = Vec::new();
-                    rollup.absorb(&events, &revisions, &mut rows)?;
+                    rollup.absorb(&events, &revisions, withdrawn.as_ref(), &mut rows)?;
                     out.extend(rows.into_iter().map(|rows| Produced { rows, is_newest: true }));
                 }
                 Computation::Windows(_) | Computation::Joined(_) => {
@@ -873,22 +943,54 @@ impl Entry {
         }
     }
 
-    /// Shows the rules what came, keeps it, and stops the metric where `result` is an error.
+    /// Shows the rules the final rows that came, keeps all, and stops the metric where `result` is an error.
     fn take(
         &mut self,
         name: &ItemName,
         produced: impl Iterator<Item = Produced>,
-        mut result: Result<()>,
-        now: Micros,
+        result: Result<()>,
         out: &mut Outputs,
     ) {
         for Produced { rows, is_newest } in produced {
             // a correction far back says nothing about where things stand now
-            for watch in self.watches.values_mut().filter(|_| is_newest) {
-                result = result.and_then(|()| watch.observe(self.metric.program(), &rows, now, &mut out.alerts));
+            if is_newest && rows.revisions.is_some() {
+                self.show(&rows, Micros::MAX, out);
             }
             out.rows.push(MetricRows { metric: name.clone(), rows });
         }
+        self.stop_at(name, result, out);
+    }
+
+    /// Shows the rules the rows of open windows that changed since they last looked, now that event time has come to
+    /// `frontier`.
+    fn look(&mut self, name: &ItemName, frontier: Option<Micros>, out: &mut Outputs) {
+        if self.watches.is_empty() || self.failure.is_some() {
+            return;
+        }
+        if let Some(frontier) = frontier
+            && let Some(state) = self.metric.windows_mut()
+        {
+            let mut changed = Vec::new();
+            let result = state.look(frontier, &mut changed);
+            changed.iter().for_each(|rows| self.show(rows, frontier, out));
+            self.stop_at(name, result, out);
+        }
+        let settled = self.metric.closed().minus(self.metric.lateness());
+        self.watches.values_mut().for_each(|watch| watch.forget(settled));
+    }
+
+    fn show(&mut self, rows: &Rows, frontier: Micros, out: &mut Outputs) {
+        if self.watches.is_empty() {
+            return;
+        }
+        let mut verdict = Verdict::default();
+        let view = View { program: self.metric.program(), rows, frontier };
+        self.watches.values_mut().for_each(|watch| watch.observe(&view, &mut verdict));
+        out.alerts.extend(verdict.changes);
+        out.trouble.extend(verdict.trouble);
+    }
+
+    fn stop_at(&mut self, name: &ItemName, result: Result<()>, out: &mut Outputs) {
         match result {
             Ok(()) => {}
             Err(DataFusionError::ResourcesExhausted(reason)) => self.stop(name, Cause::StateLimit, reason, out),
@@ -966,6 +1068,10 @@ struct SavedMetric {
     cause: Cause,
     lengths: Vec<usize>,
     standing: BTreeMap<ItemName, HashMap<String, Standing>>,
+    #[serde(default)]
+    trouble: BTreeMap<ItemName, Trouble>,
+    #[serde(default)]
+    looked_at: Option<Micros>,
 }
 
 /// Saved state of a workspace, read but not yet put under its metrics.

@@ -26,6 +26,15 @@ impl Dialect {
     pub(crate) fn of(legacy: bool) -> Self {
         if legacy { Dialect::Legacy } else { Dialect::Current }
     }
+
+    /// That of a client that names this `protocolVersion`; one that makes no sense is served as the current one.
+    pub(crate) fn of_version(version: Option<&Value>) -> Self {
+        let major = |version: &str| version.split('.').next().and_then(|major| major.parse::<u32>().ok());
+        match version {
+            None | Some(Value::Null) => Dialect::Legacy,
+            Some(version) => Dialect::of(version.as_str().and_then(major) == Some(0)),
+        }
+    }
 }
 
 /// An event as one JSON object. What is absent is left out, never null.
@@ -40,37 +49,58 @@ pub(crate) fn frame(epoch: &str, n: u64, event: &RunEvent, dialect: Dialect) -> 
 }
 
 fn to_value(event: &RunEvent, dialect: Dialect) -> Value {
+    match dialect {
+        Dialect::Current => current(event),
+        Dialect::Legacy => to_legacy(current(event)),
+    }
+}
+
+/// An event of the current dialect as clients of 0.0.59 take it.
+pub(crate) fn to_legacy(mut event: Value) -> Value {
+    let Some(members) = event.as_object_mut() else { return event };
+    match members.get("type").and_then(Value::as_str) {
+        Some("RUN_STARTED") => _ = members.remove("protocolVersion"),
+        Some("RUN_FINISHED") => match members.get("outcome").and_then(|outcome| outcome["type"].as_str()) {
+            Some("cancelled") => return error("the run was cancelled", "cancelled"),
+            outcome => {
+                if outcome != Some("interrupt") {
+                    members.remove("outcome");
+                }
+                members.remove("usage");
+            }
+        },
+        Some("MESSAGES_SNAPSHOT") => {
+            let messages = members.get("messages").and_then(Value::as_array).into_iter().flatten();
+            let messages: Vec<Value> = messages.filter_map(legacy_message).collect();
+            members.insert("messages".to_owned(), messages.into());
+        }
+        _ => {}
+    }
+    event
+}
+
+fn current(event: &RunEvent) -> Value {
     match event {
         RunEvent::Started { thread, run, parent, .. } => {
-            let mut event = json!({"type": "RUN_STARTED", "threadId": thread, "runId": run});
+            let mut event =
+                json!({"type": "RUN_STARTED", "threadId": thread, "runId": run, "protocolVersion": VERSION});
             if let Some(parent) = parent {
                 event["parentRunId"] = parent.as_str().into();
             }
-            if dialect == Dialect::Current {
-                event["protocolVersion"] = VERSION.into();
-            }
             event
         }
-        RunEvent::Finished { outcome: Outcome::Cancelled, .. } if dialect == Dialect::Legacy => {
-            error("the run was cancelled", "cancelled")
-        }
         RunEvent::Finished { thread, run, outcome, usage } => {
-            let mut event = json!({"type": "RUN_FINISHED", "threadId": thread, "runId": run});
-            match (outcome, dialect) {
-                (Outcome::Interrupt(open), _) => {
+            let outcome = match outcome {
+                Outcome::Interrupt(open) => {
                     let interrupts: Vec<Value> = open.iter().map(interrupt).collect();
-                    event["outcome"] = json!({"type": "interrupt", "interrupts": interrupts});
+                    json!({"type": "interrupt", "interrupts": interrupts})
                 }
-                (_, Dialect::Legacy) => {}
-                (Outcome::Cancelled, _) => event["outcome"] = json!({"type": "cancelled"}),
-                (Outcome::Success { pending }, _) => {
-                    event["outcome"] = json!({"type": "success"});
-                    if !pending.is_empty() {
-                        event["outcome"]["pendingToolCallIds"] = json!(pending);
-                    }
-                }
-            }
-            if let (Some(usage), Dialect::Current) = (usage, dialect) {
+                Outcome::Cancelled => json!({"type": "cancelled"}),
+                Outcome::Success { pending } if pending.is_empty() => json!({"type": "success"}),
+                Outcome::Success { pending } => json!({"type": "success", "pendingToolCallIds": pending}),
+            };
+            let mut event = json!({"type": "RUN_FINISHED", "threadId": thread, "runId": run, "outcome": outcome});
+            if let Some(usage) = usage {
                 event["usage"] = json!([tokens(usage)]);
             }
             event
@@ -91,13 +121,7 @@ fn to_value(event: &RunEvent, dialect: Dialect) -> Value {
         }),
         RunEvent::StateSnapshot(snapshot) => json!({"type": "STATE_SNAPSHOT", "snapshot": snapshot}),
         RunEvent::StateDelta(delta) => json!({"type": "STATE_DELTA", "delta": delta}),
-        RunEvent::MessagesSnapshot(messages) => match dialect {
-            Dialect::Current => json!({"type": "MESSAGES_SNAPSHOT", "messages": messages}),
-            Dialect::Legacy => {
-                let messages: Vec<Value> = messages.iter().filter_map(legacy_message).collect();
-                json!({"type": "MESSAGES_SNAPSHOT", "messages": messages})
-            }
-        },
+        RunEvent::MessagesSnapshot(messages) => json!({"type": "MESSAGES_SNAPSHOT", "messages": messages}),
         RunEvent::Custom { name, value } => json!({"type": "CUSTOM", "name": name, "value": value}),
     }
 }
@@ -204,12 +228,7 @@ pub(crate) fn read_input(asker: Asker, input: Value) -> Result<RunRequest, Input
     let mut ids = HashSet::new();
     let mut messages = at.each(&input, "messages", message)?.ok_or_else(|| at.missing("messages", "an array"))?;
     messages.retain(|message| ids.insert(message["id"].clone()));
-    let major = |version: &str| version.split('.').next().and_then(|major| major.parse::<u32>().ok());
-    // a version that makes no sense is served as the current one
-    let legacy = match input.get("protocolVersion") {
-        None | Some(Value::Null) => true,
-        Some(version) => version.as_str().and_then(major) == Some(0),
-    };
+    let legacy = Dialect::of_version(input.get("protocolVersion")) == Dialect::Legacy;
     Ok(RunRequest {
         agent: asker.agent,
         thread,

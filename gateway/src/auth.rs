@@ -4,7 +4,7 @@ use crate::config::AuthConfig;
 use crate::oidc::{Identity, Oidc};
 use crate::permission::{Access, Role, parse_scopes};
 use crate::problem::Problem;
-use crate::seal::{SealError, Sealer};
+use actors::{SealError, Sealer, sealed_for};
 use argon2::password_hash::{PasswordHasher, SaltString};
 use argon2::{Argon2, PasswordHash, PasswordVerifier};
 use axum::http::StatusCode;
@@ -29,11 +29,10 @@ const ISSUER: &str = "tidewatch";
 const AUDIENCE: &str = "tidewatch-api";
 /// The `typ` of access tokens (RFC 9068): no other token of ours passes for one.
 const ACCESS_TYPE: &str = "at+jwt";
-/// How far the clocks of servers that share a secret may differ.
-const LEEWAY: Span = Span::seconds(30);
 /// A longer token is none of ours.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
-const SECRET_BYTES_MIN: usize = 32;
+/// Bytes that a secret needs at least.
+pub const SECRET_BYTES_MIN: usize = 32;
 
 /// A password has at least so many characters.
 pub const PASSWORD_CHARS_MIN: usize = 8;
@@ -89,7 +88,7 @@ pub struct Auth {
     /// The secret in use and those of before, by id.
     checking: Vec<(String, DecodingKey)>,
     validation: Validation,
-    sealer: Sealer,
+    sealer: Arc<Sealer>,
     pub(crate) oidc: Oidc,
     access: Span,
     refresh: Span,
@@ -224,7 +223,7 @@ impl Auth {
             signing_id: key_id(&secret),
             checking: secrets.map(|key| (key_id(key), DecodingKey::from_secret(key.as_bytes()))).collect(),
             validation,
-            sealer: Sealer::new(sealing.into_iter()),
+            sealer: Arc::new(Sealer::new(sealing.into_iter())),
             oidc: Oidc::new(&config.oidc).map_err(AuthError::Refused)?,
             access: Span::seconds(i64::from(config.access_minutes) * 60),
             refresh: Span::seconds(i64::from(config.refresh_days) * 86_400),
@@ -285,16 +284,36 @@ impl Auth {
         now: Micros,
     ) -> Result<Tokens, Problem> {
         let email: String = email.to_lowercase().chars().take(320).collect();
-        self.throttle(&email, from, now)?;
-        let user = store.user_by_email(&email).await?;
+        self.count_try(&email, from, now)?;
+        let user = match self.check_sign_in(store, &email, password, otp, now).await {
+            Ok(user) => user,
+            Err(problem) => {
+                if !is_wrong_guess(&problem) {
+                    self.take_back_try(&email, from);
+                }
+                return Err(problem);
+            }
+        };
+        self.take_back_try(&email, from);
+        self.tries.lock().remove(&(email, from));
+        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+    }
+
+    async fn check_sign_in(
+        &self,
+        store: &Store,
+        email: &str,
+        password: String,
+        otp: Option<&str>,
+        now: Micros,
+    ) -> Result<User, Problem> {
+        let user = store.user_by_email(email).await?;
         let known: Arc<str> =
             user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
         let too_long = password.len() > PASSWORD_BYTES_MAX;
         let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
-        let Some(user) = user.filter(|_| good) else {
-            self.failed(email, from, now);
-            return Err(Problem::unauthorized("e-mail address or password is wrong").code("bad_credentials"));
-        };
+        let wrong = || Problem::unauthorized("e-mail address or password is wrong").code(WRONG_PASSWORD);
+        let user = user.filter(|_| good).ok_or_else(wrong)?;
         let totp = store.totp(&user.id).await?;
         if let Some(sealed) = &totp.secret {
             let Some(otp) = otp else {
@@ -302,13 +321,11 @@ impl Auth {
                 return Err(Problem::unauthorized(detail).code("otp_required"));
             };
             if !self.spend_code(store, &user, sealed, otp, now).await? {
-                self.failed(email, from, now);
                 let detail = "the code is wrong or was used before; wait for the next one";
-                return Err(Problem::unauthorized(detail).code("bad_otp"));
+                return Err(Problem::unauthorized(detail).code(WRONG_CODE));
             }
         }
-        self.tries.lock().remove(&(email, from));
-        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+        Ok(user)
     }
 
     /// The user whom an issuer names: known by the identity, else by an address that the issuer has checked, else made
@@ -346,14 +363,17 @@ impl Auth {
         now: Micros,
     ) -> Result<User, Problem> {
         let user = store.user_by_id(&caller.id).await?.ok_or_else(unauthenticated)?;
-        self.throttle(&user.email, from, now)?;
+        self.count_try(&user.email, from, now)?;
         let known = user.password_hash.clone();
         let too_long = password.len() > PASSWORD_BYTES_MAX;
-        if self.hashing(move || !too_long && verify(&password, &known)).await? {
-            return Ok(user);
+        let checked = self.hashing(move || !too_long && verify(&password, &known)).await;
+        if !matches!(checked, Ok(false)) {
+            self.take_back_try(&user.email, from);
         }
-        self.failed(user.email, from, now);
-        Err(Problem::forbidden("`password` is not your password").code("bad_credentials"))
+        match checked? {
+            true => Ok(user),
+            false => Err(Problem::forbidden("`password` is not your password").code(WRONG_PASSWORD)),
+        }
     }
 
     /// Gives a user another password and ends every sign-in.
@@ -435,7 +455,22 @@ impl Auth {
                 resealed += 1;
             }
         }
+        for (workspace, id, old) in store.all_webhook_secrets().await? {
+            if self.sealer.is_current(&old) {
+                continue;
+            }
+            let owner = sealed_for(&workspace, &id);
+            let new = self.sealer.seal(&owner, &self.sealer.open(&owner, &old)?);
+            if store.reseal_webhook(&workspace, &id, &old, &new).await? {
+                resealed += 1;
+            }
+        }
         Ok(resealed)
+    }
+
+    /// What encrypts secrets in the store.
+    pub fn sealer(&self) -> Arc<Sealer> {
+        self.sealer.clone()
     }
 
     /// A sign-in for `user` without a password, for administration beside the server.
@@ -514,7 +549,7 @@ impl Auth {
         let mut keys = self.checking.iter();
         let (_, key) = keys.find(|(id, _)| kid.as_ref().is_none_or(|kid| kid == id))?;
         let data = jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok()?;
-        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)).plus(LEEWAY) > now;
+        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)) > now;
         (data.header.typ.as_deref() == Some(ACCESS_TYPE) && in_time).then_some(data.claims)
     }
 
@@ -557,7 +592,7 @@ impl Auth {
             id: user.id,
             name: user.email,
             admin: user.admin,
-            expires_at: Some(Micros(claims.exp.saturating_mul(1_000_000)).plus(LEEWAY)),
+            expires_at: Some(Micros(claims.exp.saturating_mul(1_000_000))),
             by: By::Session { family: claims.sid },
         })
     }
@@ -644,30 +679,39 @@ impl Auth {
         self.tiers.forget();
     }
 
-    fn throttle(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
-        let tries = self.tries.lock();
-        let until = |email: &str, free| tries.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
-        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
-        if until <= now {
-            return Ok(());
-        }
-        let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
-        let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
-        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail).retry_after(wait))
-    }
-
-    fn failed(&self, email: String, from: Option<IpAddr>, now: Micros) {
+    /// Counts a try as failed before it is known whether it is, so that tries at the same time count as those one after
+    /// the other do; refuses it where there were too many.
+    fn count_try(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
         let mut all = self.tries.lock();
+        let until = |email: &str, free| all.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
+        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
+        if until > now {
+            let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
+            let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
+            let refused = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail);
+            return Err(refused.retry_after(wait));
+        }
         if all.len() >= REMEMBER_MAX {
             all.retain(|_, tries| tries.until(FREE_TRIES) > now);
         }
-        for email in [email, ANY_ACCOUNT.to_owned()] {
-            let tries = all.entry((email, from)).or_insert(Tries { failed: 0, last: now });
+        for email in [email, ANY_ACCOUNT] {
+            let tries = all.entry((email.to_owned(), from)).or_insert(Tries { failed: 0, last: now });
             if tries.last.plus(FORGET_TRIES) < now {
                 tries.failed = 0;
             }
             tries.failed = tries.failed.saturating_add(1);
             tries.last = now;
+        }
+        Ok(())
+    }
+
+    /// A try that was counted was no wrong guess.
+    fn take_back_try(&self, email: &str, from: Option<IpAddr>) {
+        let mut all = self.tries.lock();
+        for email in [email, ANY_ACCOUNT] {
+            if let Some(tries) = all.get_mut(&(email.to_owned(), from)) {
+                tries.failed = tries.failed.saturating_sub(1);
+            }
         }
     }
 
@@ -710,6 +754,14 @@ fn percent(byte: u8) -> String {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
         other => format!("%{other:02X}"),
     }
+}
+
+/// Codes of what somebody who guesses is told.
+const WRONG_PASSWORD: &str = "bad_credentials";
+const WRONG_CODE: &str = "bad_otp";
+
+fn is_wrong_guess(problem: &Problem) -> bool {
+    [WRONG_PASSWORD, WRONG_CODE].contains(&problem.code)
 }
 
 /// A password as it is stored: a PHC string, different each time.
@@ -893,7 +945,7 @@ mod tests {
         let auth = auth();
         let token = auth.sign("ann", "family", NOW).unwrap();
         assert_eq!(auth.claims(&token, NOW).unwrap().sub, "ann");
-        let end = NOW.plus(Span::seconds(30 * 60)).plus(LEEWAY);
+        let end = NOW.plus(Span::seconds(30 * 60));
         assert!(auth.claims(&token, end.minus(Span::seconds(1))).is_some());
         assert!(auth.claims(&token, end).is_none());
     }
@@ -955,18 +1007,19 @@ mod tests {
         let address = Some(IpAddr::from([10, 0, 0, 1]));
         let mut now = NOW;
         for _ in 0..5 {
-            assert!(auth.throttle("ann@example.com", address, now).is_ok());
-            auth.failed("ann@example.com".into(), address, now);
+            assert!(auth.count_try("ann@example.com", address, now).is_ok());
         }
         for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
             let almost = now.plus(Span(Span::seconds(wait).0 - 1));
-            let refused = auth.throttle("ann@example.com", address, almost).unwrap_err();
+            let refused = auth.count_try("ann@example.com", address, almost).unwrap_err();
             assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS, "{wait}");
-            assert!(auth.throttle("ann@example.com", Some(IpAddr::from([10, 0, 0, 2])), almost).is_ok());
-            assert!(auth.throttle("bob@example.com", address, almost).is_ok());
+            for (email, from) in [("ann@example.com", Some(IpAddr::from([10, 0, 0, 2]))), ("bob@example.com", address)]
+            {
+                assert!(auth.count_try(email, from, almost).is_ok(), "{email} {from:?}");
+                auth.take_back_try(email, from);
+            }
             now = now.plus(Span::seconds(wait));
-            assert!(auth.throttle("ann@example.com", address, now).is_ok());
-            auth.failed("ann@example.com".into(), address, now);
+            assert!(auth.count_try("ann@example.com", address, now).is_ok());
         }
     }
 

@@ -58,7 +58,9 @@ fn file(path: &str, found: EmbeddedFile, headers: &HeaderMap) -> Response {
     let tag = HeaderValue::from_str(&format!("\"{hash}\"")).expect("hexadecimal in quotes is a header value");
     let cache = if path.starts_with("assets/") { FOR_EVER } else { ASK_EACH_TIME };
     if headers.get(IF_NONE_MATCH).is_some_and(|known| *known == tag) {
-        return (StatusCode::NOT_MODIFIED, [(ETAG, tag), (CACHE_CONTROL, cache)]).into_response();
+        // the browser keeps the headers of this answer instead of those it had: the page's policy is among them
+        let headers = [(ETAG, tag), (CACHE_CONTROL, cache), (CONTENT_SECURITY_POLICY, POLICY)];
+        return (StatusCode::NOT_MODIFIED, headers).into_response();
     }
     let kind = HeaderValue::from_str(found.metadata.mimetype());
     let kind = kind.unwrap_or(HeaderValue::from_static("application/octet-stream"));
@@ -72,6 +74,16 @@ mod tests {
 
     async fn status(method: Method, path: &'static str) -> u16 {
         fallback(method, Uri::from_static(path), HeaderMap::new()).await.status().as_u16()
+    }
+
+    #[tokio::test]
+    async fn a_page_that_is_asked_for_again_keeps_its_policy() {
+        let first = fallback(Method::GET, Uri::from_static("/"), HeaderMap::new()).await;
+        let Some(tag) = first.headers().get(ETAG) else { return println!("skipped: this build has no console") };
+        let again = HeaderMap::from_iter([(IF_NONE_MATCH, tag.clone())]);
+        let again = fallback(Method::GET, Uri::from_static("/"), again).await;
+        assert_eq!(again.status(), StatusCode::NOT_MODIFIED);
+        assert_eq!(again.headers()[CONTENT_SECURITY_POLICY], POLICY);
     }
 
     #[tokio::test]

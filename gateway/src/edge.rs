@@ -9,13 +9,13 @@ use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
 };
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use sql::store::AuditEntry;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::Instrument;
@@ -25,6 +25,30 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The id a request goes by in logs and in the audit log.
 #[derive(Clone)]
 struct RequestId(String);
+
+/// Where a connection came from, as the audit log says it of what is done on it.
+#[derive(Clone, Default)]
+pub(crate) struct Origin {
+    address: Option<IpAddr>,
+    request_id: Box<str>,
+}
+
+impl Origin {
+    /// Of the request that these belong to.
+    pub(crate) fn of(extensions: &Extensions) -> Origin {
+        let address = extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
+        let request_id = extensions.get::<RequestId>().map(|id| id.0.as_str().into()).unwrap_or_default();
+        Origin { address, request_id }
+    }
+
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        self.address
+    }
+
+    fn shown(&self) -> String {
+        self.address.map_or_else(String::new, |address| address.to_string())
+    }
+}
 
 /// A client's own id, where it is a sensible one.
 fn given_id(headers: &HeaderMap) -> Option<String> {
@@ -120,6 +144,9 @@ fn is_notable(method: &Method, route: &str, status: StatusCode, code: Option<&st
     known && (is_denied || (is_change && !is_busy))
 }
 
+/// Of what something was done to, so much is kept.
+const TARGET_CHARS: usize = 500;
+
 /// Notes who did what, from where, and what came of it, before the answer is sent.
 pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     let Some(route) = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned()) else {
@@ -129,8 +156,7 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     request.extensions_mut().insert(seen.clone());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
-    let from = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip().to_string());
-    let request_id = request.extensions().get::<RequestId>().map(|id| id.0.clone());
+    let origin = Origin::of(request.extensions());
     let response = next.run(request).await;
     let code = response.extensions().get::<Code>().map(|code| code.0);
     if !is_notable(&method, &route, response.status(), code, seen.name().is_some()) {
@@ -140,16 +166,23 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     let has_ended = method == Method::DELETE && route == "/api/v1/workspaces/{ws}" && code.is_none();
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: workspace_of(&path).filter(|_| !has_ended),
+        workspace: if has_ended { None } else { known(&state, workspace_of(&path)).await },
         actor: seen.name().unwrap_or_default().to_owned(),
         action: format!("{method} {route}"),
-        target: path.chars().take(300).collect(),
+        target: (path + &seen.what()).chars().take(TARGET_CHARS).collect(),
         outcome: code.unwrap_or("ok").to_owned(),
-        from: from.unwrap_or_default(),
-        request_id: request_id.unwrap_or_default(),
+        from: origin.shown(),
+        request_id: origin.request_id.into(),
     };
     keep(&state, &entry).await;
     response
+}
+
+/// The workspace in whose log something belongs. One that is not there has none: whoever makes it later is not to read
+/// who asked for it before.
+async fn known(state: &AppState, id: Option<WorkspaceId>) -> Option<WorkspaceId> {
+    let id = id?;
+    state.system.workspace_exists(&id).await.then_some(id)
 }
 
 async fn keep(state: &AppState, entry: &AuditEntry) {
@@ -165,20 +198,22 @@ pub(crate) async fn audit_frame(
     kind: &str,
     on: (Option<&str>, &str),
     problem: &Problem,
+    origin: &Origin,
 ) {
     if !problem.is_denial() {
         return;
     }
     let (workspace, target) = on;
+    // the id of the handshake: all that is done on a connection goes by it
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: workspace.and_then(|id| id.parse().ok()),
+        workspace: known(state, workspace.and_then(|id| id.parse().ok())).await,
         actor: actor.to_owned(),
         action: format!("ws {}", kind.chars().take(40).collect::<String>()),
-        target: target.chars().take(300).collect(),
+        target: target.chars().take(TARGET_CHARS).collect(),
         outcome: problem.code.to_owned(),
-        from: "websocket".to_owned(),
-        request_id: String::new(),
+        from: origin.shown(),
+        request_id: origin.request_id.to_string(),
     };
     keep(state, &entry).await;
 }

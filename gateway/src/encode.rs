@@ -1,8 +1,10 @@
 //! What is inside as JSON: rows of metrics, events, alerts and portfolios, each in one place.
 
+pub(crate) use actors::alert_json as alert;
+use actors::json::AnyValue;
 use actors::rows::rfc3339;
 use actors::{PortfolioSummary, Throughput};
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, FieldRef, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, NullableEncoder, make_encoder};
@@ -11,7 +13,6 @@ use engine::event::Micros;
 use engine::metric::Rows;
 use engine::program::Program;
 use serde_json::{Map, Value, json};
-use sql::store::Alert;
 use std::sync::Arc;
 
 /// A metric's row as clients see it.
@@ -44,7 +45,7 @@ impl Encoder for Times<'_> {
     }
 }
 
-struct Embedded<'a>(&'a arrow::array::StringArray);
+struct Embedded<'a>(&'a StringArray);
 
 impl Encoder for Embedded<'_> {
     fn encode(&mut self, row: usize, out: &mut Vec<u8>) {
@@ -61,7 +62,7 @@ impl EncoderFactory for Contract {
         &self,
         field: &'a FieldRef,
         array: &'a dyn Array,
-        _: &'a EncoderOptions,
+        options: &'a EncoderOptions,
     ) -> Result<Option<NullableEncoder<'a>>, ArrowError> {
         let nulls = array.nulls().cloned();
         Ok(match array.data_type() {
@@ -71,7 +72,7 @@ impl EncoderFactory for Contract {
             DataType::Utf8 if self.json_columns.contains(field.name()) => {
                 Some(NullableEncoder::new(Box::new(Embedded(array.as_string())), nulls))
             }
-            _ => None,
+            _ => AnyValue.make_default_encoder(field, array, options)?,
         })
     }
 }
@@ -182,6 +183,23 @@ pub(crate) fn metric_row(program: &Program, row: &Map<String, Value>) -> Option<
     })
 }
 
+/// A column with each of its values as JSON text, without the quotes where that is a string; what JSON writes as null
+/// is NULL.
+pub(crate) fn texts(field: &FieldRef, column: &dyn Array, options: &EncoderOptions) -> Result<StringArray, ArrowError> {
+    let mut encoder = make_encoder(field, column, options)?;
+    let cell = |row: usize| {
+        if encoder.is_null(row) {
+            return Ok(None);
+        }
+        let mut out = Vec::new();
+        encoder.encode(row, &mut out);
+        let json = text(out)?;
+        let unquoted = serde_json::from_str::<String>(&json).ok();
+        Ok(unquoted.or_else(|| (json != "null").then_some(json)))
+    };
+    (0..column.len()).map(cell).collect()
+}
+
 /// Rows as JSON objects, those that `keep` wants, with JSON columns embedded. NULL is `null`, or left out.
 pub(crate) fn objects(
     batch: &RecordBatch,
@@ -202,17 +220,6 @@ pub(crate) fn objects(
         .collect()
 }
 
-/// An alert, over HTTP and in its channel.
-pub(crate) fn alert(alert: &Alert) -> Value {
-    json!({
-        "id": alert.id, "rule": alert.rule, "metric": alert.metric, "severity": alert.severity,
-        "labels": alert.labels, "state": alert.state, "row": alert.row,
-        "started_at": rfc3339(alert.started_at), "fired_at": rfc3339(alert.fired_at),
-        "resolved_at": alert.resolved_at.map(rfc3339), "acked_at": alert.acked_at.map(rfc3339),
-        "acked_by": alert.acked_by,
-    })
-}
-
 /// A portfolio's value, over HTTP and in its channel.
 pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
     let summary = &portfolio.summary;
@@ -221,6 +228,7 @@ pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
         "value": summary.value, "cost": summary.cost, "unrealised": summary.unrealised,
         "unrealised_pct": summary.unrealised_pct, "as_of": summary.as_of.map(rfc3339),
         "positions": summary.positions, "allocation": summary.allocation, "unpriced": summary.unpriced,
+        "unpriced_count": summary.unpriced.len(),
     })
 }
 
@@ -237,7 +245,7 @@ pub(crate) fn throughput(rates: &Throughput) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArray};
+    use arrow::array::{ArrayRef, Float64Array, TimestampMicrosecondArray};
     use arrow::datatypes::{Field, Schema};
 
     #[test]

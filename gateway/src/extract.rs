@@ -9,20 +9,63 @@ use crate::problem::Problem;
 use crate::quota::{Of, Rate};
 use ::streams::table::positions;
 use actors::Fault;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams, Request};
 use axum::http::Method;
-use axum::http::header::AUTHORIZATION;
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
+use bytes::Bytes;
 use engine::event::{METRICS, Micros, StreamName, WorkspaceId};
 use engine::reference::TABLES;
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
-/// A JSON body.
-#[derive(FromRequest)]
-#[from_request(via(axum::Json), rejection(Problem))]
+/// A JSON object as the body.
 pub(crate) struct Json<T>(pub(crate) T);
+
+/// A body of a request whose sender has to be allowed it first: what is wrong with it is told to nobody else.
+pub(crate) type Sent<T> = Result<Json<T>, Problem>;
+
+/// JSON of any kind as the body, where an array has a meaning of its own.
+pub(crate) struct AnyJson<T>(pub(crate) T);
+
+/// The JSON of a body, read only once it is known to be JSON.
+async fn json<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, Problem> {
+    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    if essence != "application/json" && !(essence.starts_with("application/") && essence.ends_with("+json")) {
+        return Err(Problem::unsupported_type("send the body with `content-type: application/json`"));
+    }
+    Ok(Bytes::from_request(request, state).await?)
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for AnyJson<T> {
+    type Rejection = Problem;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        Ok(AnyJson(axum::Json::<T>::from_bytes(&json(request, state).await?)?.0))
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let body = json(request, state).await?;
+        match axum::Json::<T>::from_bytes(&body) {
+            Err(JsonRejection::JsonSyntaxError(error)) => Err(JsonRejection::JsonSyntaxError(error).into()),
+            // an array would be taken for an object's members in their order
+            _ if body.trim_ascii_start().first() != Some(&b'{') => {
+                Err(Problem::invalid("bad_body", "the body must be a JSON object"))
+            }
+            read => Ok(Json(read?.0)),
+        }
+    }
+}
 
 /// Parts of the path.
 #[derive(FromRequestParts)]
@@ -34,18 +77,39 @@ pub(crate) struct Path<T>(pub(crate) T);
 #[from_request(via(axum::extract::Query), rejection(Problem))]
 pub(crate) struct Query<T>(pub(crate) T);
 
-/// Who a request turned out to come from, told to the audit log.
+/// Who a request turned out to come from, and what it was about beyond its path, told to the audit log.
 #[derive(Clone, Default)]
-pub(crate) struct Seen(Arc<OnceLock<String>>);
+pub(crate) struct Seen {
+    name: Arc<OnceLock<String>>,
+    what: Arc<Mutex<String>>,
+}
 
 impl Seen {
     /// Tells who it is; the first to tell is right.
     pub(crate) fn tell(&self, name: String) {
-        _ = self.0.set(name); // somebody told it before
+        _ = self.name.set(name); // somebody told it before
     }
 
     pub(crate) fn name(&self) -> Option<&str> {
-        self.0.get().map(String::as_str)
+        self.name.get().map(String::as_str)
+    }
+
+    /// Adds to what the request is about: whom it concerns, and what they get. Never a secret.
+    pub(crate) fn note(&self, what: impl Display) {
+        let mut all = self.what.lock();
+        all.push(' ');
+        all.push_str(&what.to_string());
+    }
+
+    pub(crate) fn what(&self) -> String {
+        self.what.lock().clone()
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Seen {
+    type Rejection = Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(parts.extensions.get::<Seen>().cloned().unwrap_or_default())
     }
 }
 
@@ -98,6 +162,12 @@ impl FromRequestParts<AppState> for Caller {
 }
 
 impl Caller {
+    /// The moment at which the credentials end, if they do.
+    pub(crate) fn ends(&self, state: &AppState) -> Option<Instant> {
+        let left = self.expires_at?.since(state.system.now()).0;
+        Some(Instant::now() + Duration::from_micros(left.max(0).unsigned_abs()))
+    }
+
     /// A user, not an API key.
     pub(crate) fn user(self) -> Result<Caller, Problem> {
         match self.by {
@@ -122,8 +192,6 @@ pub(crate) struct Member {
     pub(crate) access: Access,
     /// May administer the whole installation.
     pub(crate) admin: bool,
-    /// When the credentials end.
-    pub(crate) expires_at: Option<Micros>,
 }
 
 impl Member {
@@ -132,7 +200,7 @@ impl Member {
         let id: WorkspaceId = workspace.parse().map_err(|_| Problem::workspace_not_found(workspace))?;
         let access = state.auth.access(state.system.store(), caller, &id, state.system.now()).await?;
         let (user, name) = (caller.id.clone(), caller.name.clone());
-        Ok(Member { user, name, workspace: id, access, admin: caller.admin, expires_at: caller.expires_at })
+        Ok(Member { user, name, workspace: id, access, admin: caller.admin })
     }
 
     /// Counts a run of an agent.
@@ -284,7 +352,15 @@ const PAGE_MAX: usize = 10_000;
 impl<S: Send + Sync> FromRequestParts<S> for Listing {
     type Rejection = Problem;
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Query(mut rest) = Query::<HashMap<String, String>>::from_request_parts(parts, state).await?;
+        let Query(given) = Query::<Vec<(String, String)>>::from_request_parts(parts, state).await?;
+        let mut rest = HashMap::new();
+        for (name, value) in given {
+            if rest.contains_key(&name) {
+                let detail = format!("parameter `{name}` stands twice; ask once for each of its values");
+                return Err(Problem::invalid("bad_parameter", detail));
+            }
+            rest.insert(name, value);
+        }
         let limit = match rest.remove("limit").map(|text| text.parse::<usize>()) {
             None => PAGE,
             Some(Ok(limit @ 1..=PAGE_MAX)) => limit,

@@ -10,7 +10,7 @@ mod ring; // the newest messages of a channel, as they go over the wire
 mod state; // what the messages of a state channel add up to
 
 pub(crate) use channel::Since;
-pub(crate) use crowd::{Crowd, Group, Seat};
+pub(crate) use crowd::{Crowd, Group, Seats};
 pub(crate) use name::{ChannelName, Topic};
 pub(crate) use outbox::{Cut, Outbox, Taken};
 pub(crate) use ring::Form;
@@ -19,7 +19,7 @@ use crate::agui::{self, Dialect};
 use crate::config::{History, Limits};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
-use actors::agent::RunEvent;
+use actors::agent::{RunEvent, RunHandle};
 use actors::{AlertPhase, Outlet, System, Update, What};
 use arrow::array::RecordBatch;
 use arrow::error::ArrowError;
@@ -135,8 +135,16 @@ impl Hub {
         request: Request<'_>,
     ) -> Result<Subscription, Problem> {
         let id = self.next_id();
-        let Request { outbox, since, rate, reference } = request;
-        let mut wish = Wish { id, outbox, since, rate, reference, missed: None };
+        let Request { outbox, since, rate, reference, dialect, run } = request;
+        // only runs have dialects: all others share their frames
+        let dialect = if matches!(name.topic, Topic::Thread(_)) { dialect } else { Dialect::Current };
+        let run_id = run.as_ref().map(|run| run.run.clone());
+        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None };
+        // a run that is over is shown again; one that goes on is in its channel
+        let mut rest = None;
+        if let Some(run) = run.filter(RunHandle::is_over) {
+            (wish.missed, rest) = load::again(run, dialect).unzip();
+        }
         self.sweep(Instant::now());
         let live = match (&name.topic, &workspace) {
             (Topic::Query { .. }, Some(workspace)) => Some(self.live(workspace)?),
@@ -149,15 +157,36 @@ impl Hub {
                 self.close(&channel);
                 return Err(problem);
             }
-            // what is not held any more is in the log; what comes while it is read is held
-            wish.missed = match channel.not_held(wish.since.as_ref()) {
-                Some((since, until)) => load::missed(system, &channel, since, until, self.limits.queue_bytes).await,
-                None => None,
-            };
+            // what is not held any more is in the log or the store; what comes while it is read is held
+            if let Some((since, until)) = channel.not_held(wish.since.as_ref()) {
+                (wish.missed, rest) = load::missed(system, &channel, since, until).await.unzip();
+            } else if wish.missed.is_none()
+                && let (Topic::Thread(thread), Some(workspace)) = (&channel.name.topic, &workspace)
+                && wish.since.as_ref().is_some_and(|since| !channel.recovers(since))
+                && let Some(run) = system.last_run(workspace, thread).await?.filter(RunHandle::is_over)
+            {
+                (wish.missed, rest) = load::again(run, dialect).unzip();
+            }
             match channel.subscribe(&wish) {
-                Some(done) => return done.map(|()| Subscription { id, channel }),
+                Some(done) => {
+                    done?;
+                    if let Some(rest) = rest {
+                        tokio::spawn(rest.hand_over(channel.clone(), id));
+                    }
+                    return Ok(Subscription { id, channel });
+                }
                 None => continue, // it was closed just now: a new one takes its place
             }
+        }
+    }
+
+    /// Writes the runs of a thread for this client in a dialect from now on, and shows it one that is over once more.
+    pub(crate) fn follow_run(&self, subscription: &Subscription, dialect: Dialect, over: Option<RunHandle>) {
+        let Subscription { id, channel } = subscription;
+        channel.speak(*id, dialect);
+        if let Some((missed, rest)) = over.and_then(|run| load::again(run, dialect)) {
+            channel.repeat(*id, &missed);
+            tokio::spawn(rest.hand_over(channel.clone(), *id));
         }
     }
 
@@ -236,7 +265,7 @@ impl Hub {
         start: (Arc<str>, u64),
     ) -> Arc<Channel> {
         let body = match name.topic {
-            Topic::Stream(_) | Topic::Alerts | Topic::Thread(_) => Body::Events { start: None },
+            Topic::Stream(_) | Topic::Alerts | Topic::Thread(_) => Body::Events { last: None },
             Topic::Metric(_) | Topic::Portfolio(_) => Body::Loading(channel::Meanwhile::default()),
             Topic::Query { .. } => Body::State(State::new(Place::Rows)),
             Topic::Presence(_) | Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
@@ -302,10 +331,12 @@ impl Hub {
 
     /// Who follows a topic of a workspace, whatever their filters, and over how many connections.
     fn presence(&self, workspace: &WorkspaceId, topic: &Topic) -> BTreeMap<String, usize> {
-        let mut users = BTreeMap::new();
+        let mut connections = HashMap::new();
         for channel in self.listening(workspace, topic.clone()) {
-            channel.count_users(&mut users);
+            channel.list_connections(&mut connections);
         }
+        let mut users = BTreeMap::new();
+        connections.into_values().for_each(|user| *users.entry(user).or_default() += 1);
         users
     }
 
@@ -349,6 +380,10 @@ pub(crate) struct Request<'a> {
     pub(crate) rate: Option<Duration>,
     /// Echoed in the answer.
     pub(crate) reference: Option<Value>,
+    /// How events of runs are written.
+    pub(crate) dialect: Dialect,
+    /// The run of the thread that the client has asked for.
+    pub(crate) run: Option<RunHandle>,
 }
 
 fn custom(name: &str, value: &str) -> String {
@@ -386,7 +421,7 @@ impl Outlet for Hub {
                 let event = custom(name, &json!({"alert": encode::alert(alert)}).to_string());
                 let now = Instant::now();
                 for channel in self.kept(&workspace, Topic::Alerts, "alerts") {
-                    channel.event_of_sequence(&event, false, false, now);
+                    channel.event_to_keep(&event, now);
                 }
             }
             What::Portfolio { id, summary } => {
@@ -408,14 +443,14 @@ impl Outlet for Hub {
                     }
                 }
             }
-            What::Run { thread, event, .. } => {
+            What::Run { thread, run, event, .. } => {
                 let is_first = matches!(**event, RunEvent::Started { .. });
                 let channels = self.conversation(&workspace, thread, is_first);
                 if !channels.is_empty() {
                     let text = agui::encode(event, Dialect::Current);
                     let now = Instant::now();
                     for channel in channels {
-                        channel.event_of_sequence(&text, is_first, event.is_terminal(), now);
+                        channel.event_of_run(run, &text, is_first, event.is_terminal(), now);
                     }
                 }
             }

@@ -6,6 +6,7 @@ use crate::extract::Member;
 use crate::problem::Problem;
 use crate::quota::Tier;
 use actors::Ingested;
+use actors::agent::AGENT_EVENTS;
 use axum::body::Body;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
@@ -78,6 +79,15 @@ fn format_of(headers: &HeaderMap) -> Result<Format, Problem> {
     }
 }
 
+/// Refuses a stream that only the engine writes: what is in it can be believed.
+fn check_open(stream: &StreamName) -> Result<(), Problem> {
+    if stream.as_str() != AGENT_EVENTS {
+        return Ok(());
+    }
+    let detail = format!("stream `{stream}` is written by the engine alone; send your events to a stream of your own");
+    Err(Problem::conflict("engine_stream", detail))
+}
+
 /// Takes in the events of a request; answers once the good ones are durable.
 pub(crate) async fn take_body(
     state: &AppState,
@@ -87,6 +97,7 @@ pub(crate) async fn take_body(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Value, Problem> {
+    check_open(stream)?;
     let tier = state.tier(&member.workspace).await?;
     state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
@@ -160,6 +171,7 @@ pub(crate) async fn decode_frame(
     tier: &Tier,
     events: Bytes,
 ) -> Result<Decoded, Problem> {
+    check_open(stream)?;
     state.quotas.may_ingest(&member.workspace, tier, state.system.now())?;
     let large = events.len() > INLINE_BYTES;
     let (format, encoding) = (Format::Json, Encoding::Identity);

@@ -4,12 +4,11 @@
 mod config; // the settings of this crate
 mod problem; // errors as clients see them
 mod permission; // what a role may do
-mod seal; // secrets at rest
 mod quota; // how much a workspace and a user may ask for
 mod oidc; // sign-in by an OpenID Connect issuer
 mod auth; // passwords, tokens, API keys
 mod extract; // what handlers take from a request
-mod span; // durations as people write them
+
 mod encode; // what is inside as JSON
 mod ingest; // bodies with events
 mod routes; // the HTTP API by area
@@ -23,7 +22,7 @@ mod edge; // what happens to every request and answer
 mod tls; // certificates
 mod serve; // connections, and how they drain
 
-pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, Tokens, hash_password, key_of};
+pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, SECRET_BYTES_MIN, Tokens, hash_password, key_of};
 pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
 pub use hub::Hub;
 pub use oidc::OidcConfig;
@@ -32,6 +31,7 @@ pub use serve::serve;
 pub use tls::TlsConfig;
 
 use actors::System;
+use actors::pack::Packs;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
@@ -59,6 +59,7 @@ pub struct AppState {
     pub auth: Arc<Auth>,
     pub hub: Arc<Hub>,
     pub config: Arc<Config>,
+    pub packs: Arc<Packs>,
     /// Renders what `/metrics` answers.
     pub metrics: PrometheusHandle,
     /// Cancelled when the server drains: long answers end then.
@@ -69,12 +70,20 @@ pub struct AppState {
 
 impl AppState {
     /// The state of a server that is not draining.
-    pub fn new(system: System, auth: Arc<Auth>, hub: Arc<Hub>, config: Arc<Config>, metrics: PrometheusHandle) -> Self {
+    pub fn new(
+        system: System,
+        auth: Arc<Auth>,
+        hub: Arc<Hub>,
+        config: Arc<Config>,
+        packs: Arc<Packs>,
+        metrics: PrometheusHandle,
+    ) -> Self {
         Self {
             system,
             auth,
             hub,
             config,
+            packs,
             metrics,
             closing: CancellationToken::new(),
             intake: Arc::default(),

@@ -128,6 +128,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
     Operation::new("get", "/api/v1/users", "sign-in", "All users. Admins only.").gives(200, "Users"),
     Operation::new("post", "/api/v1/users", "sign-in", "A new user. Admins only.").takes("NewUser").gives(201, "User"),
+    Operation::new("get", "/api/v1/packs", "workspaces", "What a workspace of one domain can start with.").gives(200, "Packs"),
     Operation::new("get", "/api/v1/workspaces", "workspaces", "Mine; admins of the installation see all.")
         .query(&[LIMIT, ("after", "The `next` of the page before.")])
         .gives(200, "Workspaces"),
@@ -144,7 +145,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Assignment")
         .gives(200, "Member"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
-    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used. Of a user's requests those that only read are not counted, since consoles poll; a key's are.")
         .gives(200, "Usage"),
     Operation::new("get", "/api/v1/workspaces/{ws}/grants", "workspaces", "What members may do beyond their roles.")
         .needs(Permission::WorkspaceManage)
@@ -164,7 +165,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces/{ws}/audit", "workspaces", "Who did what, newest first.").needs(Permission::AuditRead)
         .query(&[LIMIT, BEFORE])
         .gives(200, "Audit"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand.").needs(Permission::StreamRead).gives(200, "Streams"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/streams", "streams", "Streams and where they stand: `events` were taken in and `late` came too late for a metric, since the workspace was made.").needs(Permission::StreamRead).gives(200, "Streams"),
     Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it.").needs(Permission::StreamDefine)
         .takes("StreamDefinition")
         .gives(200, "Stream"),
@@ -172,6 +173,9 @@ const OPERATIONS: &[Operation] = &[
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/dead-letters", "streams", "Events that could not be used, newest first, a moment after they were refused: `code` and `detail` say why, `payload` is the event as it came (for Arrow its row as JSON), cut at 4096 bytes. The newest 10000 of a workspace are kept. Without `stream` for those who may read every stream.").needs(Permission::StreamRead)
+        .query(&[("stream", "Only those of this stream."), LIMIT, ("after", "The `next` of the page before.")])
+        .gives(200, "DeadLetters"),
     Operation::new("get", "/api/v1/workspaces/{ws}/tables", "tables", "Reference tables: what metrics join to streams as `ref.NAME`, each row as it was at an event's time. `positions`, `companies` and `fx_rates` are there from the start; `positions` follows the portfolios.").needs(Permission::StreamRead)
         .gives(200, "ReferenceTables"),
     Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}", "tables", "One reference table.").needs(Permission::StreamRead)
@@ -187,28 +191,29 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces/{ws}/tables/{table}/rows", "tables", "The rows valid now, in order of the primary key, with `valid_from` (null: always).").needs(Permission::StreamRead)
         .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
         .gives(200, "ReferenceRows"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state.").needs(Permission::MetricRead).gives(200, "Metrics"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state. `failure` says why one stopped; one that stopped since it can no longer be planned has rows, but no `keys` and `values`.").needs(Permission::MetricRead).gives(200, "Metrics"),
     Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`).").needs(Permission::MetricDefine)
         .takes("MetricDefinition")
         .gives(200, "Metric"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows.").needs(Permission::MetricDefine),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds.").needs(Permission::MetricRead)
         .gives(200, "MetricPlan"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name.").needs(Permission::MetricRead)
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name, read as a value of its type: `?symbol=AAPL`, `?day=2026-01-01T00:00:00Z`. No parameter may stand twice.").needs(Permission::MetricRead)
         .query(&[
             ("from", "Windows that start then or later, RFC 3339."),
             ("to", "Windows that start earlier, RFC 3339."),
             LIMIT,
             ("after", "The `next` of the page before."),
+            ("is_null", "Key columns that must be NULL, separated by commas."),
             ("final", "`true`: only final rows; `false`: only provisional ones."),
             ("resolution", "`raw`, the default: every window; `1h`, `1d`: of the final rows the last of each hour or day and key, the range widened to whole ones; `auto`: `raw` for a range up to 2 days, `1h` up to 90, else `1d`."),
         ])
         .gives(200, "Rows"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`.").needs(Permission::QueryRun)
+    Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`; what has no form in JSON, such as NaN or a time beyond every calendar, is null, and CSV holds lists, maps and structs as JSON.").needs(Permission::QueryRun)
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules.").needs(Permission::AlertRead).gives(200, "AlertRules"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule.").needs(Permission::AlertDefine)
+    Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules. `failure` says why the condition of one could not be computed over `failed_rows` rows, which are left out; 0 where the rule cannot run at all.").needs(Permission::AlertRead).gives(200, "AlertRules"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "A new alert rule. `severity` is a word such as `info`, `warning` (unless said) or `critical`: `[a-z][a-z0-9_]{0,31}`.").needs(Permission::AlertDefine)
         .takes("AlertRule")
         .gives(201, "AlertRule"),
     Operation::new("put", "/api/v1/workspaces/{ws}/alert-rules/{rule}", "alerts", "Defines an alert rule, or defines it anew.").needs(Permission::AlertDefine)
@@ -229,6 +234,23 @@ const OPERATIONS: &[Operation] = &[
         .takes("NewSilence")
         .gives(201, "Silence"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/silences/{silence}", "alerts", "Ends and removes a silence.").needs(Permission::AlertRespond),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks", "webhooks", "Webhooks, without their secrets.").needs(Permission::AlertDefine)
+        .gives(200, "Webhooks"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/webhooks", "webhooks", "A new webhook. It is told of alerts by POST as Standard Webhooks says: headers `webhook-id` (also as `idempotency-key`: the same whenever a message comes again), `webhook-timestamp` and `webhook-signature`; body `{type, timestamp, data: {alert}}`. Any status from 200 to 299 within `webhooks.timeout_ms` is taken as received; else it is tried again for `webhooks.retry_hours`, not sooner than `Retry-After` says; 410 disables the webhook. Redirects are not followed. `secret` is in this answer and nowhere else.")
+        .needs(Permission::AlertDefine)
+        .takes("NewWebhook")
+        .gives(201, "Webhook"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "One webhook.").needs(Permission::AlertDefine)
+        .gives(200, "Webhook"),
+    Operation::new("patch", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Changes what is given. What waits for a webhook that is disabled fails.").needs(Permission::AlertDefine)
+        .takes("WebhookChanges")
+        .gives(200, "Webhook"),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Removes a webhook and its deliveries.").needs(Permission::AlertDefine),
+    Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}/deliveries", "webhooks", "What was on its way to a webhook, the newest first; `state` is `pending`, `delivered` or `failed`.").needs(Permission::AlertDefine)
+        .query(&[LIMIT, BEFORE])
+        .gives(200, "Deliveries"),
+    Operation::new("post", "/api/v1/workspaces/{ws}/webhooks/{webhook}/test", "webhooks", "Sends `webhook.test` the same way as alerts are sent.").needs(Permission::AlertDefine)
+        .gives(202, "Delivery"),
     Operation::new("get", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "Portfolios.").needs(Permission::PortfolioRead).gives(200, "Portfolios"),
     Operation::new("post", "/api/v1/workspaces/{ws}/portfolios", "portfolios", "A new portfolio.").needs(Permission::PortfolioUpdate)
         .takes("NewPortfolio")
@@ -242,18 +264,18 @@ const OPERATIONS: &[Operation] = &[
         .takes("Positions")
         .gives(200, "PositionCount"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position.").needs(Permission::PortfolioUpdate),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation at last prices.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation of the positions that have a price, at the last one by event time of `market.trades`, `market.quotes` (the middle of bid and ask) and `market.bars` (close). `unrealised_pct` is 100 · (value − cost) / |cost|; `unpriced` are the symbols left out.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to.").needs(Permission::AiUse)
         .takes("RunAgentInput")
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/workspaces/{ws}/runs/{run}/events", "agents", "Events of a run from behind `Last-Event-ID`, then live.").needs(Permission::AiUse).gives_as(200, RUNS, "Text"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run.").needs(Permission::AiUse),
+    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. One that somebody else started takes the permission `ai:admin`.").needs(Permission::AiUse),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of.")
-        .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel.")])
+        .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel."), ("protocolVersion", "The AG-UI version in which a `thread/…` channel is written, `1.0`; without one 0.0.59.")])
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
     Operation::new("get", "/api/v1/system/throughput", "system", "Live rates. Admins only.").gives(200, "Throughput"),
@@ -287,6 +309,11 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("NewUser", "email string, password string, admin? boolean"),
     ("User", "id string, email string, admin boolean, created_at time"),
     ("Users", "users User[]"),
+    (
+        "Pack",
+        "name string, title string, description string, streams string[], metrics string[], alert_rules string[], dashboard string[]",
+    ),
+    ("Packs", "packs Pack[]"),
     ("NewWorkspace", "id string, name? string, pack? string, tier? string"),
     ("WorkspaceChanges", "name? string, tier? string"),
     (
@@ -322,6 +349,8 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     ("ReferenceTables", "tables ReferenceTable[]"),
     ("ReferenceRows", "rows array, next? string"),
+    ("DeadLetter", "stream string, at time, code string, detail string, payload string"),
+    ("DeadLetters", "dead_letters DeadLetter[], next? string"),
     ("IngestError", "index integer, code string, detail string"),
     ("Ingested", "accepted integer, duplicates integer, rejected integer, errors IngestError[], offset integer null"),
     (
@@ -330,7 +359,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     (
         "Metric",
-        "name string, sql string, stream string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string, failure_code? string",
+        "name string, sql string, stream? string, joins? string[], keys string[], values Column[], window Object, emit? string, retain? string, max_delay? string, allowed_lateness? string, backfill? string, state Object, failure? string, failure_code? string",
     ),
     (
         "MetricPlan",
@@ -342,7 +371,11 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Query", "sql string, params? array, timeout_ms? integer"),
     ("Table", "columns Column[], rows array"),
     ("AlertRule", "name? string, metric string, condition string, for? string, severity? string"),
-    ("AlertRules", "rules AlertRule[]"),
+    (
+        "RunningAlertRule",
+        "name string, metric string, condition string, for string, severity string, failure? string, failed_rows? integer",
+    ),
+    ("AlertRules", "rules RunningAlertRule[]"),
     (
         "Alert",
         "id string, rule string, metric string, severity string, labels Object, state string, row Object, started_at time, fired_at time, resolved_at time null, acked_at time null, acked_by string null, silenced? boolean, silenced_by? string null",
@@ -353,10 +386,25 @@ const SCHEMAS: &[(&str, &str)] = &[
         "BacktestAlert",
         "labels Object, severity string, started_at time, fired_at time, resolved_at time null, row Object",
     ),
-    ("Backtest", "metric string, alerts BacktestAlert[], events integer, first_event time null, last_event time null"),
+    (
+        "Backtest",
+        "metric string, alerts BacktestAlert[], events integer, first_event time null, last_event time null, failure? string, failed_rows? integer",
+    ),
     ("NewSilence", "matchers Object, starts_at? time, ends_at? time, duration? string, comment? string"),
     ("Silence", "id string, matchers Object, starts_at time, ends_at time, comment string, created_by string"),
     ("Silences", "silences Silence[]"),
+    ("NewWebhook", "url string, events? string[], severities? string[], secret? string"),
+    ("WebhookChanges", "url? string, events? string[], severities? string[] null, secret? string, enabled? boolean"),
+    (
+        "Webhook",
+        "id string, url string, events string[], severities string[] null, enabled boolean, disabled_reason string null, created_at time, updated_at time, secret? string",
+    ),
+    ("Webhooks", "webhooks Webhook[]"),
+    (
+        "Delivery",
+        "id string, event string, alert string null, state string, attempts integer, created_at time, last_attempt_at time null, last_status integer null, last_error string null, next_attempt_at time null",
+    ),
+    ("Deliveries", "deliveries Delivery[], next? string"),
     ("NewPortfolio", "id string, name? string, currency? string"),
     ("Portfolio", "id string, name string, currency string"),
     ("Portfolios", "portfolios Portfolio[]"),
@@ -365,7 +413,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("PositionCount", "positions integer"),
     (
         "Summary",
-        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[]",
+        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[], unpriced_count integer",
     ),
     (
         "RunAgentInput",
@@ -387,7 +435,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
 ];
 
-/// A body of each kind, good as it stands where what it names exists.
+/// A body of each kind, or an answer that is better seen; a body is good as it stands where what it names exists.
 fn example(schema: &str) -> Option<Value> {
     const SQL: &str = "SELECT symbol, sum(price * qty) / sum(qty) AS vwap FROM market.trades \
         GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
@@ -414,6 +462,10 @@ fn example(schema: &str) -> Option<Value> {
         }),
         "ReferenceTableChanges" => json!([{"symbol": "AAPL", "region": "US"}]),
         "Events" => json!([{"id": "t-1", "symbol": "AAPL", "price": 187.5, "qty": 2}]),
+        "DeadLetters" => json!({"dead_letters": [{
+            "stream": "market.trades", "at": "2026-01-31T12:00:00.000000Z", "code": "missing_column",
+            "detail": "column `qty` (float64) is required", "payload": "{\"symbol\":\"AAPL\",\"price\":187.5}",
+        }]}),
         "MetricDefinition" => json!({"sql": SQL, "emit": "250ms"}),
         "Query" => json!({"sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY symbol"}),
         "AlertRule" => json!({"name": "dear", "metric": "vwap_1m", "condition": "vwap > 200", "for": "1m"}),
@@ -422,6 +474,11 @@ fn example(schema: &str) -> Option<Value> {
             "from": "2026-01-01T00:00:00Z", "to": "2026-01-02T00:00:00Z",
         }),
         "NewSilence" => json!({"matchers": {"symbol": "AAPL"}, "duration": "1h", "comment": "split day"}),
+        "NewWebhook" => json!({
+            "url": "https://hooks.example.com/tidewatch", "events": ["alert.firing", "alert.resolved"],
+            "severities": ["critical"],
+        }),
+        "WebhookChanges" => json!({"events": ["alert.firing"], "enabled": true}),
         "NewPortfolio" => json!({"id": "main", "name": "Main", "currency": "USD"}),
         "Positions" => json!({"positions": [position]}),
         "RunAgentInput" => json!({
@@ -544,6 +601,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "bad_otp",
             "bad_position",
             "bad_filter",
+            "bad_webhook",
             "bad_id",
             "empty_body",
             "unreadable_body",
@@ -555,6 +613,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "query_memory",
             "query_failed",
             "too_many_rows",
+            "unwritable_answer",
             "limit_reached",
         ],
     ),
@@ -576,6 +635,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "unknown_alert",
             "unknown_alert_rule",
             "unknown_silence",
+            "unknown_webhook",
             "unknown_portfolio",
             "unknown_position",
             "unknown_agent",
@@ -599,8 +659,10 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "last_owner",
             "limit_reached",
             "built_in_stream",
+            "engine_stream",
             "incompatible_schema",
             "metric_in_use",
+            "webhook_disabled",
             "run_id_taken",
             "thread_busy",
             "not_enrolled",

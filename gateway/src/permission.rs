@@ -32,7 +32,7 @@ permissions! {
     MetricRead "metric:read" "See metrics and their rows.",
     MetricDefine "metric:define" "Define and remove metrics.",
     AlertRead "alert:read" "See alert rules, alerts and silences.",
-    AlertDefine "alert:define" "Define and remove alert rules.",
+    AlertDefine "alert:define" "Define and remove alert rules and webhooks.",
     AlertRespond "alert:respond" "Acknowledge alerts and silence them.",
     StreamRead "stream:read" "See streams and their events.",
     StreamIngest "stream:ingest" "Send events.",

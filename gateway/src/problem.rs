@@ -157,7 +157,7 @@ struct Document<'a> {
     run: Option<&'a str>,
 }
 
-const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
+pub(crate) const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
@@ -273,7 +273,18 @@ impl From<JsonRejection> for Problem {
 
 /// What is wrong, without axum's introduction.
 fn tail(text: &str) -> String {
-    text.split_once(": ").map_or(text, |(_, tail)| tail).to_owned()
+    plain(text.split_once(": ").map_or(text, |(_, tail)| tail))
+}
+
+/// What is wrong, without the names that types have in here.
+pub(crate) fn plain(text: &str) -> String {
+    const STRUCT: &str = "expected struct ";
+    let mut plain = text.to_owned();
+    while let Some(at) = plain.find(STRUCT) {
+        let name = plain[at + STRUCT.len()..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').count();
+        plain.replace_range(at..at + STRUCT.len() + name, "expected an object");
+    }
+    plain
 }
 
 impl From<BytesRejection> for Problem {

@@ -1,6 +1,7 @@
-//! The WebSocket at `/api/v1/ws`: one task a connection, which reads requests, writes all that waits at once, and
-//! holds the client to its credentials for as long as it stays.
+//! WebSockets: one task a connection, which reads requests, writes all that waits at once, and holds the client to its
+//! credentials for as long as it stays. `/api/v1/ws` speaks of channels, two more paths are chats.
 
+mod chat; // runs of agents as bare events
 pub(crate) mod frame; // RFC 6455 on the wire
 pub(crate) mod handshake; // how a connection begins
 mod io; // its bytes
@@ -10,54 +11,80 @@ mod session; // what its client may ask for
 pub(crate) use session::{may_listen, rate_of};
 
 use crate::AppState;
-use crate::hub::{Group, Outbox};
+use crate::edge::Origin;
+use crate::hub::{Group, Outbox, Seats};
 use crate::problem::Problem;
 use axum::Router;
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::response::Response;
 use axum::routing::any;
 use frame::Reader;
 use handshake::Agreed;
 use hyper::upgrade::OnUpgrade;
 use io::Io;
-use peer::Peer;
+use peer::{Peer, Talk};
 use session::Session;
-use std::net::SocketAddr;
+use std::sync::Arc;
 
 pub(crate) fn routes() -> Router<AppState> {
-    Router::new().route("/api/v1/ws", any(upgrade))
+    Router::new().route("/api/v1/ws", any(upgrade)).merge(chat::routes())
 }
 
 async fn upgrade(State(state): State<AppState>, mut request: Request) -> Result<Response, Problem> {
-    let headers = request.headers();
-    if !handshake::is_allowed(headers, &state.config.cors_origins) {
-        let detail = "pages of this origin may not connect; an admin can list it in cors_origins";
-        return Err(Problem::forbidden(detail).code("origin_not_allowed"));
-    }
-    let seat = match request.extensions().get::<ConnectInfo<SocketAddr>>() {
-        Some(ConnectInfo(peer)) => {
-            let group = Group::Address(peer.ip());
-            Some((group.clone(), state.hub.crowd.enter(group)?))
+    let token = handshake::token_of(request.headers());
+    Ok(Opening::of(&state, &mut request)?.serve(&state, token, |line| Session::new(state.clone(), line)))
+}
+
+/// What a talk has of its connection.
+struct Line {
+    outbox: Arc<Outbox>,
+    seats: Seats,
+    origin: Origin,
+}
+
+/// A request that may become a WebSocket, within the bounds that hold for all of them.
+struct Opening {
+    agreed: Agreed,
+    upgrade: OnUpgrade,
+    seats: Seats,
+    origin: Origin,
+}
+
+impl Opening {
+    fn of(state: &AppState, request: &mut Request) -> Result<Opening, Problem> {
+        let headers = request.headers();
+        if !handshake::is_allowed(headers, &state.config.cors_origins) {
+            let detail = "pages of this origin may not connect; an admin can list it in cors_origins";
+            return Err(Problem::forbidden(detail).code("origin_not_allowed"));
         }
-        None => None,
-    };
-    let token = handshake::token_of(headers);
-    let Agreed { form, inflates, response } = handshake::agree(request.method(), headers)?;
-    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
-        return Err(Problem::invalid("bad_handshake", "this connection cannot become a WebSocket; use HTTP/1.1"));
-    };
-    tokio::spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile
-        let limits = &state.config.limits;
-        let mut reader = Reader::new(limits.frame_bytes, inflates);
-        let io = Io::new(upgraded, limits.send_buffer_bytes, &mut reader);
+        let (mut seats, origin) = (Seats::default(), Origin::of(request.extensions()));
+        if let Some(address) = origin.address() {
+            seats.enter(&state.hub.crowd, Group::Address(address))?;
+        }
+        let agreed = handshake::agree(request.method(), headers)?;
+        let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
+            let detail = "this connection cannot become a WebSocket; use HTTP/1.1";
+            return Err(Problem::invalid("bad_handshake", detail));
+        };
+        Ok(Opening { agreed, upgrade, seats, origin })
+    }
+
+    /// Answers the request, and talks on what becomes of its connection. `token`: what it came with.
+    fn serve<T: Talk>(self, state: &AppState, token: Option<String>, talk: impl FnOnce(Line) -> T) -> Response {
+        let Opening { agreed: Agreed { form, inflates, response }, upgrade, seats, origin } = self;
+        let (limits, hub) = (state.config.limits, state.hub.clone());
         let outbox = Outbox::new(limits.queue_bytes, form);
-        let (hub, session) = (state.hub.clone(), Session::new(state, outbox.clone(), seat));
-        hub.count_connection(true);
-        Peer::serve(io, reader, session, outbox, token).await;
-        hub.count_connection(false);
-    });
-    Ok(response)
+        let talk = talk(Line { outbox: outbox.clone(), seats, origin });
+        tokio::spawn(async move {
+            let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile
+            let mut reader = Reader::new(limits.frame_bytes, inflates);
+            let io = Io::new(upgraded, limits.send_buffer_bytes, &mut reader);
+            hub.count_connection(true);
+            Peer::serve(io, reader, talk, outbox, token).await;
+            hub.count_connection(false);
+        });
+        response
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +136,8 @@ mod tests {
                 limits: actors::Limits::default(),
                 agents: Default::default(),
                 cache: cache::Cache::new(&cache::Config::default()),
+                webhooks: Default::default(),
+                sealer: auth.sealer(),
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();
@@ -116,7 +145,7 @@ mod tests {
                 auth.login(system.store(), "root@example.com", password, None, None, system.now()).await.unwrap();
             let token = json!(tokens)["access_token"].as_str().unwrap().to_owned();
             let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
-            let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);
+            let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics);
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("ws://{}/api/v1/ws", listener.local_addr().unwrap());
             let serving = state.clone();

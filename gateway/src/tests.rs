@@ -1,5 +1,8 @@
 //! The whole router over a real system in a directory of its own.
 
+mod again; // what clients get that come back
+mod chat; // the sockets of chat clients
+mod refused; // what is refused, and what the audit log tells of it
 mod rights; // who may follow and send what
 mod shared; // what several nodes share through Redis
 #[path = "../../tests/support/redis.rs"]
@@ -88,10 +91,12 @@ impl Server {
             limits: system_limits,
             agents: std::collections::BTreeMap::new(),
             cache,
+            webhooks: Default::default(),
+            sealer: auth.sealer(),
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics);
         Server { router: router(state.clone()), state, _dir: dir }
     }
 
@@ -102,7 +107,8 @@ impl Server {
         let body = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
         assert!(parts.headers.contains_key("x-request-id"));
         if parts.status.is_client_error() || parts.status.is_server_error() {
-            assert_eq!(parts.headers["content-type"], "application/problem+json", "{body}");
+            let kind = parts.headers["content-type"].to_str().unwrap();
+            assert_eq!(kind.split(';').next(), Some("application/problem+json"), "{body}");
             assert_eq!(body["status"], parts.status.as_u16());
             assert!(body["code"].is_string() && body["detail"].is_string());
         }
@@ -174,6 +180,10 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
     assert_eq!(code("POST", at, json, large).await, (413, "body_too_large".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limit=0", json, Body::empty()).await, (400, "bad_parameter".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limt=1", json, Body::empty()).await, (400, "unknown_parameter".into()));
+    assert_eq!(
+        code("GET", "/api/v1/workspaces?limit=1&limit=2", json, Body::empty()).await,
+        (400, "bad_parameter".into())
+    );
     assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await, (426, "upgrade_required".into()));
     assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await, (400, "bad_path".into()));
 }
@@ -205,6 +215,41 @@ async fn a_foreign_workspace_answers_as_a_missing_one_on_every_route() {
         let told = foreign.body["detail"].as_str().unwrap().replace("acme", "none");
         assert_eq!((missing.status, missing.body["detail"].as_str().unwrap()), (404, told.as_str()));
     }
+}
+
+#[tokio::test]
+async fn what_was_refused_is_read_as_dead_letters_in_pages() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await;
+    let at = "/api/v1/workspaces/acme";
+    for (stream, event) in [("market.trades", json!({"symbol": "A"})), ("chat.messages", json!({"thread": "t"}))] {
+        let sent = server.call("POST", &format!("{at}/streams/{stream}/events"), &root, event).await;
+        assert_eq!((sent.status, &sent.body["rejected"]), (200, &json!(1)), "{}", sent.body);
+        // the letters come with the next commit
+        let written = async || server.get(&format!("{at}/dead-letters?stream={stream}"), &root).await.body;
+        let mut read = written().await;
+        while read["dead_letters"].as_array().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            read = written().await;
+        }
+    }
+    let first = server.get(&format!("{at}/dead-letters?limit=1"), &root).await;
+    let letter = &first.body["dead_letters"][0];
+    assert_eq!((&letter["stream"], &letter["code"]), (&json!("chat.messages"), &json!("missing_column")));
+    assert_eq!(letter["payload"], r#"{"thread":"t"}"#);
+    let next = first.body["next"].as_str().unwrap();
+    let second = server.get(&format!("{at}/dead-letters?limit=1&after={next}"), &root).await;
+    assert_eq!(second.body["dead_letters"][0]["stream"], "market.trades", "{}", second.body);
+    assert!(second.body.get("next").is_none());
+    assert_eq!(server.get(&format!("{at}/dead-letters?after=x"), &root).await.code(), "bad_cursor");
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=nonsense"), &root).await.code(), "bad_name");
+    let one = json!({"name": "x", "role": "viewer", "scopes": ["stream:read@streams/chat.messages"]});
+    let key = server.call("POST", &format!("{at}/keys"), &root, one).await;
+    let key = key.body["key"].as_str().unwrap();
+    assert_eq!(server.get(&format!("{at}/dead-letters"), key).await.status, 403);
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=market.trades"), key).await.status, 403);
+    assert_eq!(server.get(&format!("{at}/dead-letters?stream=chat.messages"), key).await.status, 200);
 }
 
 /// What a path names, where it has to exist.
@@ -496,6 +541,33 @@ async fn the_sandbox_of_sql_reads_the_tables_of_the_workspace_and_nothing_else()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queries_that_cannot_be_stopped_keep_nobody_from_an_answer() {
+    let limits = actors::Limits { queries: 2, ..actors::Limits::default() };
+    let server = Arc::new(Server::of(Config::default(), limits).await);
+    let root = server.token("root@example.com").await;
+    for id in ["acme", "other"] {
+        server.call("POST", "/api/v1/workspaces", &root, json!({"id": id})).await;
+    }
+    // one call of one function that takes many seconds: nothing looks at the clock in the middle of it
+    let long = "a".repeat(60_000);
+    let body = json!({"sql": "SELECT levenshtein($1, $2)", "params": [long, "b".repeat(60_000)], "timeout_ms": 200});
+    let asked = (0..2).map(|_| {
+        let (server, root, body) = (server.clone(), root.clone(), body.clone());
+        tokio::spawn(async move { server.call("POST", "/api/v1/workspaces/acme/query", &root, body).await })
+    });
+    for answer in futures::future::join_all(asked).await {
+        let answer = answer.unwrap();
+        assert_eq!((answer.status, answer.code()), (400, "query_timeout"), "{}", answer.body);
+    }
+    let quick = json!({"sql": "SELECT 1 AS one", "timeout_ms": 5_000});
+    let answer = server.call("POST", "/api/v1/workspaces/other/query", &root, quick.clone()).await;
+    assert_eq!((answer.status, &answer.body["rows"]), (200, &json!([[1]])), "{}", answer.body);
+    // who has as many of them as it may ask waits for the end of one
+    let answer = server.call("POST", "/api/v1/workspaces/acme/query", &root, quick).await;
+    assert_eq!((answer.status, answer.code()), (429, "too_many_queries"), "{}", answer.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_query_that_runs_away_is_stopped_at_its_limit_and_a_workspace_runs_few_at_once() {
     let limits = actors::Limits { queries: 2, ..actors::Limits::default() };
     let server = Arc::new(Server::of(Config::default(), limits).await);
@@ -636,6 +708,25 @@ async fn a_wrong_password_and_an_unknown_user_get_the_same_answer() {
     let known = answer("root@example.com").await;
     assert_eq!(known.0, 401);
     assert_eq!(known, answer("nobody@example.com").await);
+}
+
+#[tokio::test]
+async fn tries_at_the_same_time_are_throttled_as_those_one_after_the_other_are() {
+    let server = Server::start().await;
+    let login = |password: &str| {
+        let body = json!({"email": "root@example.com", "password": password});
+        server.call("POST", "/api/v1/auth/login", "", body)
+    };
+    // a right password leaves no trace
+    for _ in 0..10 {
+        assert_eq!(login(PASSWORD).await.status, 200);
+    }
+    let answers = futures::future::join_all((0..100).map(|_| login("wrong horse"))).await;
+    let with = |status: u16| answers.iter().filter(|answer| answer.status == status).count();
+    assert_eq!((with(401), with(429)), (5, 95));
+    let refused = answers.iter().find(|answer| answer.status == 429).unwrap();
+    assert_eq!(refused.code(), "too_many_sign_ins");
+    assert!(refused.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]

@@ -22,6 +22,13 @@ pub struct TlsConfig {
     pub key_file: Option<PathBuf>,
 }
 
+impl TlsConfig {
+    /// Whether there is a certificate with its key to serve with.
+    pub fn check(&self) -> Result<(), TlsError> {
+        Tls::load(self).map(drop)
+    }
+}
+
 /// Why TLS cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {

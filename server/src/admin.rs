@@ -12,11 +12,13 @@ use std::path::PathBuf;
 #[derive(clap::Subcommand)]
 pub enum WorkspaceCommand {
     /// All workspaces.
+    #[command(after_help = "Example: tidewatch workspace list --config tidewatch.toml")]
     List {
         #[arg(long)]
         config: Option<PathBuf>,
     },
     /// A new workspace, owned by a user that exists.
+    #[command(after_help = "Example: tidewatch workspace create acme --owner ada@example.com --name 'Acme Capital'")]
     Create {
         id: WorkspaceId,
         #[arg(long)]
@@ -32,11 +34,13 @@ pub enum WorkspaceCommand {
 #[derive(clap::Subcommand)]
 pub enum UserCommand {
     /// All users.
+    #[command(after_help = "Example: tidewatch user list --config tidewatch.toml")]
     List {
         #[arg(long)]
         config: Option<PathBuf>,
     },
     /// A new user; the password is read from standard input.
+    #[command(after_help = "Example: tidewatch user create ada@example.com --admin < password.txt")]
     Create {
         email: String,
         /// May administer the whole server.
@@ -46,12 +50,14 @@ pub enum UserCommand {
         config: Option<PathBuf>,
     },
     /// Another password, read from standard input; ends every sign-in.
+    #[command(after_help = "Example: tidewatch user password ada@example.com < password.txt")]
     Password {
         email: String,
         #[arg(long)]
         config: Option<PathBuf>,
     },
     /// Takes the second factor away from a user who has lost it.
+    #[command(after_help = "Example: tidewatch user reset-totp ada@example.com")]
     ResetTotp {
         email: String,
         #[arg(long)]
@@ -62,6 +68,7 @@ pub enum UserCommand {
 #[derive(clap::Subcommand)]
 pub enum KeyCommand {
     /// The keys of a workspace, without the keys themselves.
+    #[command(after_help = "Example: tidewatch key list -w acme")]
     List {
         #[arg(long, short)]
         workspace: WorkspaceId,
@@ -69,6 +76,7 @@ pub enum KeyCommand {
         config: Option<PathBuf>,
     },
     /// A new key, printed this once.
+    #[command(after_help = "Example: tidewatch key create collector -w acme --role member --scope stream:ingest")]
     Create {
         name: String,
         #[arg(long, short)]
@@ -83,6 +91,7 @@ pub enum KeyCommand {
         config: Option<PathBuf>,
     },
     /// Makes a key useless.
+    #[command(after_help = "Example: tidewatch key revoke 019a2b3c-0000-7000-8000-000000000000 -w acme")]
     Revoke {
         /// Its id, as `list` shows it.
         id: String,
@@ -96,12 +105,14 @@ pub enum KeyCommand {
 #[derive(clap::Subcommand)]
 pub enum TokenCommand {
     /// An access token of a user, without a password; good as long as one of a sign-in.
+    #[command(after_help = "Example: TOKEN=$(tidewatch token create ada@example.com)")]
     Create {
         email: String,
         #[arg(long)]
         config: Option<PathBuf>,
     },
     /// Ends every sign-in of a user.
+    #[command(after_help = "Example: tidewatch token revoke ada@example.com")]
     Revoke {
         email: String,
         #[arg(long)]
@@ -112,6 +123,7 @@ pub enum TokenCommand {
 #[derive(clap::Subcommand)]
 pub enum AuditCommand {
     /// Computes the hash chain of the audit log again, and names the first entry that is not as it was written.
+    #[command(after_help = "Example: tidewatch audit verify --config tidewatch.toml")]
     Verify {
         #[arg(long)]
         config: Option<PathBuf>,

@@ -2,10 +2,11 @@
 
 use crate::config::{Backend, Config};
 use actors::clock::{Clock, SystemClock};
+use actors::pack::Packs;
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
 use cache::Cache;
-use gateway::{AppState, Auth, Hub};
+use gateway::{AppState, Auth, Hub, SECRET_BYTES_MIN};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
@@ -29,11 +30,7 @@ const DRAIN: Duration = Duration::from_secs(4);
 impl App {
     /// Opens log and store under `config.data_dir`, replays, and listens.
     pub async fn build(config: Config) -> Result<App> {
-        crate::choose_tls();
-        let auth = Auth::new(&config.auth)?;
-        if config.log.backend != Backend::Embedded {
-            bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
-        }
+        let auth = checked(&config)?;
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
         // recorded once for the whole process, whatever the number of systems in it
@@ -49,7 +46,7 @@ impl App {
         let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
         let store_url = config.store_url()?;
-        let store = Store::open_with(&store_url, &config.store.options()).await?;
+        let store = Store::open_with(&store_url, &config.store_options()).await?;
         let installation = installation(&store, &store_url).await?;
         let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let clock = Arc::new(SystemClock);
@@ -69,12 +66,15 @@ impl App {
             limits: config.limits.system(),
             agents: config.agents.clone(),
             cache,
+            webhooks: config.webhooks.clone(),
+            sealer: auth.sealer(),
         })
         .await?;
+        let packs = Arc::new(Packs::load(config.packs_dir.as_deref()).await?);
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), packs, metrics);
         Ok(App { state, listener })
     }
 
@@ -86,6 +86,11 @@ impl App {
     /// The system behind the gateway.
     pub fn system(&self) -> &System {
         &self.state.system
+    }
+
+    /// What workspaces can be made from.
+    pub fn packs(&self) -> &Packs {
+        &self.state.packs
     }
 
     /// Serves until `stop`, then drains: no new connections, answers finished, clients told to come back, state committed.
@@ -116,6 +121,33 @@ async fn installation(store: &Store, url: &str) -> Result<String> {
     };
     let digest = Sha256::digest(format!("{name} {url}"));
     Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// What [`App::build`] refuses before it touches anything.
+fn checked(config: &Config) -> Result<Auth> {
+    crate::choose_tls();
+    let auth = Auth::new(&config.auth)?;
+    if config.log.backend != Backend::Embedded {
+        bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
+    }
+    sql::store::kind(&config.store_url()?)?;
+    config.redis.check()?;
+    if config.listen_tls.is_some() {
+        config.tls.check()?;
+    }
+    Ok(auth)
+}
+
+/// Refuses a configuration that a server would not start with. One without a secret passes, since that may come from the
+/// environment of the server: true where it must.
+pub(crate) fn check(config: &Config) -> Result<bool> {
+    let mut config = config.clone();
+    let needs_secret = config.auth.secret.is_none() && config.auth.secret_file.is_none();
+    if needs_secret {
+        config.auth.secret = Some("x".repeat(SECRET_BYTES_MIN));
+    }
+    checked(&config)?;
+    Ok(needs_secret)
 }
 
 /// Completes on SIGTERM or SIGINT.

@@ -1,5 +1,6 @@
 //! The commands that talk to a running server: `replay`, `query`.
 
+use actors::pack::RuleFile;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::{Client, StatusCode};
@@ -310,32 +311,16 @@ pub struct Backtest {
     remote: Remote,
 }
 
-/// A rule's file, as `tidewatch check` and `tidewatch backtest` read it.
-#[derive(serde::Deserialize, serde::Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct RuleFile {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    pub metric: String,
-    pub condition: String,
-    #[serde(rename = "for", skip_serializing_if = "Option::is_none")]
-    pub hold: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub severity: Option<String>,
-}
-
-impl RuleFile {
-    /// Reads a TOML file; an error names line, column and key.
-    pub fn read(file: &Path) -> Result<RuleFile> {
-        let shown = file.display();
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
-        toml::from_str(&text).with_context(|| format!("{shown} is no rule"))
-    }
+/// Reads a rule from a TOML file; an error names line, column and key.
+pub(crate) fn rule_of(file: &Path) -> Result<RuleFile> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+    toml::from_str(&text).with_context(|| format!("{shown} is no rule"))
 }
 
 /// Asks the server which alerts the rule would have raised, and prints them.
 pub async fn backtest(args: Backtest) -> Result<()> {
-    let rule = RuleFile::read(&args.rule)?;
+    let rule = rule_of(&args.rule)?;
     let session = Session::open(&args.remote).await?;
     let path = format!("/api/v1/workspaces/{}/backtest", args.workspace);
     let body = json!({"rule": rule, "from": args.from, "to": args.to});

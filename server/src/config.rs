@@ -24,6 +24,8 @@ pub struct Config {
     pub cors_origins: Vec<String>,
     /// Holds the log and the embedded store.
     pub data_dir: PathBuf,
+    /// Holds packs of one's own, a folder each.
+    pub packs_dir: Option<PathBuf>,
     pub log: LogConfig,
     /// How repeats of events are found.
     pub dedup: streams::dedup::Config,
@@ -37,6 +39,8 @@ pub struct Config {
     pub history: gateway::History,
     /// Agents answered by an OpenAI-compatible model, by name.
     pub agents: BTreeMap<ItemName, AgentConfig>,
+    /// How webhooks are told, and how many there may be.
+    pub webhooks: actors::WebhookConfig,
 }
 
 impl Default for Config {
@@ -48,6 +52,7 @@ impl Default for Config {
             metrics_listen: None,
             cors_origins: Vec::new(),
             data_dir: PathBuf::from("data"),
+            packs_dir: None,
             log: LogConfig::default(),
             dedup: streams::dedup::Config::default(),
             store: StoreConfig::default(),
@@ -57,6 +62,7 @@ impl Default for Config {
             limits: Limits::default(),
             history: gateway::History::default(),
             agents: BTreeMap::new(),
+            webhooks: actors::WebhookConfig::default(),
         }
     }
 }
@@ -159,6 +165,7 @@ impl StoreConfig {
             chunk_hours: self.chunk_hours,
             compress_after_days: self.compress_after_days,
             retain_days: self.retain_days,
+            ..sql::store::Options::default()
         }
     }
 }
@@ -292,8 +299,10 @@ pub enum ConfigError {
     NoFile(PathBuf),
     #[error("cannot read store.url_file `{path}`: {source}")]
     StoreUrl { path: PathBuf, source: std::io::Error },
+    #[error("`{file}` line {line}, column {column}: {message}")]
+    Place { file: PathBuf, line: usize, column: usize, message: String },
     #[error("configuration: {0}")]
-    Invalid(#[from] Box<figment::Error>),
+    Invalid(Box<figment::Error>),
 }
 
 impl Config {
@@ -306,7 +315,11 @@ impl Config {
             None => figment = figment.merge(Toml::file("tidewatch.toml")),
         }
         let environment = Env::prefixed("TIDEWATCH__").split("__");
-        Ok(figment.merge(environment).extract().map_err(Box::new)?)
+        let file = file.unwrap_or(Path::new("tidewatch.toml"));
+        figment.merge(environment).extract().map_err(|error| {
+            let text = std::fs::read_to_string(file).unwrap_or_default();
+            wrong_place(file, &text).unwrap_or_else(|| ConfigError::Invalid(Box::new(error)))
+        })
     }
 
     /// Address of the store.
@@ -319,6 +332,12 @@ impl Config {
             }
             (None, None) => Ok(format!("sqlite:{}", self.data_dir.join("tidewatch.db").display())),
         }
+    }
+
+    /// How to connect to the store and what to keep there.
+    pub(crate) fn store_options(&self) -> sql::store::Options {
+        let webhooks = &self.webhooks;
+        sql::store::Options { webhook_pending: webhooks.pending, webhook_kept: webhooks.kept, ..self.store.options() }
     }
 
     pub(crate) fn gateway(&self) -> gateway::Config {
@@ -337,6 +356,15 @@ impl Config {
     }
 }
 
+/// What is wrong in the file, where it is the file that is wrong and not the environment.
+fn wrong_place(file: &Path, text: &str) -> Option<ConfigError> {
+    let error = toml::from_str::<Config>(text).err()?;
+    let before = &text[..error.span()?.start.min(text.len())];
+    let line_start = before.rfind('\n').map_or(0, |end| end + 1);
+    let (line, column) = (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1);
+    Some(ConfigError::Place { file: file.to_owned(), line, column, message: error.message().to_owned() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,6 +380,40 @@ mod tests {
         assert!(error.contains("body_byte"), "{error}");
         let error = read("listn = \"127.0.0.1:1\"").unwrap_err();
         assert!(error.contains("listn"), "{error}");
+    }
+
+    #[test]
+    fn a_fault_in_the_file_is_told_once_with_line_and_column() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("t.toml");
+        for (text, place, part) in [
+            ("data_dir = \"x\"\n[limits]\n  body_byte = 1\n", "line 3, column 3", "unknown field `body_byte`"),
+            ("listn = \"127.0.0.1:1\"", "line 1, column 1", "unknown field `listn`"),
+            ("[limits]\nmetrics = \"many\"", "line 2, column 11", "invalid type"),
+            ("[limits\nmetrics = 1", "line 1, column 8", "unclosed"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let error = format!("{:#}", anyhow::Error::from(Config::load(Some(&file)).unwrap_err()));
+            assert!(error.contains(place) && error.matches(part).count() == 1, "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_check_refuses_what_a_server_would_not_start_with() {
+        let check = |toml: &str| crate::app::check(&read(toml).unwrap()).map_err(|error| format!("{error:#}"));
+        let secret = format!("auth.secret = \"{}\"\n", "x".repeat(32));
+        assert_eq!((check(&secret), check("")), (Ok(false), Ok(true)));
+        for (toml, part) in [
+            ("auth.secret = \"short\"", "32"),
+            ("auth.secret_file = \"/none/secret\"", "/none/secret"),
+            ("store.url = \"mysql://a:b@c/d\"", "`mysql` is not supported"),
+            ("store.url_file = \"/none/url\"", "/none/url"),
+            ("log.backend = \"kafka\"", "embedded"),
+            ("listen_tls = \"127.0.0.1:1\"", "tls.cert_file"),
+        ] {
+            let error = check(toml).unwrap_err();
+            assert!(error.contains(part), "{toml}: {error}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! `tidewatch demo`: three sample workspaces with metrics, rules and portfolios, fed by simulators or by an exchange.
+//! `tidewatch demo`: three sample workspaces, each from its pack and with portfolios, fed by simulators or by an exchange.
 
 use crate::app::App;
 use crate::config::Config;
-use actors::{MetricDefinition, RuleDefinition, System};
+use actors::System;
+use actors::pack::Packs;
 use anyhow::{Context, Result};
 use engine::event::{Micros, Span, WorkspaceId};
 use sql::store::{Portfolio, Position, Workspace};
@@ -46,8 +47,7 @@ struct Sample {
     id: &'static str,
     name: &'static str,
     kind: Kind,
-    metrics: &'static [(&'static str, &'static str)],
-    rules: &'static [(&'static str, &'static str, &'static str, &'static str, i64)],
+    pack: &'static str,
     portfolios: &'static [SamplePortfolio],
 }
 
@@ -63,34 +63,7 @@ const SAMPLES: [Sample; 3] = [
         id: "tidal-ventures",
         name: "Tidal Ventures (venture fund)",
         kind: Kind::Venture,
-        metrics: &[
-            (
-                "price_1m",
-                "SELECT window_start, symbol, sum(price * qty) / sum(qty) AS vwap, min(price) AS low, max(price) AS high, \
-                 sum(qty) AS volume, count(*) AS trades FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol",
-            ),
-            (
-                "turnover_5m",
-                "SELECT symbol, sum(price * qty) AS turnover, sum(price * qty) / sum(qty) AS vwap, \
-                 max(price) / min(price) * 100 - 100 AS range_pct \
-                 FROM market.trades GROUP BY hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes'), symbol",
-            ),
-            (
-                "trend_1m",
-                "SELECT symbol, vwap, avg(vwap) OVER (PARTITION BY symbol ORDER BY window_start ROWS BETWEEN 19 PRECEDING AND CURRENT ROW) AS sma20, \
-                 ema(vwap, 20) OVER w AS ema20, rsi(vwap, 14) OVER w AS rsi14, drawdown(vwap) OVER w AS drawdown \
-                 FROM metrics.price_1m WINDOW w AS (PARTITION BY symbol ORDER BY window_start)",
-            ),
-            (
-                "spread_10s",
-                "SELECT symbol, avg(ask - bid) AS spread, avg((ask - bid) / bid) * 10000 AS spread_bp \
-                 FROM market.quotes GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol",
-            ),
-        ],
-        rules: &[
-            ("wide-range", "turnover_5m", "range_pct > 0.9", "warning", 0),
-            ("busy-minute", "price_1m", "trades > 250", "info", 0),
-        ],
+        pack: "venture",
         portfolios: &[
             SamplePortfolio {
                 id: "growth",
@@ -119,47 +92,20 @@ const SAMPLES: [Sample; 3] = [
         id: "lighthouse",
         name: "Lighthouse (founder's company)",
         kind: Kind::Founder,
-        metrics: &[
-            (
-                "activity_1m",
-                "SELECT event, count(*) AS events, count(DISTINCT user_id) AS users, sum(value) AS value \
-                 FROM analytics.events GROUP BY tumble(ts, INTERVAL '1 minute'), event",
-            ),
-            (
-                "funnel_10m",
-                "SELECT count(*) FILTER (WHERE event = 'page_view') AS views, count(*) FILTER (WHERE event = 'signup') AS signups, \
-                 count(*) FILTER (WHERE event = 'subscription_created') AS subscriptions, \
-                 coalesce(sum(value) FILTER (WHERE event = 'invoice_paid'), 0) AS revenue, \
-                 coalesce(sum(value) FILTER (WHERE event = 'expense'), 0) AS burn \
-                 FROM analytics.events GROUP BY hop(ts, INTERVAL '10 seconds', INTERVAL '10 minutes')",
-            ),
-        ],
-        rules: &[("burn-over-revenue", "funnel_10m", "burn > revenue", "critical", 60)],
+        pack: "founder",
         portfolios: &[],
     },
     Sample {
         id: "starlight",
         name: "Starlight (creator agency)",
         kind: Kind::Creator,
-        metrics: &[
-            (
-                "chat_1m",
-                "SELECT role, count(*) AS messages, count(DISTINCT sender) AS people, avg(length(text)) AS mean_length \
-                 FROM chat.messages GROUP BY tumble(ts, INTERVAL '1 minute'), role",
-            ),
-            (
-                "spend_5m",
-                "SELECT thread, coalesce(sum(amount), 0) AS spend, count(amount) AS payments, count(*) AS messages \
-                 FROM chat.messages GROUP BY hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes'), thread",
-            ),
-        ],
-        rules: &[("big-spender", "spend_5m", "spend > 200", "info", 0)],
+        pack: "creator",
         portfolios: &[],
     },
 ];
 
 /// Creates what is missing of the sample workspaces; `owner` owns them. True when they are new.
-pub async fn prepare(system: &System, owner: &str) -> Result<bool> {
+pub async fn prepare(system: &System, packs: &Packs, owner: &str) -> Result<bool> {
     let mut new = false;
     for sample in &SAMPLES {
         let id: WorkspaceId = sample.id.parse()?;
@@ -167,34 +113,16 @@ pub async fn prepare(system: &System, owner: &str) -> Result<bool> {
             continue;
         }
         new = true;
+        let pack = packs.get(sample.pack).with_context(|| format!("there is no pack `{}`", sample.pack))?;
         let workspace = Workspace {
             id: id.clone(),
             name: sample.name.to_owned(),
-            pack: None,
+            pack: Some(sample.pack.to_owned()),
             tier: "enterprise".to_owned(),
             created_at: system.now(),
         };
         system.create_workspace(workspace, owner).await?;
-        for (name, sql) in sample.metrics {
-            let definition = MetricDefinition {
-                sql: (*sql).to_owned(),
-                emit: None,
-                retain: None,
-                max_delay: None,
-                allowed_lateness: None,
-                backfill: None,
-            };
-            system.define_metric(&id, name.parse()?, definition).await.with_context(|| format!("metric {name}"))?;
-        }
-        for (name, metric, condition, severity, hold) in sample.rules {
-            let rule = RuleDefinition {
-                metric: metric.parse()?,
-                condition: (*condition).to_owned(),
-                hold: Some(Span::seconds(*hold)),
-                severity: Some((*severity).to_owned()),
-            };
-            system.define_alert_rule(&id, name.parse()?, rule).await.with_context(|| format!("rule {name}"))?;
-        }
+        pack.apply(system, &id).await.with_context(|| format!("pack {}", sample.pack))?;
         for portfolio in sample.portfolios {
             let row = Portfolio {
                 workspace: id.clone(),
@@ -336,7 +264,7 @@ pub async fn run(demo: Demo) -> Result<()> {
     let system = app.system().clone();
     let user =
         system.store().user_by_email(EMAIL).await?.context("the demo's user is missing; delete the data directory")?;
-    let fresh = prepare(&system, &user.id).await?;
+    let fresh = prepare(&system, app.packs(), &user.id).await?;
     let stop = CancellationToken::new();
     let feeding = tokio::spawn(feed(system, fresh, speed, live, seed, stop.clone()));
     println!("Tidewatch demo: http://{}", app.address());

@@ -15,7 +15,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Actor-based real-time streaming engine: events in, live metrics, alerts and answers out.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "tidewatch", version, arg_required_else_help = true)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -65,8 +65,10 @@ enum Command {
                       The file: metric = \"vwap_1m\"\n          condition = \"vwap > 100\"\n          for = \"30s\"\n          severity = \"critical\""
     )]
     Backtest(Backtest),
-    /// Validates a configuration file, an alert rule or a metric's SQL; says line, column and mend.
-    #[command(after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql")]
+    /// Validates a configuration file, an alert rule, a metric's SQL or a pack; says line, column and mend.
+    #[command(
+        after_help = "Example: tidewatch check tidewatch.toml\n         tidewatch check vwap_1m.sql\n         tidewatch check packs/venture"
+    )]
     Check { file: PathBuf },
     /// Workspaces of a data directory.
     #[command(subcommand, after_help = "Example: tidewatch workspace create acme --owner ada@example.com")]
@@ -106,7 +108,7 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON.
+    /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON and a page with plots.
     #[command(after_help = "Example: tidewatch bench ingest --seconds 10")]
     Bench(measure::Bench),
 }
@@ -164,5 +166,31 @@ async fn run(command: Command) -> Result<()> {
         Command::Backup { dir, config } => backup::backup(&Config::load(config.as_deref())?, &dir).await,
         Command::Restore { dir, config } => backup::restore(&Config::load(config.as_deref())?, &dir).await,
         Command::Bench(args) => measure::run(args).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// Looks at the commands below `command`; how many there are.
+    fn check(command: &clap::Command, path: &str) -> usize {
+        let mut seen = 0;
+        for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
+            let path = format!("{path} {}", below.get_name());
+            let help = below.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example: ") && help.contains(&path), "`{path} --help` has no example: {help}");
+            seen += 1 + check(below, &path);
+        }
+        seen
+    }
+
+    #[test]
+    fn every_command_has_an_example_of_itself_and_the_version_says_whose_it_is() {
+        let mut command = Args::command();
+        command.build();
+        assert!(check(&command, "tidewatch") > 25);
+        assert!(command.render_version().starts_with("tidewatch "));
     }
 }

@@ -1,7 +1,8 @@
 //! Measures the window engine alone, on one thread, with Arrow batches ready in memory.
 //!
 //! `cargo build --release -p tidewatch-sql --example windows`, then
-//! `target/release/examples/windows [EVENTS] [ROWS A BATCH] [WORKLOAD]`.
+//! `target/release/examples/windows [EVENTS] [ROWS A BATCH] [WORKLOAD]`. The last workload is `tenants`: 10,000
+//! workspaces with the ten metrics each, an event a second and a look at what changed.
 //!
 //! The trades are those of the usual streaming comparison: 5,000 a second of event time, 1,000 workspaces and 500
 //! symbols by Zipf's law with exponent 1.2, 99 % up to 2 s out of order and 1 % up to 10 s. CPU time is that of the
@@ -39,7 +40,25 @@ fn workloads() -> Vec<Workload> {
         )
     };
     let minute = "tumble(ts, INTERVAL '1 minute')";
-    let ten: Vec<String> = [
+    let ten = pack();
+    vec![
+        one("W1 tumble 1 min, 2 keys", W1),
+        one("W2 hop 10 s / 5 min", W2),
+        one("W3 session 30 s", W3),
+        Workload { name: "all three", sql: vec![W1.to_owned(), W2.to_owned(), W3.to_owned()], batch: None },
+        one("tumble 1 min by symbol", &by_symbol(minute)),
+        one("hop 10 s / 5 min by symbol", &by_symbol("hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes')")),
+        one("hop 1 s / 1 h by symbol", &by_symbol("hop(ts, INTERVAL '1 second', INTERVAL '1 hour')")),
+        one("cumulate 1 min / 1 day", &by_symbol("cumulate(ts, INTERVAL '1 minute', INTERVAL '1 day')")),
+        one("one metric by symbol", &ten[0]),
+        Workload { name: "ten metrics by symbol", sql: ten.clone(), batch: None },
+        Workload { name: "ten metrics, 10 rows", sql: ten, batch: Some(10) },
+    ]
+}
+
+/// Ten metrics by symbol in one-minute windows.
+fn pack() -> Vec<String> {
+    [
         "count(*) AS n, sum(qty) AS volume",
         "sum(price * qty) / sum(qty) AS vwap",
         "min(price) AS low, max(price) AS high",
@@ -52,19 +71,8 @@ fn workloads() -> Vec<Workload> {
         "count(*) AS trades, max(price) - min(price) AS spread",
     ]
     .iter()
-    .map(|values| format!("SELECT symbol, {values} FROM peers.trades GROUP BY {minute}, symbol"))
-    .collect();
-    vec![
-        one("W1 tumble 1 min, 2 keys", W1),
-        one("W2 hop 10 s / 5 min", W2),
-        one("W3 session 30 s", W3),
-        one("tumble 1 min by symbol", &by_symbol(minute)),
-        one("hop 10 s / 5 min by symbol", &by_symbol("hop(ts, INTERVAL '10 seconds', INTERVAL '5 minutes')")),
-        one("hop 1 s / 1 h by symbol", &by_symbol("hop(ts, INTERVAL '1 second', INTERVAL '1 hour')")),
-        one("cumulate 1 min / 1 day", &by_symbol("cumulate(ts, INTERVAL '1 minute', INTERVAL '1 day')")),
-        Workload { name: "ten metrics by symbol", sql: ten.clone(), batch: None },
-        Workload { name: "ten metrics, 10 rows", sql: ten, batch: Some(10) },
-    ]
+    .map(|values| format!("SELECT symbol, {values} FROM peers.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol"))
+    .collect()
 }
 
 struct Trades {
@@ -232,11 +240,59 @@ fn run(workload: &Workload, events: usize, rows: usize) {
     );
 }
 
+/// Workspaces with the same ten metrics, an event a second each for two minutes, and what changed asked for each time.
+fn tenants(count: usize) {
+    const SECONDS: usize = 120;
+    let mut trades = Trades::new();
+    let stream: StreamName = "peers.trades".parse().expect("a stream name");
+    let input = trades.schema.arrow().clone();
+    let planner = Planner::default();
+    let timing = Timing { max_delay: Span::seconds(10), allowed_lateness: Span::ZERO };
+    let names: Vec<ItemName> = (0..10).map(|at| format!("m{at}").parse().expect("a name")).collect();
+    let before = status("VmRSS");
+    let (began, mut kept) = (Instant::now(), Vec::new());
+    let mut workspaces: Vec<Workspace> = (0..count)
+        .map(|_| {
+            let mut workspace = Workspace::default();
+            for (name, sql) in names.iter().zip(pack()) {
+                let program = futures::executor::block_on(planner.program(&sql, |_| Some(input.clone())));
+                let program = program.expect("it plans");
+                workspace.define(name.clone(), 1, program.clone(), timing).expect("it starts");
+                kept.push(program);
+            }
+            workspace
+        })
+        .collect();
+    let defined = began.elapsed();
+    let (mut spent, mut rows) = (Duration::ZERO, 0);
+    for _ in 0..SECONDS {
+        let second = trades.batch(5_000);
+        let events: Vec<RecordBatch> = (0..count).map(|at| second.slice(at % second.num_rows(), 1)).collect();
+        let before = cpu();
+        for (workspace, event) in workspaces.iter_mut().zip(&events) {
+            rows += workspace.step(&stream, event).rows.len();
+            rows += names.iter().map(|name| workspace.tick(name).rows.len()).sum::<usize>();
+        }
+        spent += cpu() - before;
+    }
+    let state = workspaces.iter().map(Workspace::bytes).sum::<usize>();
+    println!(
+        "tenants: {count} workspaces x 10 metrics, defined in {:.2} us each; {:.1} % of a core at an event a second each; {:.1} KiB resident each, {:.1} KiB of state, {rows} batches of rows",
+        defined.as_secs_f64() * 1e6 / (count * 10) as f64,
+        spent.as_secs_f64() * 100.0 / SECONDS as f64,
+        (status("VmRSS") - before) * 1024.0 / count as f64,
+        state as f64 / 1024.0 / count as f64,
+    );
+}
+
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize, default| args.get(at).and_then(|text| text.parse().ok()).unwrap_or(default);
     let (events, rows) = (number(0, 5_000_000), number(1, 16_384));
     for workload in workloads().iter().filter(|w| args.get(2).is_none_or(|name| w.name.starts_with(name.as_str()))) {
         run(workload, events, rows);
+    }
+    if args.get(2).is_none_or(|name| name == "tenants") {
+        tenants(10_000);
     }
 }

@@ -5,13 +5,16 @@
 
 use crate::error::SqlError;
 use crate::functions;
-use crate::plan::{check_name, config, is_bound, simplified, statement_of, stream_of, unsupported};
+use crate::plan::{
+    check_deterministic, check_name, config, is_bound, simplified, statement_of, stream_of, unsupported,
+};
+use crate::sandbox;
 use datafusion::arrow::datatypes::{DataType, Field};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
 use datafusion::common::tree_node::TreeNode;
 use datafusion::common::{DFSchema, DataFusionError, ScalarValue};
 use datafusion::datasource::empty::EmptyTable;
-use datafusion::execution::context::{ExecutionProps, SessionContext};
+use datafusion::execution::context::ExecutionProps;
 use datafusion::logical_expr::expr::{NullTreatment, WindowFunction};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::{
@@ -94,7 +97,7 @@ impl RowSql {
 
     pub(crate) async fn program(self, sql: &str, upstream: &Program) -> Result<Program, SqlError> {
         let convert = |error: DataFusionError| SqlError::from_datafusion(&error, sql);
-        let context = SessionContext::new_with_config(config());
+        let context = sandbox::context(config(), Arc::default());
         functions::indicators().for_each(|function| context.register_udwf(function));
         let (schema, table) = self.upstream.parts();
         let tables = Arc::new(MemorySchemaProvider::new());
@@ -104,6 +107,7 @@ impl RowSql {
         let state = context.state();
         let plan = state.statement_to_plan(DfStatement::Statement(Box::new(self.statement))).await.map_err(convert)?;
         let plan = state.analyzer().execute_and_check(plan, state.config_options(), |_, _| {}).map_err(convert)?;
+        check_deterministic(&plan).map_err(convert)??;
         let parts = Shape::of(&plan)?.parts(self.upstream, upstream).map_err(|error| match error {
             PartsError::Sql(error) => error.placed(sql),
             PartsError::DataFusion(error) => convert(error),

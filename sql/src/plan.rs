@@ -4,20 +4,22 @@
 //! left is plain SQL that DataFusion plans and type-checks. Its plan is then taken apart at the
 //! aggregate. The same rewriting over a table that has the two columns is the batch oracle of the tests.
 
+use crate::division;
 use crate::error::SqlError;
 use crate::join::{self, FromClause};
 use crate::over::RowSql;
+use crate::{sandbox, text};
 use datafusion::arrow::compute::kernels::cast_utils::parse_interval_month_day_nano;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::{MemorySchemaProvider, SchemaProvider};
-use datafusion::common::tree_node::TreeNode;
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{DFSchema, DFSchemaRef, DataFusionError, TableReference};
 use datafusion::datasource::empty::EmptyTable;
-use datafusion::execution::context::{ExecutionProps, SessionContext};
+use datafusion::execution::context::ExecutionProps;
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::{
-    Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, Operator, SkipType, SortExpr,
+    Aggregate as AggregatePlan, Expr, FetchType, LogicalPlan, Operator, SkipType, SortExpr, Volatility,
 };
 use datafusion::optimizer::simplify_expressions::ExprSimplifier;
 use datafusion::physical_expr::aggregate::LoweredAggregateBuilder;
@@ -29,8 +31,6 @@ use datafusion::sql::sqlparser::ast::{
     self, Expr as SqlExpr, FunctionArg, FunctionArgExpr, FunctionArguments, GroupByExpr, Ident, SetExpr, Spanned,
     Statement, TableFactor, visit_expressions_mut,
 };
-use datafusion::sql::sqlparser::dialect::GenericDialect;
-use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use engine::event::{METRICS, Span, StreamName};
 use engine::program::{Aggregate, Parts, Program, Top};
 use engine::window::Window;
@@ -62,6 +62,14 @@ struct Planned {
 impl Planner {
     /// The program of `sql`; `source` gives what a name in FROM stands for, `None` where there is no such thing.
     pub async fn program<S: Into<Source>>(
+        &self,
+        sql: &str,
+        source: impl Fn(&StreamName) -> Option<S>,
+    ) -> Result<Arc<Program>, SqlError> {
+        text::deep(self.planned(sql, source)).await
+    }
+
+    async fn planned<S: Into<Source>>(
         &self,
         sql: &str,
         source: impl Fn(&StreamName) -> Option<S>,
@@ -160,7 +168,8 @@ fn without_bounds(rows: &SchemaRef) -> SchemaRef {
 
 /// An alert rule's condition over the rows of `program`: a boolean expression.
 pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
-    let context = SessionContext::new_with_config(config());
+    text::check_expression(sql)?;
+    let context = sandbox::context(config(), Arc::default());
     let schema =
         DFSchema::try_from(program.output().as_ref().clone()).map_err(|e| SqlError::from_datafusion(&e, sql))?;
     let convert = |error: DataFusionError| SqlError::from_datafusion(&error, sql);
@@ -169,6 +178,7 @@ pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, 
         return Err(SqlError::new("a condition sees one row of its metric and cannot aggregate")
             .help("compute the aggregate in the metric and compare its column here"));
     }
+    let expr = division::by_zero_is_null(expr, &schema).map_err(convert)?.data;
     let expr = context.create_physical_expr(expr, &schema).map_err(convert)?;
     match expr.data_type(program.output()).map_err(convert)? {
         DataType::Boolean => Ok(expr),
@@ -265,7 +275,7 @@ impl MetricSql {
 
     async fn program(self, sql: &str, inputs: Vec<SchemaRef>) -> Result<Program, SqlError> {
         let convert = |error: DataFusionError| SqlError::from_datafusion(&error, sql);
-        let context = SessionContext::new_with_config(config());
+        let context = sandbox::context(config(), Arc::default());
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         for (at, (relation, input)) in self.from.relations.iter().zip(&inputs).enumerate() {
             let (schema, table) = relation.name.parts();
@@ -287,6 +297,7 @@ impl MetricSql {
         let statement = DfStatement::Statement(Box::new(self.statement));
         let plan = state.statement_to_plan(statement).await.map_err(convert)?;
         let plan = state.analyzer().execute_and_check(plan, state.config_options(), |_, _| {}).map_err(convert)?;
+        check_deterministic(&plan).map_err(convert)??;
         let parts = Shape::of(&plan)?.parts(sql, &self.from, self.window, &inputs).map_err(|error| match error {
             PartsError::Sql(error) => error,
             PartsError::DataFusion(error) => convert(error),
@@ -297,13 +308,7 @@ impl MetricSql {
 
 /// The one statement of a metric's text.
 pub(crate) fn statement_of(sql: &str) -> Result<Statement, SqlError> {
-    let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-    let statements =
-        parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-            ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-        })?;
-    <[Statement; 1]>::try_from(statements)
+    <[Statement; 1]>::try_from(text::statements(sql)?)
         .map(|[statement]| statement)
         .map_err(|many| SqlError::new(format!("a metric is one SELECT, this text has {} statements", many.len())))
 }
@@ -556,10 +561,13 @@ impl<'a> Shape<'a> {
         };
         let key_at: Vec<usize> =
             (0..group_count).filter(|&at| !is_bound(groups.qualified_field(at).1.name())).collect();
-        let bounds = ["window_start", "window_end"].map(|name| {
-            (0..group_count).find(|&at| groups.qualified_field(at).1.name() == name).expect("put there by the parser")
-        });
-        let order = bounds.iter().chain(&key_at).copied().chain(group_count..groups.fields().len());
+        let bounds = ["window_start", "window_end"]
+            .map(|name| (0..group_count).find(|&at| groups.qualified_field(at).1.name() == name));
+        let [Some(start), Some(end)] = bounds else {
+            let error = unsupported("ROLLUP, CUBE or GROUPING SETS", "define a metric for each grouping");
+            return Err(error.into());
+        };
+        let order = [start, end].into_iter().chain(key_at.iter().copied()).chain(group_count..groups.fields().len());
         let layout = DFSchema::new_with_metadata(order.map(field).collect(), HashMap::new())?;
         let mut keys = Vec::new();
         let mut values = Vec::new();
@@ -616,6 +624,12 @@ impl<'a> Shape<'a> {
                 let lowered =
                     LoweredAggregateBuilder::new(&simplified(expr, event)?, event, event.as_arrow(), &props, &planning)
                         .build()?;
+                // some find out only here that they cannot take what they are given
+                let call = &lowered.aggregate;
+                match call.groups_accumulator_supported() {
+                    true => drop(call.create_groups_accumulator()?),
+                    false => drop(call.create_accumulator()?),
+                }
                 Ok(Aggregate { call: lowered.aggregate, filter: lowered.filter })
             })
             .collect::<Result<Vec<_>, PartsError>>()?;
@@ -670,10 +684,33 @@ impl<'a> Shape<'a> {
     }
 }
 
-/// The expression with functions such as `coalesce` rewritten to what can be evaluated, and constants folded.
+/// Refuses functions that say something else each time, such as `now()`: a metric's rows follow from its events alone.
+pub(crate) fn check_deterministic(plan: &LogicalPlan) -> Result<Result<(), SqlError>, DataFusionError> {
+    let mut found = None;
+    plan.apply_with_subqueries(|plan| {
+        plan.apply_expressions(|expr| {
+            expr.apply(|expr| {
+                if let Expr::ScalarFunction(call) = expr
+                    && call.func.signature().volatility != Volatility::Immutable
+                {
+                    found = Some(format!("`{}()`", call.func.name()));
+                    return Ok(TreeNodeRecursion::Stop);
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })
+    })?;
+    Ok(match found {
+        Some(what) => Err(unsupported(&what, "its rows follow from the events alone: use `ts` for the time")),
+        None => Ok(()),
+    })
+}
+
+/// The expression with functions such as `coalesce` rewritten to what can be evaluated, division by zero as NULL, and
+/// constants folded.
 pub(crate) fn simplified(expr: &Expr, schema: &DFSchema) -> Result<Expr, DataFusionError> {
     let context = SimplifyContext::builder().with_schema(Arc::new(schema.clone())).build();
-    ExprSimplifier::new(context).simplify(expr.clone())
+    ExprSimplifier::new(context).simplify(division::by_zero_is_null(expr.clone(), schema)?.data)
 }
 
 pub(crate) fn is_bound(name: &str) -> bool {
@@ -699,7 +736,6 @@ fn no_subquery(expr: &Expr) -> Result<(), SqlError> {
 
 /// The expression with bare column names, as the output has them.
 fn unqualified(expr: Expr) -> Result<Expr, DataFusionError> {
-    use datafusion::common::tree_node::Transformed;
     let bare = expr.transform(|e| {
         Ok(match e {
             Expr::Column(mut column) if column.relation.is_some() => {

@@ -1,28 +1,29 @@
 //! Questions asked once: read-only SQL over tables that are handed in.
 
+use crate::deadline::{self, Late};
+use crate::division::ByZeroIsNull;
 use crate::error::SqlError;
 use crate::functions;
+use crate::{sandbox, text};
 use datafusion::arrow::array::RecordBatch;
 use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
 use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
-use datafusion::execution::FunctionRegistry;
-use datafusion::execution::SessionStateBuilder;
 use datafusion::execution::context::{SQLOptions, SessionContext};
 use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::Volatility;
+use datafusion::physical_plan::execute_stream;
 use datafusion::prelude::SessionConfig;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{Expr, Statement, visit_expressions, visit_relations};
-use datafusion::sql::sqlparser::dialect::GenericDialect;
-use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use engine::reference::TABLES;
 use futures::StreamExt;
 use serde_json::Value;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 /// What a question may cost.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +32,8 @@ pub struct Bounds {
     pub rows: usize,
     /// Bytes of memory for sorts, joins and aggregates.
     pub memory: usize,
+    /// When it must have come to its end.
+    pub until: Instant,
 }
 
 /// A table the question may read.
@@ -57,25 +60,11 @@ pub enum QueryError {
     TooManyRows(usize),
     #[error("the query needs more than its {0} bytes of memory; ask for less at a time, or raise limits.query_memory")]
     Memory(usize),
+    #[error("the query took longer than it may")]
+    Late,
     #[error("the query failed: {0}")]
     Failed(String),
 }
-
-/// Functions that make much of little in one step, which neither the memory pool nor the clock can stop.
-const FORBIDDEN: &[&str] = &[
-    "repeat",
-    "lpad",
-    "rpad",
-    "range",
-    "generate_series",
-    "array_repeat",
-    "list_repeat",
-    "array_resize",
-    "list_resize",
-];
-
-/// Bytes of a question.
-const SQL_BYTES_MAX: usize = 256 << 10;
 
 /// A question that may be run: one statement that reads.
 pub struct Question {
@@ -86,19 +75,7 @@ pub struct Question {
 impl Question {
     /// Parses `sql` and refuses all but one query.
     pub fn parse(sql: &str) -> Result<Question, SqlError> {
-        if sql.len() > SQL_BYTES_MAX {
-            return Err(SqlError::new(format!(
-                "the SQL has {} bytes, more than the {SQL_BYTES_MAX} it may",
-                sql.len()
-            )));
-        }
-        let parser = Parser::new(&GenericDialect {}).with_recursion_limit(50);
-        let statements =
-            parser.try_with_sql(sql).and_then(|mut parser| parser.parse_statements()).map_err(|e| match e {
-                ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
-                ParserError::RecursionLimitExceeded => SqlError::new("the SQL is nested too deeply"),
-            })?;
-        match <[Statement; 1]>::try_from(statements) {
+        match <[Statement; 1]>::try_from(text::statements(sql)?) {
             Ok([mut statement @ Statement::Query(_)]) => {
                 functions::write_out_times(&mut statement);
                 Ok(Question { sql: sql.to_owned(), statement })
@@ -137,7 +114,12 @@ impl Question {
 
     /// Runs it over `tables` and nothing else. `params` stand for `$1`, `$2`, ….
     pub async fn run(self, params: &[Value], tables: Vec<Table>, bounds: Bounds) -> Result<Answer, QueryError> {
+        text::deep(self.answer(params, tables, bounds)).await
+    }
+
+    async fn answer(self, params: &[Value], tables: Vec<Table>, bounds: Bounds) -> Result<Answer, QueryError> {
         let convert = |error: DataFusionError| match error.find_root() {
+            DataFusionError::External(error) if error.is::<Late>() => QueryError::Late,
             DataFusionError::ResourcesExhausted(_) => QueryError::Memory(bounds.memory),
             DataFusionError::Plan(_)
             | DataFusionError::SQL(..)
@@ -157,15 +139,8 @@ impl Question {
             )
             .build_arc()
             .map_err(convert)?;
-        let mut state =
-            SessionStateBuilder::new_with_default_features().with_config(config).with_runtime_env(runtime).build();
-        for name in FORBIDDEN {
-            state.deregister_udf(name).map_err(convert)?;
-        }
-        let context = SessionContext::new_with_state(state);
-        for name in FORBIDDEN {
-            context.deregister_udtf(name);
-        }
+        let context = sandbox::context(config, runtime);
+        context.add_analyzer_rule(Arc::new(ByZeroIsNull));
         functions::indicators().for_each(|function| context.register_udwf(function));
         let catalog = context.catalog("datafusion").expect("the default catalog is there");
         for table in tables {
@@ -198,7 +173,10 @@ impl Question {
         };
         let frame = context.execute_logical_plan(plan).await.map_err(convert)?;
         let schema: SchemaRef = Arc::new(frame.schema().as_arrow().clone());
-        let mut stream = frame.execute_stream().await.map_err(convert)?;
+        let context = Arc::new(frame.task_ctx());
+        let plan = frame.create_physical_plan().await.map_err(convert)?;
+        let plan = deadline::bound(plan, bounds.until).map_err(convert)?;
+        let mut stream = execute_stream(plan, context).map_err(convert)?;
         let (mut batches, mut rows) = (Vec::new(), 0);
         while let Some(batch) = stream.next().await {
             let batch = batch.map_err(convert)?;
@@ -215,7 +193,7 @@ impl Question {
 /// Whether a function of this name may answer differently when it is asked again.
 fn is_changing(name: &str) -> bool {
     static CHANGING: LazyLock<HashSet<String>> = LazyLock::new(|| {
-        let state = SessionStateBuilder::new_with_default_features().build();
+        let state = sandbox::context(SessionConfig::new(), Arc::default()).state();
         let all = state.scalar_functions().iter();
         let changing = all.filter(|(_, function)| function.signature().volatility != Volatility::Immutable);
         changing.map(|(name, _)| name.to_lowercase()).collect()

@@ -6,12 +6,14 @@ use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, Timestam
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::program::Program;
+use engine::window::Window;
 use engine::workspace::{Outputs, Saved, Workspace};
 use proptest::prelude::*;
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use streams::schema::built_in;
 
 const SECOND: i64 = 1_000_000;
@@ -77,7 +79,7 @@ impl Chain {
     }
 }
 
-/// Of each metric, by window and key: the last revision and its values.
+/// Of each metric, by window and key: the last revision and its row, an empty batch where it was withdrawn.
 type Finals = BTreeMap<String, BTreeMap<(i64, i64, String), (i64, RecordBatch)>>;
 
 fn collect(into: &mut Finals, chain: &Chain, outputs: Outputs) {
@@ -86,11 +88,25 @@ fn collect(into: &mut Finals, chain: &Chain, outputs: Outputs) {
         let Some(revisions) = &rows.rows.revisions else { continue };
         let known = into.entry(rows.metric.to_string()).or_default();
         let program = chain.program(rows.metric.as_str());
+        let keys = program.key_count();
+        if let Some(gone) = &rows.rows.withdrawn {
+            let by = gone.column(gone.num_columns() - 1).as_primitive::<Int64Type>();
+            for row in 0..gone.num_rows() {
+                let before = known.insert(key(gone, row, keys), (by.value(row), rows.rows.batch.slice(0, 0)));
+                assert!(before.is_none_or(|(last, _)| last < by.value(row)), "{}: {gone:?}", rows.metric);
+            }
+        }
         for (row, &revision) in revisions.iter().enumerate() {
-            let key = key(&rows.rows.batch, row, program.key_count());
-            let next = known.get(&key).map_or(0, |(last, _)| last + 1);
-            assert_eq!(revision, next, "{} {key:?}: revisions come one after the other", rows.metric);
-            known.insert(key, (revision, rows.rows.batch.slice(row, 1)));
+            let (key, row) = (key(&rows.rows.batch, row, keys), rows.rows.batch.slice(row, 1));
+            let before = known.insert(key.clone(), (revision, row.clone()));
+            // the top rows of a window come together, also those that stay as they are
+            let is_right = match before {
+                Some((last, before)) if last == revision => program.is_top() && before == row,
+                Some((last, _)) => revision == last + 1,
+                // a session that others are joined to goes on with their revision
+                None => revision == 0 || program.may_retract() || matches!(program.window(), Window::Session { .. }),
+            };
+            assert!(is_right, "{} {key:?}: revision {revision} comes out of turn", rows.metric);
         }
     }
 }
@@ -148,7 +164,7 @@ fn assert_batch(finals: &Finals, chain: &Chain, upstream: &str, metric: &str, te
     let rows = table(finals, chain, upstream);
     let tables =
         vec![Table { name: vec!["metrics".into(), upstream.into()], schema: rows.schema(), batches: vec![rows] }];
-    let bounds = Bounds { rows: 1_000_000, memory: 256 << 20 };
+    let bounds = Bounds { rows: 1_000_000, memory: 256 << 20, until: Instant::now() + Duration::from_secs(60) };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let answer = runtime.block_on(Question::parse(text).unwrap().run(&[], tables, bounds)).unwrap();
     let keys = chain.program(metric).key_count();
@@ -158,9 +174,9 @@ fn assert_batch(finals: &Finals, chain: &Chain, upstream: &str, metric: &str, te
             truth.insert(key(batch, row, keys), numbers(batch, row, 2 + keys));
         }
     }
-    let empty = BTreeMap::new();
-    let ours = finals.get(metric).unwrap_or(&empty);
-    assert_eq!(ours.keys().collect::<Vec<_>>(), truth.keys().collect::<Vec<_>>(), "rows of {metric}");
+    let ours: BTreeMap<_, _> =
+        finals.get(metric).into_iter().flatten().filter(|(_, (_, row))| row.num_rows() > 0).collect();
+    assert_eq!(ours.keys().copied().collect::<Vec<_>>(), truth.keys().collect::<Vec<_>>(), "rows of {metric}");
     for (key, (_, row)) in ours {
         for (at, (a, b)) in numbers(row, 0, 2 + keys).iter().zip(&truth[key]).enumerate() {
             let same = match (a, b) {
@@ -299,6 +315,41 @@ proptest! {
         assert_eq!(ours, truth, "{window}");
         assert_batch(&finals, &chain, "long", "over", &over.replace("SELECT", "SELECT window_start, window_end,"));
     }
+
+    /// Rows that are withdrawn, or that change the group or the filter they fall under, leave no trace further down.
+    #[test]
+    fn what_a_metric_takes_back_is_taken_back_down_the_chain(
+        rows in prop::collection::vec(trade(), 1..120),
+        sizes in prop::collection::vec(1..30usize, 1..5),
+        restarts in prop::collection::vec(0..20usize, 0..3),
+        disorder in prop::sample::select(vec![60i64, 400]),
+        lateness in prop::sample::select(vec![60i64, 300, 5000]),
+        (window, rest) in prop::sample::select(vec![
+            ("tumble(ts, INTERVAL '1 minute')", "HAVING count(*) % 2 = 1"),
+            ("tumble(ts, INTERVAL '1 minute')", "ORDER BY volume DESC LIMIT 1"),
+            ("hop(ts, INTERVAL '1 minute', INTERVAL '2 minutes')", "ORDER BY trades LIMIT 2"),
+            ("session(ts, INTERVAL '20 seconds')", ""),
+            ("session(ts, INTERVAL '40 seconds')", "HAVING sum(qty) < 120"),
+        ]),
+        filter in prop::sample::select(vec!["", "WHERE volume > 60", "WHERE trades < 3"]),
+    ) {
+        let bars = format!("SELECT symbol, sum(qty) AS volume, max(price) AS high, count(*) AS trades FROM market.trades GROUP BY {window}, symbol {rest}");
+        let sizes_of = format!("SELECT trades, count(*) AS bars, sum(volume) AS volume FROM bars {filter} GROUP BY tumble(ts, INTERVAL '5 minutes'), trades");
+        let over = format!("SELECT symbol, volume, sum(volume) OVER (PARTITION BY symbol ORDER BY window_end) AS total, lag(high) OVER (PARTITION BY symbol ORDER BY window_end) AS before FROM metrics.bars {filter}");
+        let again = "SELECT trades, volume, sum(bars) OVER (PARTITION BY trades ORDER BY window_start) AS bars FROM metrics.sizes";
+        let dear = "SELECT count(*) AS n, max(total) AS total FROM metrics.over GROUP BY tumble(ts, INTERVAL '5 minutes')";
+        let chain = Chain::new(&[("bars", &bars), ("sizes", &sizes_of), ("over", &over), ("again", again), ("dear", dear)]).unwrap();
+        let timing = Timing { max_delay: Span::ZERO, allowed_lateness: Span::seconds(lateness) };
+        let finals = run(&chain, timing, &cut(&roughly_sorted(rows, disorder), &sizes), &restarts);
+        let micros = |at: &str| format!("arrow_cast({at}, 'Timestamp(Microsecond, Some(\"+00:00\"))')");
+        let start = "date_bin(INTERVAL '5 minutes', ts, TIMESTAMP '1970-01-01T00:00:00Z')";
+        let bounds = format!("{} AS window_start, {} AS window_end", micros(start), micros(&format!("{start} + INTERVAL '5 minutes'")));
+        let batch = |keys: &str, values: &str, from: &str| format!("SELECT {bounds}, {keys}{values} FROM metrics.{from} GROUP BY {keys}{start}");
+        assert_batch(&finals, &chain, "bars", "sizes", &batch("trades, ", "count(*) AS bars, sum(volume) AS volume", &format!("bars {filter}")));
+        assert_batch(&finals, &chain, "bars", "over", &over.replace("SELECT", "SELECT window_start, window_end,"));
+        assert_batch(&finals, &chain, "sizes", "again", &again.replace("SELECT", "SELECT window_start, window_end,"));
+        assert_batch(&finals, &chain, "over", "dear", &batch("", "count(*) AS n, max(total) AS total", "over"));
+    }
 }
 
 /// Final rows of one metric: minutes of the window's start, revision, and the number in the last column.
@@ -339,11 +390,28 @@ fn a_correction_upstream_corrects_the_rows_whose_frame_holds_it_and_no_other() {
     assert_eq!(changed.iter().map(|row| (row.0, row.1)).collect::<Vec<_>>(), [(1, 1), (2, 1), (3, 1)]);
     let outputs = workspace.step(&trades(), &at(62, 1.0));
     assert_eq!(said(&outputs, "bars"), [(1, 2, Some(40.0))]);
-    assert_eq!(
-        said(&outputs, "ema").iter().map(|row| (row.0, row.1)).collect::<Vec<_>>(),
-        [(1, 2)],
-        "only the row itself"
-    );
+    assert_eq!(said(&outputs, "ema"), [], "the row is the same as before");
+}
+
+#[test]
+fn a_row_that_moves_to_another_group_leaves_the_one_it_was_in() {
+    let bars = "SELECT symbol, max(price) AS high FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    let highs = "SELECT high, count(*) AS bars FROM bars GROUP BY tumble(ts, INTERVAL '2 minutes'), high";
+    let chain = Chain::new(&[("bars", bars), ("highs", highs)]).unwrap();
+    let mut workspace = chain.workspace(Timing { max_delay: Span::ZERO, allowed_lateness: Span::seconds(600) });
+    for minute in 0..2 {
+        workspace.step(&trades(), &at(minute * 60, 10.0));
+    }
+    let mut step = |second, price| {
+        let outputs = workspace.step(&trades(), &at(second, price));
+        let mut rows = said(&outputs, "highs");
+        rows.sort_by(|a, b| a.partial_cmp(b).unwrap());
+        let gone = outputs.rows.iter().filter(|rows| rows.metric.as_str() == "highs");
+        (rows, gone.filter_map(|rows| Some(rows.rows.withdrawn.as_ref()?.num_rows())).sum::<usize>())
+    };
+    assert_eq!(step(120, 10.0), (vec![(0, 0, Some(2.0))], 0));
+    assert_eq!(step(1, 40.0), (vec![(0, 0, Some(1.0)), (0, 1, Some(1.0))], 0));
+    assert_eq!(step(61, 40.0), (vec![(0, 1, Some(2.0))], 1), "no bar is at 10 any more");
 }
 
 #[test]

@@ -4,16 +4,15 @@
 //! Usual lines are read by the scanner in `scan`; whatever it does not take is read, or refused with
 //! its reason, by the strict reader here.
 
+mod ipc; // Arrow columns
 mod scan; // the usual line, in one pass
 
 use crate::schema::{Column, ColumnType, StreamSchema, UnknownFields, timestamp_type};
 use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, BooleanBuilder, Decimal128Builder, Float64Builder, Int64Builder,
-    RecordBatch, StringBuilder, TimestampMicrosecondBuilder, new_null_array,
+    ArrayRef, BooleanBuilder, Decimal128Builder, Float64Builder, Int64Builder, RecordBatch, StringBuilder,
+    TimestampMicrosecondBuilder,
 };
-use arrow::compute::{CastOptions, cast_with_options, filter_record_batch, kernels::cast_utils::string_to_datetime};
-use arrow::datatypes::{DataType, Float64Type, TimestampMicrosecondType};
-use arrow::ipc::reader::StreamReader;
+use arrow::compute::kernels::cast_utils::string_to_datetime;
 use engine::event::{Micros, Span};
 use scan::{Scanned, Scanner};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -29,7 +28,7 @@ pub enum Format {
     Ndjson,
     /// One JSON object, or an array of them.
     Json,
-    /// Arrow IPC stream; columns by name, cast where that loses nothing.
+    /// Arrow IPC stream; columns by name, cast where that loses nothing; those of other names are unknown fields.
     Arrow,
 }
 
@@ -65,6 +64,18 @@ impl TsUnit {
             TsUnit::Nanos => Some(count.div_euclid(1_000)),
         }
     }
+
+    /// The same for a count with a fraction.
+    fn micros_of(self, count: f64) -> Option<i64> {
+        let scale = match self {
+            TsUnit::Seconds => 1e6,
+            TsUnit::Millis => 1e3,
+            TsUnit::Micros => 1.0,
+            TsUnit::Nanos => 1e-3,
+        };
+        let micros = (count * scale).round();
+        (micros.abs() < 9.0e18).then_some(micros as i64)
+    }
 }
 
 /// The bounds events are held to.
@@ -94,6 +105,9 @@ impl Default for Bounds {
     }
 }
 
+/// Bytes of a refused event that are kept.
+const PAYLOAD_BYTES: usize = 4096;
+
 /// Why one event was refused.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct EventError {
@@ -101,7 +115,7 @@ pub struct EventError {
     pub index: usize,
     pub code: &'static str,
     pub detail: String,
-    /// The event's text, cut where long; empty for Arrow input.
+    /// The event's text, cut where long; for Arrow input its row as JSON.
     pub payload: String,
 }
 
@@ -134,7 +148,7 @@ pub fn decode(
     now: Micros,
 ) -> Result<Decoded, DecodeError> {
     if format == Format::Arrow {
-        return decode_arrow(schema, body, bounds, now);
+        return ipc::decode(schema, body, unit, bounds, now);
     }
     let mut rows = Rows::new(schema, unit, *bounds, now, body.len());
     let mut scanner = Scanner::new(schema, unit, *bounds, now);
@@ -158,10 +172,15 @@ pub fn decode(
         let mut input = serde_json::Deserializer::from_slice(body);
         let result = Elements(&mut rows, &mut scanner).deserialize(&mut input).and_then(|()| input.end());
         if let Err(error) = result {
-            if rows.index == 0 && !body.trim_ascii().is_empty() {
+            // the body is no JSON as a whole: its elements may still be, each for itself
+            let told_apart = rows.index == 0 && each_element(body, |_| {});
+            if told_apart {
+                each_element(body, |element| rows.event(element));
+            } else if rows.index == 0 && !body.trim_ascii().is_empty() {
                 return Err(DecodeError::Unreadable(error.to_string()));
+            } else {
+                rows.malformed(&[], &error);
             }
-            rows.malformed(&[], &error);
         }
     }
     if rows.index == 0 {
@@ -206,6 +225,33 @@ impl<'de> Visitor<'de> for Elements<'_, '_, 'de> {
         }
         Ok(())
     }
+}
+
+/// Hands over the elements of an array, told apart by brackets, quotes and commas alone; false where those do not match
+/// up, which shows only once the elements before have been handed over.
+fn each_element<'a>(body: &'a [u8], mut take: impl FnMut(&'a [u8])) -> bool {
+    let inner = body.trim_ascii().strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]"));
+    let Some(inner) = inner else { return false };
+    let (mut from, mut closing) = (0, Vec::new());
+    let (mut in_string, mut escaped) = (false, false);
+    for (at, byte) in inner.iter().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' => closing.push(b'}'),
+            b'[' => closing.push(b']'),
+            b'}' | b']' if closing.pop() != Some(*byte) => return false,
+            b',' if closing.is_empty() => {
+                take(inner[from..at].trim_ascii());
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    take(inner[from..].trim_ascii());
+    closing.is_empty() && !in_string
 }
 
 /// A value of an event on its way into a column.
@@ -395,7 +441,7 @@ impl<'s> Rows<'s> {
     fn reject(&mut self, code: &'static str, detail: String, text: &[u8]) {
         self.rejected += 1;
         if self.errors.len() < self.bounds.described {
-            let payload = String::from_utf8_lossy(&text[..text.len().min(4096)]).into_owned();
+            let payload = String::from_utf8_lossy(&text[..text.len().min(PAYLOAD_BYTES)]).into_owned();
             self.errors.push(EventError { index: self.index, code, detail, payload });
         }
     }
@@ -514,8 +560,18 @@ impl<'de> Visitor<'de> for Event<'_, '_> {
 const DEPTH_MAX: usize = 64;
 
 fn check_depth<E: serde::de::Error>(value: &RawValue) -> Result<(), E> {
+    let depth = depth_of(value.get());
+    if depth > DEPTH_MAX {
+        let detail = format_args!("a value is nested {depth} deep; {DEPTH_MAX} is the limit");
+        return Err(refuse("malformed_json", detail));
+    }
+    Ok(())
+}
+
+/// How deeply a JSON value is nested.
+fn depth_of(json: &str) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
-    for byte in value.get().bytes() {
+    for byte in json.bytes() {
         match byte {
             _ if escaped => escaped = false,
             b'\\' if in_string => escaped = true,
@@ -528,13 +584,7 @@ fn check_depth<E: serde::de::Error>(value: &RawValue) -> Result<(), E> {
             _ => {}
         }
     }
-    if deepest > DEPTH_MAX {
-        return Err(refuse(
-            "malformed_json",
-            format_args!("a value is nested {deepest} deep; {DEPTH_MAX} is the limit"),
-        ));
-    }
-    Ok(())
+    deepest
 }
 
 /// Fields without a column, as one JSON object.
@@ -655,17 +705,8 @@ impl<'de> Visitor<'de> for Time<'_, '_> {
         self.visit_i64(i64::try_from(count).unwrap_or(i64::MAX))
     }
     fn visit_f64<E: serde::de::Error>(self, count: f64) -> Result<Self::Value, E> {
-        let scale = match self.rows.unit {
-            TsUnit::Seconds => 1e6,
-            TsUnit::Millis => 1e3,
-            TsUnit::Micros => 1.0,
-            TsUnit::Nanos => 1e-3,
-        };
-        let micros = (count * scale).round();
-        if micros.abs() < 9.0e18 {
-            return Ok(Some(micros as i64));
-        }
-        Err(refuse("ts_out_of_range", format_args!("{}: {count} is beyond every calendar", self.name)))
+        let detail = || format!("{}: {count} is beyond every calendar", self.name);
+        self.rows.unit.micros_of(count).map(Some).ok_or_else(|| refuse("ts_out_of_range", detail()))
     }
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
         match string_to_datetime(&chrono::Utc, text) {
@@ -798,82 +839,12 @@ impl<'de> Visitor<'de> for Typed<'_, '_> {
     }
 }
 
-/// Arrow input: whole columns are cast and checked; rows that break a rule are left out by mask.
-fn decode_arrow(schema: &StreamSchema, body: &[u8], bounds: &Bounds, now: Micros) -> Result<Decoded, DecodeError> {
-    let unreadable = |error: arrow::error::ArrowError| DecodeError::Unreadable(error.to_string());
-    let reader = StreamReader::try_new(body, None).map_err(unreadable)?;
-    let batches = reader.collect::<Result<Vec<_>, _>>().map_err(unreadable)?;
-    let Some(first) = batches.first() else { return Err(DecodeError::Empty) };
-    let input = arrow::compute::concat_batches(first.schema_ref(), &batches).map_err(unreadable)?;
-    let rows = input.num_rows();
-    if rows == 0 {
-        return Err(DecodeError::Empty);
-    }
-    let strict = CastOptions { safe: false, ..Default::default() };
-    let mut columns: Vec<ArrayRef> = Vec::with_capacity(schema.arrow().fields().len());
-    for field in schema.arrow().fields() {
-        let kind = field.data_type();
-        let column = match input.column_by_name(field.name()) {
-            Some(column) if column.data_type() == kind => column.clone(),
-            Some(column) => cast_with_options(column, kind, &strict)
-                .map_err(|error| DecodeError::Unreadable(format!("column `{}` takes {kind}: {error}", field.name())))?,
-            None if field.name() == "ts" => {
-                cast_with_options(&arrow::array::TimestampMicrosecondArray::from_value(now.0, rows), kind, &strict)
-                    .map_err(unreadable)?
-            }
-            None => new_null_array(kind, rows),
-        };
-        columns.push(column);
-    }
-    let mut verdicts: Vec<Option<(&'static str, String)>> = vec![None; rows];
-    for (field, column) in schema.arrow().fields().iter().zip(&columns) {
-        for (row, verdict) in verdicts.iter_mut().enumerate().filter(|(_, verdict)| verdict.is_none()) {
-            if column.is_null(row) {
-                if !field.is_nullable() {
-                    *verdict = Some(("missing_column", format!("column `{}` is required", field.name())));
-                }
-                continue;
-            }
-            *verdict = match field.data_type() {
-                DataType::Float64 if !column.as_primitive::<Float64Type>().value(row).is_finite() => {
-                    Some(("not_finite", format!("column `{}` takes finite numbers", field.name())))
-                }
-                DataType::Timestamp(..) if field.name() == "ts" => {
-                    let at = column.as_primitive::<TimestampMicrosecondType>().value(row);
-                    check_ts(at, bounds, now).err().map(|detail| ("ts_out_of_range", format!("ts: {detail}")))
-                }
-                DataType::Utf8 => {
-                    let text = column.as_string::<i32>().value(row);
-                    let id = field.name() == "id" && (text.is_empty() || text.len() > bounds.id_bytes);
-                    if id {
-                        Some(("bad_id", format!("id has {} bytes; it takes 1 to {}", text.len(), bounds.id_bytes)))
-                    } else if text.contains('\0') {
-                        Some(("wrong_type", format!("column `{}` holds a NUL character", field.name())))
-                    } else {
-                        None
-                    }
-                }
-                _ => None,
-            };
-        }
-    }
-    let keep: BooleanArray = verdicts.iter().map(|verdict| Some(verdict.is_none())).collect();
-    let nullable: Vec<_> =
-        schema.arrow().fields().iter().map(|field| field.as_ref().clone().with_nullable(true)).collect();
-    let loose = RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(nullable)), columns).map_err(unreadable)?;
-    let kept = filter_record_batch(&loose, &keep).map_err(unreadable)?;
-    let batch = RecordBatch::try_new(schema.arrow().clone(), kept.columns().to_vec()).map_err(unreadable)?;
-    let bad = verdicts.into_iter().enumerate().filter_map(|(index, verdict)| Some((index, verdict?)));
-    let errors: Vec<EventError> =
-        bad.map(|(index, (code, detail))| EventError { index, code, detail, payload: String::new() }).collect();
-    Ok(Decoded { batch, rejected: errors.len(), errors: errors.into_iter().take(bounds.described).collect() })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::schema::built_in;
-    use arrow::datatypes::Int64Type;
+    use arrow::array::AsArray;
+    use arrow::datatypes::{Int64Type, TimestampMicrosecondType};
 
     const NOW: Micros = Micros(1_800_000_000_000_000);
 
@@ -918,6 +889,30 @@ mod tests {
             "nested 500 deep",
         );
         check("{\"symbol\":\"\u{fffd}", "malformed_json", "EOF");
+    }
+
+    #[test]
+    fn a_bad_element_of_an_array_leaves_the_others() {
+        let (good, read) = (r#"{"symbol":"A,]}","price":1,"qty":2}"#, |body: &[u8]| {
+            decode(&built_in()[0], body, Format::Json, TsUnit::Millis, &Bounds::default(), NOW)
+        });
+        for (bad, code) in [
+            (&br#"{"symbol":"A","price":NaN,"qty":1}"#[..], "not_finite"),
+            (br#"{"symbol":"A","price":-Infinity,"qty":1}"#, "not_finite"),
+            (br#"{"symbol":"A" "price":1,"qty":1}"#, "malformed_json"),
+            (b"{\"symbol\":\"\xff\",\"price\":1,\"qty\":1}", "malformed_json"),
+            (b"", "malformed_json"),
+        ] {
+            let got = read(&[b" [", good.as_bytes(), b", ", bad, b",", good.as_bytes(), b"]\n"].concat()).unwrap();
+            let refused: Vec<_> = got.errors.iter().map(|error| (error.index, error.code)).collect();
+            assert_eq!((got.batch.num_rows(), got.rejected), (2, 1), "{:?}", got.errors);
+            assert_eq!(refused, [(1, code)]);
+            assert_eq!(got.errors[0].payload, String::from_utf8_lossy(bad));
+        }
+        // where an element ends cannot be said: a repeat of the whole request must not count the first ones twice
+        for cut in [format!("[{good},"), format!("[{good},{{\"a\":\"b]"), format!("[{good},{{\"a\":[}}]")] {
+            assert!(matches!(read(cut.as_bytes()), Err(DecodeError::Unreadable(_))), "{cut}");
+        }
     }
 
     #[test]

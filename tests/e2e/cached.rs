@@ -2,7 +2,7 @@
 
 use crate::harness::{BINARY, Server};
 use crate::redis::RedisServer;
-use reqwest::{Client, Method};
+use reqwest::{Client, Method, Url};
 use serde_json::{Value, json};
 use server::Config;
 use std::collections::BTreeMap;
@@ -73,6 +73,7 @@ impl Demo {
     async fn open_dashboard(&self, workspace: &str, metric: &Value) {
         let ws = format!("/api/v1/workspaces/{workspace}");
         self.get("/api/v1/me").await;
+        self.get("/api/v1/packs").await;
         for list in ["metrics", "alerts", "alert-rules", "portfolios", "agents"] {
             self.get(&format!("{ws}/{list}")).await;
         }
@@ -85,8 +86,9 @@ impl Demo {
                 (name.to_owned(), value)
             });
             let start = chart_start(metric, row["window_end"].as_str().unwrap());
-            let keys: String = keys.map(|(name, value)| format!("&{name}={value}")).collect();
-            self.get(&format!("{rows}?limit=500&from={start}{keys}")).await;
+            let asked = [("limit".to_owned(), "500".to_owned()), ("from".to_owned(), start)];
+            let path = Url::parse_with_params(&format!("{}{rows}", self.url), asked.into_iter().chain(keys)).unwrap();
+            self.get(&path.as_str()[self.url.len()..]).await;
         }
     }
 }
@@ -95,7 +97,7 @@ impl Demo {
 fn chart_start(metric: &Value, end: &str) -> String {
     let window = &metric["window"];
     let width = ["slide", "step", "size", "gap"].iter().find_map(|name| window[name].as_str()).unwrap();
-    let width = chrono::Duration::from_std(humantime::parse_duration(width).unwrap()).unwrap();
+    let width = chrono::Duration::microseconds(streams::span::parse(width).unwrap().0);
     let end = chrono::DateTime::parse_from_rfc3339(end).unwrap();
     (end - width * 240).to_utc().to_rfc3339_opts(chrono::SecondsFormat::Micros, true)
 }

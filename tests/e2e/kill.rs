@@ -44,7 +44,7 @@ impl Dice {
 }
 
 /// A port that is free, and that no outgoing connection gets while the server is down: not one of the ephemeral ones.
-fn lasting_port(seed: u64) -> u16 {
+pub fn lasting_port(seed: u64) -> u16 {
     let mut dice = Dice(u64::from(std::process::id()) << 32 | seed);
     let mut ports = std::iter::repeat_with(|| 12_000 + dice.below(18_000) as u16);
     ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("it goes on until one is free")
@@ -387,8 +387,8 @@ fn start_ms(row: &Value) -> i64 {
     start.timestamp_millis()
 }
 
-/// Of the rule over final rows, the alerts are those of a run without a kill. When the other one fires depends on what
-/// is shown of an open window, but it fires for a symbol once at a time.
+/// Of the rule over final rows, the alerts are those of a run without a kill. When the other one fires depends on how
+/// events come in batches, but it fires for a symbol once at a time.
 async fn each_episode_is_one_alert(api: &Api, name: &str, windows: &Windows) -> usize {
     let mut expected = BTreeSet::new();
     let (mut symbol, mut holds, mut open) = ("", false, 0);

@@ -11,7 +11,9 @@ mod join; // metrics that join reference tables or a second stream
 mod limit; // metrics that hold more state than they may, and how a metric runs
 mod journey; // from an event to a live row, an alert, a portfolio, and on after a restart
 mod kill; // the real binary killed under load: nothing acknowledged is lost, nothing counts twice
+mod pack; // workspaces made from packs
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining
 #[path = "../support/redis.rs"]
 mod redis; // a Redis of its own
 mod stores; // the binary over PostgreSQL: killed, without its database, backed up and restored
+mod webhook; // alerts told to a receiver that is away, slow, gone or well, and by a server that is killed

@@ -20,7 +20,7 @@ const NEW_YEAR: i64 = 1_704_067_200_000;
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// `tidewatch serve`, killed when it is dropped.
-struct Process {
+pub struct Process {
     child: Child,
     url: String,
     client: Client,
@@ -36,6 +36,11 @@ impl Drop for Process {
 
 impl Process {
     async fn start(data: &Path, store: &str) -> Process {
+        Process::start_with(data, store, &[]).await
+    }
+
+    /// The same with settings of the test's own, by the names of their variables.
+    pub async fn start_with(data: &Path, store: &str, settings: &[(&str, &str)]) -> Process {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let child = Command::new(BINARY)
             .arg("serve")
@@ -47,6 +52,7 @@ impl Process {
             .env("TIDEWATCH__AUTH__BOOTSTRAP_EMAIL", EMAIL)
             .env("TIDEWATCH__AUTH__BOOTSTRAP_PASSWORD", PASSWORD)
             .env("RUST_LOG", "warn")
+            .envs(settings.iter().copied())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -61,7 +67,7 @@ impl Process {
         process
     }
 
-    async fn call(&self, method: Method, path: &str, body: String) -> Option<(StatusCode, Value)> {
+    pub async fn call(&self, method: Method, path: &str, body: String) -> Option<(StatusCode, Value)> {
         let kind = if path.ends_with("/events") { "application/x-ndjson" } else { "application/json" };
         let request = self.client.request(method, format!("{}{path}", self.url)).header("content-type", kind);
         let answer = request.bearer_auth(&self.token).body(body).send().await.ok()?;
@@ -70,7 +76,7 @@ impl Process {
         Some((status, serde_json::from_str(&text).unwrap_or(Value::String(text))))
     }
 
-    async fn ok(&self, method: Method, path: &str, body: Value) -> Value {
+    pub async fn ok(&self, method: Method, path: &str, body: Value) -> Value {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let (status, answer) = self.call(method, path, body).await.expect("an answer");
         assert!(status.is_success(), "{path}: {status} {answer}");

@@ -206,7 +206,7 @@ async fn everything(run: &mut Run, turn: &str) -> Result<String, Failure> {
     }
     run.focus("portfolios")?;
     let summary = run.call(turn, "portfolio_summary", json!({})).await?;
-    parts.push("Second, the portfolios, valued at the last traded prices.".to_owned());
+    parts.push("Second, the portfolios, valued at the last prices.".to_owned());
     match summary["portfolios"].as_array().map(Vec::as_slice) {
         None | Some([]) => parts.push(facts::portfolios(&summary)),
         Some(all) => parts.extend(all.iter().map(|one| facts::portfolio(one, ROWS))),

@@ -25,6 +25,9 @@ use engine::event::{ItemName, Micros};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The stream of what agents did. Only the engine writes it.
+pub const AGENT_EVENTS: &str = "agent.events";
+
 /// One run as it was asked for.
 #[derive(Clone, Debug)]
 pub struct RunRequest {

@@ -3,6 +3,7 @@
 use super::conversation::text_of;
 use super::run::{PACE, Resolution, Run};
 use super::{Agent, AgentInfo, Failure, Outcome, Usage, analyst, new_id, tools};
+use crate::outward::{client_config, reason};
 use crate::rows::rfc3339;
 use engine::event::ItemName;
 use futures::StreamExt;
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -302,30 +303,11 @@ fn silent() -> Failure {
     failed(&format!("it said nothing for {} s", SILENCE_MAX.as_secs()))
 }
 
-/// What went wrong, without the URL, which may hold what is not for the client.
-fn reason(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    if std::ptr::eq(cause, error as &dyn std::error::Error) {
-        return "the transport failed".to_owned();
-    }
-    cause.to_string()
-}
-
 /// One client for all models: it keeps connections open.
 fn client() -> Result<&'static reqwest::Client, Failure> {
     static CLIENT: OnceLock<Result<reqwest::Client, String>> = OnceLock::new();
     let build = || {
-        let mut roots = rustls::RootCertStore::empty();
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let tls = client_config()?;
         let client = reqwest::Client::builder().tls_backend_preconfigured(tls).connect_timeout(CONNECT_WITHIN);
         client.build().map_err(|error| error.to_string())
     };

@@ -3,7 +3,7 @@
 use super::conversation::Conversation;
 use super::guard::Guard;
 use super::run_log::{RunHandle, RunLog};
-use super::{Outcome, RunEvent};
+use super::{AGENT_EVENTS, Outcome, RunEvent};
 use crate::fault::Fault;
 use crate::system::System;
 use engine::event::{Micros, StreamName, WorkspaceId};
@@ -146,7 +146,7 @@ async fn ingest(system: &System, ws: &WorkspaceId, lines: &[Value]) -> Result<()
     if lines.is_empty() {
         return Ok(());
     }
-    let stream: StreamName = "agent.events".parse().map_err(Fault::internal)?;
+    let stream: StreamName = AGENT_EVENTS.parse().map_err(Fault::internal)?;
     let schema = system.schema(ws, &stream).await?;
     let body = lines.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
     let bounds = Bounds::default();
@@ -171,7 +171,7 @@ async fn stored_events(system: &System, run: &StoredRun) -> Result<Vec<RunEvent>
 
 fn new_log(run: &StoredRun, was_cut: bool, legacy: bool) -> RunLog {
     let ids = [run.thread.clone(), run.run_id.clone()];
-    RunLog::new(run.workspace.clone(), ids, run.started_at, was_cut, legacy, None)
+    RunLog::new(run.workspace.clone(), ids, run.started_at, was_cut, legacy, None, None)
 }
 
 /// Ends a run that the last stop of the process cut off: what was open is closed, and it failed as `interrupted`.

@@ -18,6 +18,8 @@ pub(super) struct RunLog {
     pub(super) started_at: Micros,
     epoch: String,
     pub(super) legacy: bool,
+    /// Id of the user who asked for it; `None` for a run that is over and was read from the store.
+    pub(super) user: Option<String>,
     /// `None` for a run that concerns nobody but who asked for it.
     outlet: Option<Arc<dyn Outlet>>,
     written: RwLock<Written>,
@@ -47,12 +49,13 @@ impl RunLog {
         started_at: Micros,
         was_cut: bool,
         legacy: bool,
+        user: Option<String>,
         outlet: Option<Arc<dyn Outlet>>,
     ) -> Self {
         let epoch = format!("{:x}-{}", started_at.0, u8::from(was_cut));
         let written = RwLock::default();
         let (length, cancelled) = (watch::Sender::new(0), watch::Sender::new(false));
-        Self { workspace, thread, run, started_at, epoch, legacy, outlet, written, length, cancelled }
+        Self { workspace, thread, run, started_at, epoch, legacy, user, outlet, written, length, cancelled }
     }
 
     /// Adds an event; after the terminal one nothing is added any more.
@@ -152,6 +155,21 @@ impl RunHandle {
         }
     }
 
+    /// Whether the run has written its terminal event, which then all who follow it have been told of.
+    pub fn is_over(&self) -> bool {
+        self.log.written.read().ended
+    }
+
+    /// How many events the run has written.
+    pub fn length(&self) -> u64 {
+        self.log.written.read().events.len() as u64
+    }
+
+    /// Whether the thread's followers are told of the run; else it concerns nobody but who asked for it.
+    pub fn is_told(&self) -> bool {
+        self.log.outlet.is_some()
+    }
+
     /// The next event and its number, from 1; `None` after the terminal one.
     pub async fn next(&mut self) -> Option<(u64, Arc<RunEvent>)> {
         loop {
@@ -185,7 +203,7 @@ pub(super) mod testing {
 
     pub(in super::super) fn log() -> Arc<RunLog> {
         let workspace = "acme".parse().unwrap();
-        Arc::new(RunLog::new(workspace, ["t".into(), "r".into()], Micros(7), false, false, None))
+        Arc::new(RunLog::new(workspace, ["t".into(), "r".into()], Micros(7), false, false, None, None))
     }
 
     pub(in super::super) fn events(log: &RunLog) -> Vec<RunEvent> {

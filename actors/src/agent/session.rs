@@ -187,6 +187,18 @@ impl Sessions {
         Ok(RunHandle::new(log, after, true))
     }
 
+    /// A reader of the newest run on a thread.
+    pub async fn last_run(&self, system: &System, ws: &WorkspaceId, thread: &str) -> Result<Option<RunHandle>, Fault> {
+        let run = match self.active_run(ws, thread) {
+            Some(run) => Some(run),
+            None => system.store().last_run(ws, thread).await?.map(|run| run.run_id),
+        };
+        match run {
+            Some(run) => self.attach(system, ws, &run, 0).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Asks a run to stop, also while it waits; one that is over stays as it is.
     pub async fn cancel(&self, system: &System, ws: &WorkspaceId, run: &str) -> Result<(), Fault> {
         if let Some(log) = self.in_memory(ws, run) {
@@ -194,6 +206,11 @@ impl Sessions {
             return Ok(());
         }
         system.store().run(ws, run).await?.map(|_| ()).ok_or_else(|| unknown_run(run))
+    }
+
+    /// Id of the user who asked for a run that goes on, or was over a while ago.
+    pub fn run_user(&self, ws: &WorkspaceId, run: &str) -> Option<String> {
+        self.in_memory(ws, run)?.user.clone()
     }
 
     /// The run that a thread is busy with.
@@ -397,7 +414,8 @@ impl Shared {
 fn new_log(system: &System, ws: &WorkspaceId, request: &RunRequest, is_public: bool) -> Arc<RunLog> {
     let ids = [request.thread.clone(), request.run.clone()];
     let outlet = is_public.then(|| system.outlet().clone());
-    Arc::new(RunLog::new(ws.clone(), ids, system.now(), false, request.legacy, outlet))
+    let user = Some(request.user.clone());
+    Arc::new(RunLog::new(ws.clone(), ids, system.now(), false, request.legacy, user, outlet))
 }
 
 fn check_id(name: &str, id: &str) -> Result<(), Fault> {

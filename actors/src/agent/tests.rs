@@ -60,6 +60,8 @@ async fn world() -> World {
         limits: Limits::default(),
         agents: BTreeMap::new(),
         cache: cache::Cache::new(&cache::Config::default()),
+        webhooks: Default::default(),
+        sealer: Arc::new(crate::Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };
     let system = System::start(parts).await.unwrap();
     let ws: WorkspaceId = "acme".parse().unwrap();

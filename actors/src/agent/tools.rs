@@ -188,11 +188,12 @@ async fn newest_rows(
     let window = metric.program.window();
     let (slide, size) = (window.slide(), window.size());
     let back = |windows: i64| Some(frontier.minus(size).minus(Span(slide.0.saturating_mul(windows))));
+    let wanted: Vec<_> = keys.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect();
     for from in [back(40), back(2_000), None] {
         let mut rows = Vec::new();
         let mut after = None;
         loop {
-            let page = RowsQuery { from, limit: 1_000, after, keys: keys.to_vec(), ..RowsQuery::default() };
+            let page = RowsQuery { from, limit: 1_000, after, keys: wanted.clone(), ..RowsQuery::default() };
             let page = system.metric_rows(ws, &metric.name, page).await?;
             rows.extend(page.rows);
             after = page.next;

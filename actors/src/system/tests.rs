@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::fault_point;
+use crate::webhook::WebhookChange;
 use arrow::array::AsArray;
 use cache::Warmth;
 use engine::event::Span;
@@ -12,7 +13,17 @@ use streams::log::EmbeddedLog;
 use tempfile::TempDir;
 
 /// A clock that stands where the test puts it.
-struct Hand(Mutex<Micros>);
+pub(super) struct Hand(Mutex<Micros>);
+
+impl Hand {
+    pub(super) fn at(now: Micros) -> Arc<Hand> {
+        Arc::new(Hand(Mutex::new(now)))
+    }
+
+    pub(super) fn set(&self, now: Micros) {
+        *self.0.lock() = now;
+    }
+}
 
 impl Clock for Hand {
     fn now(&self) -> Micros {
@@ -22,7 +33,7 @@ impl Clock for Hand {
 
 /// Remembers what was pushed.
 #[derive(Default)]
-struct Pushed(Mutex<Vec<Update>>);
+pub(super) struct Pushed(Mutex<Vec<Update>>);
 
 impl Outlet for Pushed {
     fn publish(&self, update: Update) {
@@ -52,27 +63,39 @@ impl Pushed {
     }
 }
 
-struct World {
-    system: System,
+pub(super) struct World {
+    pub(super) system: System,
     pushed: Arc<Pushed>,
-    clock: Arc<Hand>,
+    pub(super) clock: Arc<Hand>,
 }
 
-const START: i64 = 1_800_000_000_000_000;
+pub(super) const START: i64 = 1_800_000_000_000_000;
 
 impl World {
     async fn open(directory: &Path, limits: Limits) -> World {
+        World::open_with(directory, limits, Hand::at(Micros(START)), |log| log).await
+    }
+
+    pub(super) async fn open_with(
+        directory: &Path,
+        limits: Limits,
+        clock: Arc<Hand>,
+        around: impl FnOnce(Arc<dyn Log>) -> Arc<dyn Log>,
+    ) -> World {
         let store = Store::open(&format!("sqlite:{}/store.db", directory.display())).await.unwrap();
-        let (pushed, clock) = (Arc::new(Pushed::default()), Arc::new(Hand(Mutex::new(Micros(START)))));
+        let pushed = Arc::new(Pushed::default());
+        let log = EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap();
         let parts = Parts {
             store,
-            log: Arc::new(EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap()),
+            log: around(Arc::new(log)),
             dedup: Arc::new(Dedup::open(&directory.join("ids"), &Default::default()).unwrap()),
             outlet: pushed.clone(),
             clock: clock.clone(),
             limits,
             agents: BTreeMap::new(),
             cache: cache::Cache::new(&cache::Config::default()),
+            webhooks: WebhookConfig { allow_private: true, ..WebhookConfig::default() },
+            sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
         };
         let system = System::start(parts).await.unwrap();
         World { system, pushed, clock }
@@ -85,6 +108,12 @@ impl World {
     /// A world with workspaces of these names and a metric `sums` in each.
     async fn with(directory: &Path, limits: Limits, names: &[&str]) -> World {
         let world = World::open(directory, limits).await;
+        world.populate(names).await;
+        world
+    }
+
+    /// Workspaces of these names, with a metric `sums` in each.
+    pub(super) async fn populate(&self, names: &[&str]) {
         let ann = User {
             id: "ann".into(),
             email: "ann@example.com".into(),
@@ -92,14 +121,13 @@ impl World {
             admin: false,
             created_at: Micros(1),
         };
-        world.system.store().create_user(&ann).await.unwrap();
+        self.system.store().create_user(&ann).await.unwrap();
         for name in names {
-            world.create(name).await;
+            self.create(name).await;
             let sql = "SELECT symbol, count(*) AS n, sum(qty) AS total FROM market.trades \
                        GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol";
-            world.define(name, "sums", sql).await;
+            self.define(name, "sums", sql).await;
         }
-        world
     }
 
     async fn create(&self, name: &str) {
@@ -113,9 +141,16 @@ impl World {
         self.system.create_workspace(workspace, "ann").await.unwrap();
     }
 
-    async fn define(&self, name: &str, metric: &str, sql: &str) {
+    pub(super) async fn define(&self, name: &str, metric: &str, sql: &str) {
         let definition = serde_json::from_value(serde_json::json!({"sql": sql})).unwrap();
         self.system.define_metric(&name.parse().unwrap(), metric.parse().unwrap(), definition).await.unwrap();
+    }
+
+    /// A rule over `sums`.
+    async fn rule(&self, name: &str, rule: &str, condition: &str) {
+        let definition = serde_json::json!({"metric": "sums", "condition": condition});
+        let definition = serde_json::from_value(definition).unwrap();
+        self.system.define_alert_rule(&name.parse().unwrap(), rule.parse().unwrap(), definition).await.unwrap();
     }
 
     /// Trades of one symbol, a second apart from `second` on; `ids` names them.
@@ -152,7 +187,7 @@ impl World {
     }
 
     /// Ends as a killed process does: nothing is committed any more.
-    async fn kill(self) {
+    pub(super) async fn kill(self) {
         for tenant in self.system.tenants() {
             tenant.gone.store(true, Relaxed); // its supervisor must not start it again
             if let Some(actor) = tenant.actor() {
@@ -168,7 +203,7 @@ impl World {
     }
 }
 
-async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+pub(super) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     for _ in 0..3_000 {
         if holds().await {
             return;
@@ -196,6 +231,26 @@ async fn a_start_wakes_only_the_workspaces_that_have_something_to_compute() {
     assert!(matches!(world.phase("calm"), Phase::Resting) && matches!(world.phase("empty"), Phase::Resting));
     assert_eq!((world.counted("busy").await, world.counted("calm").await), (7, 5));
     assert!(matches!(world.phase("calm"), Phase::Running(_)), "a question wakes it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_events_of_a_stream_are_counted_on_after_a_stop_and_after_a_kill() {
+    let directory = TempDir::new().unwrap();
+    let events = async |world: &World| {
+        let streams = world.system.streams(&"acme".parse().unwrap()).await.unwrap();
+        streams.iter().find(|info| info.schema.stream.as_str() == "market.trades").unwrap().events
+    };
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    world.trades("acme", "A", 0, 5, "a").await.unwrap();
+    assert_eq!(events(&world).await, 5);
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert_eq!(events(&world).await, 5);
+    world.trades("acme", "A", 10, 2, "b").await.unwrap();
+    world.trades("acme", "A", 10, 2, "b").await.unwrap(); // repeats are no events
+    world.kill().await;
+    assert_eq!(events(&World::start(directory.path()).await).await, 7);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -286,7 +341,7 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     let finals = world.system.metric_rows(&id, &"finals".parse().unwrap(), query).await.unwrap().rows;
     assert_eq!(finals.iter().map(|row| row["n"].as_i64().unwrap()).collect::<Vec<_>>(), [9, 9, 9]);
     eventually("the letters are stored", async || {
-        world.system.store().dead_letters(&id, None, 10).await.unwrap().len() == 3
+        world.system.store().dead_letters(&id, None, 10, None).await.unwrap().0.len() == 3
     })
     .await;
 
@@ -321,7 +376,7 @@ async fn an_event_that_cannot_be_computed_goes_to_the_dead_letters_and_the_rest_
     })
     .await;
     eventually("the letter is stored", async || {
-        let letters = world.system.store().dead_letters(&poisoned, None, 10).await.unwrap();
+        let letters = world.system.store().dead_letters(&poisoned, None, 10, None).await.unwrap().0;
         letters.len() == 1
             && letters[0].code == "poison"
             && letters[0].detail.contains("no computation for id = bad-5")
@@ -365,6 +420,164 @@ async fn an_alert_fires_once_through_panics_and_kills() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_from_before_a_column_was_added_are_read_in_the_columns_of_now_and_count_once_in_memory() {
+    let directory = TempDir::new().unwrap();
+    let world =
+        World::with(directory.path(), Limits { query_memory: 4 << 20, ..Limits::default() }, &["evolving"]).await;
+    let (id, stream): (WorkspaceId, StreamName) = ("evolving".parse().unwrap(), "my.events".parse().unwrap());
+    let columns = |names: &[&str]| -> Vec<Column> {
+        names.iter().map(|n| serde_json::from_value(serde_json::json!({"name": n, "type": "utf8"})).unwrap()).collect()
+    };
+    for (round, names) in [&["a"][..], &["a", "b"]].into_iter().enumerate() {
+        let schema = StreamSchema::new(stream.clone(), columns(names), UnknownFields::Keep).unwrap();
+        world.system.define_stream(&id, schema).await.unwrap();
+        let schema = world.system.schema(&id, &stream).await.unwrap();
+        let lines: Vec<String> = (0..10_000).map(|n| format!(r#"{{"a":"{round}-{n}","b":"b"}}"#)).collect();
+        let bounds = DecodeBounds::default();
+        let now = world.system.now();
+        let decoded = decode(&schema, lines.join("\n").as_bytes(), Format::Ndjson, TsUnit::Millis, &bounds, now);
+        world.system.ingest(&id, &stream, decoded.unwrap()).await.unwrap();
+    }
+    let sql = "SELECT count(a), count(b) FROM my.events".to_owned();
+    let answer = world.system.query(&id, QueryRequest { sql, params: Vec::new(), timeout: None }).await.unwrap();
+    let counted = |at: usize| answer.batches[0].column(at).as_primitive::<arrow::datatypes::Int64Type>().value(0);
+    assert_eq!((counted(0), counted(1)), (20_000, 10_000));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alert_of_a_rule_that_changed_or_is_gone_is_resolved_once() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 0, 7, "a").await.unwrap();
+    eventually("it fires", async || world.pushed.alerts().len() == 1).await;
+    world.rule("acme", "large", "total > 6").await; // which holds too
+    world.rule("acme", "large", "total > 1000").await;
+    eventually("it is resolved", async || world.pushed.alerts().len() == 2).await;
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 7, 1, "b").await.unwrap();
+    eventually("it fires again", async || world.pushed.alerts().len() == 3).await;
+    world.system.remove_alert_rule(&id, &"large".parse().unwrap()).await.unwrap();
+    eventually("it is resolved again", async || world.pushed.alerts().len() == 4).await;
+    let phases: Vec<AlertPhase> = world.pushed.alerts().into_iter().map(|(phase, _)| phase).collect();
+    assert_eq!(phases, [AlertPhase::Firing, AlertPhase::Resolved, AlertPhase::Firing, AlertPhase::Resolved]);
+    let stored = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+    assert_eq!(stored.iter().map(|alert| alert.state.as_str()).collect::<Vec<_>>(), ["resolved", "resolved"]);
+
+    // a metric that is defined anew takes what fires over its rows with it, and a start finds what a kill left behind
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 8, 1, "c").await.unwrap();
+    eventually("it fires once more", async || world.pushed.alerts().len() == 5).await;
+    world.system.store().delete_alert_rule(&id, &"large".parse().unwrap()).await.unwrap();
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    assert_eq!(world.counted("acme").await, 9);
+    eventually("it is resolved at the start", async || world.pushed.alerts().len() == 1).await;
+    world.rule("acme", "large", "total > 5").await;
+    world.trades("acme", "A", 9, 1, "d").await.unwrap();
+    eventually("it fires", async || world.pushed.alerts().len() == 2).await;
+    let hourly = "SELECT symbol, sum(qty) AS total FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour'), symbol";
+    world.define("acme", "sums", hourly).await;
+    eventually("it is resolved with the metric", async || world.pushed.alerts().len() == 3).await;
+    assert_eq!(world.system.store().alerts(&id, Some("firing"), 10, None).await.unwrap().0, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backtest_raises_the_alerts_that_were_raised() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    world.rule("acme", "busy", "n > 3").await;
+    for (round, (symbol, second, count)) in
+        [("A", 0, 3), ("B", 2, 9), ("A", 5, 3), ("B", 11, 2), ("A", 9, 4), ("A", 17, 1), ("B", 14, 30), ("A", 40, 2)]
+            .into_iter()
+            .enumerate()
+    {
+        world.trades("acme", symbol, second, count, &format!("r{round}")).await.unwrap();
+    }
+    let definition = serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "n > 3"})).unwrap();
+    let asked = Micros(START)..Micros(START + 3_600_000_000);
+    let tested = world.system.backtest(&id, definition, asked).await.unwrap();
+    let mut expected: Vec<(String, Micros, bool)> = (tested.episodes.iter())
+        .map(|e| (Value::Object(e.labels.clone()).to_string(), e.started_at, e.resolved_at.is_some()))
+        .collect();
+    expected.sort();
+    assert!(expected.len() > 3, "{expected:?}");
+    let told: usize = expected.iter().map(|(.., resolved)| 1 + usize::from(*resolved)).sum();
+    eventually("all are told", async || world.pushed.alerts().len() == told).await;
+    let stored = world.system.store().alerts(&id, None, 100, None).await.unwrap().0;
+    let mut found: Vec<_> =
+        stored.iter().map(|a| (a.labels.to_string(), a.started_at, a.state == "resolved")).collect();
+    found.sort();
+    assert_eq!(found, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_stream_closes_its_windows_though_a_longer_one_is_open() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits { idle_timeout_ms: 300, ..Limits::default() }, &["acme"]).await;
+    let long = "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 hours')";
+    world.define("acme", "long", long).await;
+    for round in 0..2 {
+        world.trades("acme", "A", round * 60, 1, &format!("r{round}")).await.unwrap();
+        assert_eq!(world.counted("acme").await, round + 1);
+        *world.clock.0.lock() = Micros(START + (round * 60 + 30) * 1_000_000);
+        eventually("the window is final", async || world.pushed.finals() as i64 == round + 1).await;
+        tokio::time::sleep(Duration::from_millis(1_500)).await; // it looks once more, and then waits for the long one
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_that_a_metric_reads_stays_and_a_metric_that_cannot_be_planned_keeps_its_name_and_rows() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let id: WorkspaceId = "acme".parse().unwrap();
+    let stream: StreamName = "shop.sales".parse().unwrap();
+    let schema = |columns: &[&str]| {
+        let column = |name: &&str| Column { name: (*name).into(), kind: "int64".parse().unwrap(), nullable: true };
+        StreamSchema::new(stream.clone(), columns.iter().map(column).collect(), UnknownFields::Keep).unwrap()
+    };
+    world.system.define_stream(&id, schema(&["x", "y", "z"])).await.unwrap();
+    let sql = "SELECT sum(x) AS s FROM shop.sales GROUP BY tumble(ts, INTERVAL '1 minute')";
+    world.define("acme", "sales", sql).await;
+    world.define("acme", "doubled", "SELECT 2 * s AS d FROM metrics.sales").await;
+    world.rule("acme", "many", "total > 5").await;
+    let fault = world.system.define_stream(&id, schema(&["y", "z"])).await.unwrap_err();
+    assert_eq!((fault.kind, fault.code), (FaultKind::Conflict, "column_in_use"));
+    assert!(fault.detail.contains("metric `sales`"), "{fault}");
+    world.system.define_stream(&id, schema(&["x", "y"])).await.unwrap();
+
+    let now = world.system.schema(&id, &stream).await.unwrap();
+    let lines = ["{\"ts\": 1800000000000, \"x\": 4}", "{\"ts\": 1800000120000, \"x\": 1}"].join("\n");
+    let bounds = DecodeBounds { ts_ahead: Span::seconds(1_000_000), ..DecodeBounds::default() };
+    let decoded = decode(&now, lines.as_bytes(), Format::Ndjson, TsUnit::Millis, &bounds, world.system.now());
+    world.system.ingest(&id, &stream, decoded.unwrap()).await.unwrap();
+    eventually("the window is final", async || world.pushed.finals() == 2).await;
+    world.system.stop(Duration::from_secs(60)).await;
+
+    // as a process that allowed it left it
+    let stored = StoredSchema { columns: schema(&["y"]).columns, unknown_fields: UnknownFields::Keep };
+    let schema_json = serde_json::to_string(&stored).unwrap();
+    let row = StreamRow { workspace: id.clone(), stream, schema_json, created_at: Micros(1), updated_at: Micros(2) };
+    world.system.store().put_stream(&row).await.unwrap();
+    world.kill().await;
+    let world = World::start(directory.path()).await;
+    let stopped = world.system.unplanned_metrics(&id).await.unwrap();
+    assert_eq!(stopped.iter().map(|metric| metric.name.as_str()).collect::<Vec<_>>(), ["doubled", "sales"]);
+    assert!(stopped[1].reason.contains('x'), "{}", stopped[1].reason);
+    let query = RowsQuery { limit: 10, ..RowsQuery::default() };
+    let rows = world.system.metric_rows(&id, &"sales".parse().unwrap(), query).await.unwrap().rows;
+    assert_eq!((rows.len(), &rows[0]["s"], &rows[0]["final"]), (1, &4.into(), &true.into()));
+    // defined anew it runs
+    world.define("acme", "sales", &sql.replace("sum(x)", "sum(y)")).await;
+    let stopped = world.system.unplanned_metrics(&id).await.unwrap();
+    assert_eq!(stopped.len(), 1);
+    world.system.remove_metric(&id, &"doubled".parse().unwrap()).await.unwrap();
+    assert!(world.system.unplanned_metrics(&id).await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
@@ -381,10 +594,39 @@ async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
         limits: Limits::default(),
         agents: BTreeMap::new(),
         cache: cache::Cache::new(&cache::Config::default()),
+        webhooks: WebhookConfig::default(),
+        sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };
     let refused = System::start(parts).await.err().unwrap();
     assert_eq!(refused.code, "log_behind_store");
     assert!(refused.detail.contains("restore the log from a copy"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_notifier_that_fails_is_started_again_and_tells_what_is_left() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let told = Arc::new(AtomicUsize::new(0));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = Some(format!("http://{}/", listener.local_addr().unwrap()));
+    let counted = told.clone();
+    let app = axum::Router::new().fallback(async move || {
+        counted.fetch_add(1, Relaxed);
+    });
+    tokio::spawn(async { axum::serve(listener, app).await });
+    let acme: WorkspaceId = "acme".parse().unwrap();
+    world.system.create_webhook(&acme, WebhookChange { url, ..WebhookChange::default() }).await.unwrap();
+    let notifier = || world.system.deps().notifier.info();
+    for failures in 1..=3 {
+        world.system.deps().notifier.fail();
+        eventually("it runs again", async || notifier().restarts == failures && notifier().state == "running").await;
+    }
+    assert!(notifier().last_failure.unwrap().contains("a test said so"));
+    let rule = serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "total > 2"})).unwrap();
+    world.system.define_alert_rule(&acme, "much".parse().unwrap(), rule).await.unwrap();
+    world.trades("acme", "A", 0, 5, "a").await.unwrap();
+    eventually("the webhook is told", async || told.load(Relaxed) == 1).await;
+    assert!(world.system.actors().await.iter().all(|actor| actor.kind == "notifier" || actor.restarts == 0));
 }
 
 /// Prints what a restart costs: `TIDEWATCH_TEST_WORKSPACES=10000 TIDEWATCH_TEST_LOG_MB=1000 cargo test --release -p
@@ -453,7 +695,7 @@ impl World {
         let mut query = RowsQuery {
             from: Some(Micros(START)),
             limit: 100,
-            keys: vec![("symbol".to_owned(), symbol.to_owned())],
+            keys: vec![("symbol".to_owned(), Some(symbol.to_owned()))],
             ..RowsQuery::default()
         };
         let mut sum = 0;

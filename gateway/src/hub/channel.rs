@@ -6,19 +6,22 @@ use super::outbox::{Cut, Outbox};
 use super::place;
 use super::ring::{Bounds, Chunk, Form, Ring};
 use super::state::{Op, State};
+use crate::agui::{self, Dialect};
 use crate::problem::Problem;
+use crate::socket::frame;
 use actors::What;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use engine::event::WorkspaceId;
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, mpsc};
 
 /// A larger state is not sent: its client asks for less of it.
 const SNAPSHOT_BYTES_MAX: usize = 8 << 20;
@@ -28,6 +31,9 @@ const DELTA_BYTES: usize = 256 << 10;
 /// A client of a state that is further behind gets the newest values instead of every message: enough that one that
 /// keeps up gets the shared messages, little enough that one that does not has no old values in front of the new.
 const FOLD_BYTES: usize = 64 << 10;
+
+/// Ranges of offsets of which a channel knows that they are those of a repeat.
+const REPEATS_MAX: usize = 64;
 
 /// Bytes of the histories of all channels together; beyond them each keeps its last message only.
 pub(super) const HISTORIES_BYTES_MAX: usize = 256 << 20;
@@ -47,15 +53,38 @@ pub(super) struct Wish<'a> {
     pub(super) rate: Option<Duration>,
     /// Echoed in the answer.
     pub(super) reference: Option<Value>,
-    /// Messages from behind `since` on that are not held any more.
+    /// How events of runs are written for it.
+    pub(super) dialect: Dialect,
+    /// The run that it is about.
+    pub(super) run: Option<String>,
+    /// Messages that are not held: those behind `since`, or a run that is shown again.
     pub(super) missed: Option<Missed>,
 }
 
-/// Messages that came from the log: all up to `until`.
+/// The first of the messages that a subscriber gets from elsewhere.
 pub(super) struct Missed {
+    pub(super) page: Page,
+    /// How many there are of a run that is shown again; nothing for messages that have their places in the channel.
+    pub(super) repeated: Option<u64>,
+    /// Asks for the next page.
+    pub(super) asks: mpsc::Sender<()>,
+}
+
+/// Messages that a channel does not hold: all up to `until`.
+pub(super) struct Page {
     pub(super) until: u64,
-    /// Each with its offset.
+    /// Each with its offset; of a run that is shown again, with its number in the run.
     pub(super) messages: Vec<(u64, String)>,
+    /// There are more where they came from. Those of a log end where the channel's own begin.
+    pub(super) has_more: bool,
+}
+
+/// The newest of the runs that a channel tells of.
+pub(super) struct Sequence {
+    run: String,
+    /// Offset of its first message.
+    start: u64,
+    is_over: bool,
 }
 
 /// What a channel's messages are.
@@ -64,8 +93,8 @@ pub(super) enum Body {
     Loading(Meanwhile),
     /// Each counts by itself.
     Events {
-        /// Offset of the first message of what is going on; a subscriber that comes meanwhile gets it from there.
-        start: Option<u64>,
+        /// A subscriber that comes while a run goes on gets it from its start.
+        last: Option<Sequence>,
     },
     /// They add up to a state.
     State(State),
@@ -99,6 +128,8 @@ pub(super) struct Channel {
 pub(super) struct Inner {
     /// Of the last message.
     offset: u64,
+    /// Offsets of runs that were shown again to one subscriber: nobody else has them, and who has some has not all.
+    repeats: VecDeque<Range<u64>>,
     ring: Ring,
     subscribers: HashMap<u64, Subscriber>,
     /// Subscribers that have everything: who is told when there is more.
@@ -119,14 +150,24 @@ pub(super) struct Inner {
 struct Subscriber {
     outbox: Arc<Outbox>,
     at: At,
-    /// Frames that come before all others.
-    missed: VecDeque<Bytes>,
+    /// What it gets from elsewhere before it goes on from there.
+    behind: VecDeque<Behind>,
+    dialect: Dialect,
     /// Least time between two messages of a state.
     rate: Option<Duration>,
     due: Option<Instant>,
     /// Events of a state channel up to this offset were given before their turn; then only the whole state is behind
     /// them.
     ahead: Option<u64>,
+}
+
+/// Messages that a channel does not hold, on their way to a subscriber a page at a time.
+struct Behind {
+    frames: VecDeque<Bytes>,
+    has_more: bool,
+    /// Of a run that is shown again, the offset before its first message.
+    base: Option<u64>,
+    asks: mpsc::Sender<()>,
 }
 
 /// What a subscriber has.
@@ -166,6 +207,7 @@ impl Channel {
         );
         let inner = Inner {
             offset,
+            repeats: VecDeque::new(),
             ring: Ring::new(bounds, offset, now),
             subscribers: HashMap::new(),
             waiting: Vec::new(),
@@ -206,19 +248,29 @@ impl Channel {
         self.tell(inner);
     }
 
-    /// As [`Channel::event`], for one of a sequence: a subscriber that comes within it gets it from its start.
-    pub(super) fn event_of_sequence(&self, event: &str, is_first: bool, is_last: bool, now: Instant) {
+    /// As [`Channel::event`], for one that is kept although nobody listens.
+    pub(super) fn event_to_keep(&self, event: &str, now: Instant) {
+        self.keep(self.inner.lock(), event, now);
+    }
+
+    /// As [`Channel::event_to_keep`], for one of a run: a subscriber that comes within it gets it from its start.
+    pub(super) fn event_of_run(&self, run: &str, event: &str, is_first: bool, is_last: bool, now: Instant) {
         let mut inner = self.inner.lock();
-        let next = inner.offset + 1;
-        if let Body::Events { start } = &mut inner.body {
-            match (is_first, is_last) {
-                (_, true) => *start = None,
-                (true, false) => *start = Some(next),
-                (false, false) => {}
+        let start = inner.offset + 1;
+        if let Body::Events { last } = &mut inner.body {
+            if is_first {
+                *last = Some(Sequence { run: run.to_owned(), start, is_over: false });
+            }
+            if let Some(last) = last.as_mut().filter(|last| last.run == run) {
+                last.is_over = is_last;
             }
         }
+        self.keep(inner, event, now);
+    }
+
+    fn keep(&self, mut inner: MutexGuard<'_, Inner>, event: &str, now: Instant) {
         if inner.subscribers.is_empty() {
-            inner.idle_since = Some(now); // a conversation that goes on is not idle
+            inner.idle_since = Some(now); // what goes on is not idle
         }
         self.push(&mut inner, event, true);
         self.tell(inner);
@@ -280,10 +332,7 @@ impl Channel {
 
     fn trim(&self, inner: &mut Inner, scarce: bool, now: Instant) {
         let keeps_all = matches!(inner.body, Body::Events { .. });
-        let positions = inner.subscribers.values().filter_map(|subscriber| match subscriber.at {
-            At::After(offset) => Some(offset),
-            At::Start => None,
-        });
+        let positions = inner.subscribers.values().filter_map(Subscriber::needs_from);
         let slowest = if keeps_all { positions.min() } else { None };
         let slack = if scarce { 0 } else { self.queue_bytes };
         let dropped = inner.ring.trim(slowest, slack, scarce, now);
@@ -294,12 +343,9 @@ impl Channel {
         if slowest.is_some_and(|at| !inner.ring.holds(at)) {
             let Inner { subscribers, ring, offset, idle_since, .. } = inner;
             subscribers.retain(|_, subscriber| {
-                let At::After(at) = subscriber.at else { return true };
-                let holds = ring.holds(at);
+                let holds = subscriber.needs_from().is_none_or(|at| ring.holds(at));
                 if !holds {
-                    metrics::counter!("tidewatch_ws_slow_closed_total").increment(1);
-                    let why = format!("too slow for {}, now at {offset}: resume with `since`", self.short_name());
-                    subscriber.outbox.cut(Cut::TooSlow(why));
+                    self.cut(subscriber, *offset);
                 }
                 holds
             });
@@ -307,6 +353,13 @@ impl Channel {
                 *idle_since = Some(now);
             }
         }
+    }
+
+    /// Sends a subscriber away that needs what is not held any more.
+    fn cut(&self, subscriber: &Subscriber, offset: u64) {
+        metrics::counter!("tidewatch_ws_slow_closed_total").increment(1);
+        let why = format!("too slow for {}, now at {offset}: resume with `since`", self.short_name());
+        subscriber.outbox.cut(Cut::TooSlow(why));
     }
 
     /// Drops what is too old, and tells the histories' bytes. For the hub's sweep.
@@ -331,22 +384,26 @@ impl Channel {
         if inner.is_closed {
             return None;
         }
-        let since = wish.since.as_ref().filter(|since| *since.epoch == *self.epoch).map(|since| since.offset);
-        let since = since.filter(|since| *since <= inner.offset);
-        let missed = wish.missed.as_ref().filter(|missed| inner.ring.holds(missed.until));
-        let since = since.filter(|since| missed.is_some() || inner.ring.holds(*since));
-        let (at, offset) = match (since, &inner.body) {
-            (Some(since), _) => (At::After(missed.map_or(since, |missed| missed.until)), since),
+        let is_repeat = wish.missed.as_ref().is_some_and(|missed| missed.repeated.is_some());
+        let since = wish.since.as_ref().filter(|since| !is_repeat && self.knows(inner, since));
+        let since = since.filter(|since| wish.missed.is_some() || inner.ring.holds(since.offset));
+        let since = since.map(|since| since.offset);
+        let (mut at, offset) = match (since, &inner.body) {
+            (Some(since), _) => (wish.missed.as_ref().map_or(since, |missed| missed.page.until), since),
             (None, Body::State(state)) => {
                 if let Err(problem) = self.check_size(state) {
                     return Some(Err(problem));
                 }
-                (At::Start, inner.offset)
+                (inner.offset, inner.offset)
             }
-            (None, Body::Events { start: Some(start) }) if inner.ring.holds(start - 1) => {
-                (At::After(start - 1), start - 1)
+            (None, Body::Events { last: Some(last) })
+                if !is_repeat
+                    && (!last.is_over || wish.run.as_ref() == Some(&last.run))
+                    && inner.ring.holds(last.start - 1) =>
+            {
+                (last.start - 1, last.start - 1)
             }
-            (None, Body::Events { .. } | Body::Loading(_)) => (At::After(inner.offset), inner.offset),
+            (None, Body::Events { .. } | Body::Loading(_)) => (inner.offset, inner.offset),
         };
         let mut answer = json!({
             "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset,
@@ -357,18 +414,109 @@ impl Channel {
         }
         wish.outbox.reply(&answer.to_string());
         wish.outbox.add(wish.id, self.clone());
-        let missed = since.and(missed).map_or_else(VecDeque::new, |missed| self.frames(missed, wish.outbox.form()));
-        let subscriber =
-            Subscriber { outbox: wish.outbox.clone(), at, missed, rate: wish.rate, due: None, ahead: None };
+        let mut behind = VecDeque::new();
+        if let Some(missed) = wish.missed.as_ref().filter(|_| is_repeat || since.is_some()) {
+            let base = missed.repeated.map(|messages| inner.reserve(messages));
+            if base.is_some() {
+                at = inner.offset;
+            }
+            let (frames, has_more) = (self.frames(&missed.page, base, wish.outbox.form()), missed.page.has_more);
+            behind.push_back(Behind { frames, has_more, base, asks: missed.asks.clone() });
+        }
+        let is_whole = since.is_none() && matches!(inner.body, Body::State(_));
+        let subscriber = Subscriber {
+            outbox: wish.outbox.clone(),
+            at: if is_whole { At::Start } else { At::After(at) },
+            behind,
+            dialect: wish.dialect,
+            rate: wish.rate,
+            due: None,
+            ahead: None,
+        };
         inner.subscribers.insert(wish.id, subscriber);
         inner.idle_since = None;
         Some(Ok(()))
     }
 
-    fn frames(&self, missed: &Missed, form: Form) -> VecDeque<Bytes> {
-        let now = Instant::now();
-        let one = |(offset, event): &(u64, String)| Chunk::single(&self.head, *offset, 1, event, now).whole(form);
-        missed.messages.iter().map(one).collect()
+    /// Whether a position is one of this channel, of which its client has everything.
+    fn knows(&self, inner: &Inner, since: &Since) -> bool {
+        let is_within = |repeat: &Range<u64>| repeat.contains(&since.offset);
+        *since.epoch == *self.epoch && since.offset <= inner.offset && !inner.repeats.iter().any(is_within)
+    }
+
+    /// Whether a client that was there gets all that it missed.
+    pub(super) fn recovers(&self, since: &Since) -> bool {
+        let inner = self.inner.lock();
+        self.knows(&inner, since) && inner.ring.holds(since.offset)
+    }
+
+    fn frames(&self, page: &Page, base: Option<u64>, form: Form) -> VecDeque<Bytes> {
+        let (now, base) = (Instant::now(), base.unwrap_or(0));
+        let one = |(at, event): &(u64, String)| Chunk::single(&self.head, base + at, 1, event, now).whole(form);
+        page.messages.iter().map(one).collect()
+    }
+
+    /// Shows a run again to a subscriber, behind what it has not taken yet.
+    pub(super) fn repeat(&self, id: u64, missed: &Missed) {
+        let Some(messages) = missed.repeated else { return };
+        let mut inner = self.inner.lock();
+        let base = inner.reserve(messages);
+        let Inner { subscribers, ring, offset, waiting, .. } = &mut *inner;
+        let Some(subscriber) = subscribers.get_mut(&id) else { return };
+        let form = subscriber.outbox.form();
+        let mut frames = VecDeque::new();
+        if let At::After(at) = subscriber.at {
+            let (mut room, mut first) = (usize::MAX, Vec::new()); // all of it: it is bounded already
+            take_events(ring, at, subscriber.dialect, form, &mut room, &mut first);
+            frames.extend(first);
+        }
+        frames.extend(self.frames(&missed.page, Some(base), form));
+        let (has_more, asks) = (missed.page.has_more, missed.asks.clone());
+        subscriber.behind.push_back(Behind { frames, has_more, base: Some(base), asks });
+        subscriber.at = At::After(*offset);
+        // whoever does not wait is being given something already, and comes to this
+        if let Some(at) = waiting.iter().position(|(other, _)| *other == id) {
+            waiting.swap_remove(at);
+            subscriber.outbox.has_something(id);
+        }
+    }
+
+    /// Writes events of runs for a subscriber in this dialect from now on.
+    pub(super) fn speak(&self, id: u64, dialect: Dialect) {
+        if let Some(subscriber) = self.inner.lock().subscribers.get_mut(&id) {
+            subscriber.dialect = dialect;
+        }
+    }
+
+    /// Where a subscriber is that gets messages from the log, and up to which offset they are not held here.
+    pub(super) fn position(&self, id: u64) -> Option<(u64, u64)> {
+        let inner = self.inner.lock();
+        match inner.subscribers.get(&id)?.at {
+            At::After(at) => Some((at, inner.ring.from())),
+            At::Start => None,
+        }
+    }
+
+    /// Hands a subscriber the next page of what it asked for.
+    pub(super) fn give(&self, id: u64, page: &Page) {
+        let mut inner = self.inner.lock();
+        let Some(subscriber) = inner.subscribers.get_mut(&id) else { return };
+        let form = subscriber.outbox.form();
+        let Some(behind) = subscriber.behind.front_mut() else { return };
+        behind.frames = self.frames(page, behind.base, form);
+        behind.has_more = page.has_more;
+        if behind.base.is_none() {
+            subscriber.at = At::After(page.until);
+        }
+        subscriber.outbox.has_something(id);
+    }
+
+    /// What a subscriber needs is not in the log any more.
+    pub(super) fn lose(&self, id: u64) {
+        let mut inner = self.inner.lock();
+        if let Some(subscriber) = inner.subscribers.remove(&id) {
+            self.cut(&subscriber, inner.offset);
+        }
     }
 
     /// Where the position of a client of a stream is in the log and not held here any more: the messages behind it, up
@@ -380,10 +528,10 @@ impl Channel {
         (since < from).then_some((since, from))
     }
 
-    /// Counts connections by the name of their user.
-    pub(super) fn count_users(&self, users: &mut BTreeMap<String, usize>) {
-        for subscriber in self.inner.lock().subscribers.values() {
-            *users.entry(subscriber.outbox.who().to_owned()).or_default() += 1;
+    /// Lists connections that follow it, each with the name of its user.
+    pub(super) fn list_connections(&self, connections: &mut HashMap<*const Outbox, String>) {
+        for Subscriber { outbox, .. } in self.inner.lock().subscribers.values() {
+            connections.entry(Arc::as_ptr(outbox)).or_insert_with(|| outbox.who().to_owned());
         }
     }
 
@@ -417,15 +565,21 @@ impl Channel {
         if subscriber.due.is_some() {
             inner.delayed.retain(|(other, _)| *other != id);
         }
-        while let Some(missed) = subscriber.missed.pop_front() {
-            *room = room.saturating_sub(missed.len());
-            out.push(missed);
-            if *room == 0 {
-                return Turn::More;
-            }
+        if let Some(turn) = subscriber.catch_up(&inner.ring, room, out) {
+            return turn;
         }
         let at = match (subscriber.at, &inner.body) {
-            (At::After(at), Body::Events { .. } | Body::Loading(_)) => inner.ring.take(at, form, room, out),
+            (At::After(at), Body::Events { .. }) if !inner.ring.holds(at) => {
+                // while it was shown a run again, more came than can be kept for it
+                self.cut(subscriber, inner.offset);
+                inner.subscribers.remove(&id);
+                return Turn::Done;
+            }
+            (At::After(at), Body::Events { .. } | Body::Loading(_)) => {
+                let reached = take_events(&mut inner.ring, at, subscriber.dialect, form, room, out);
+                // offsets that nobody else was given lie behind the last message
+                if reached >= inner.ring.last() { inner.offset } else { reached }
+            }
             (At::Start, Body::Events { .. } | Body::Loading(_)) => inner.offset,
             (At::After(at), Body::State(_)) if at == inner.offset => at,
             (at, Body::State(state)) => {
@@ -517,6 +671,80 @@ impl Channel {
         inner.is_closed |= is_idle;
         inner.is_closed.then_some(inner.offset + 1)
     }
+}
+
+impl Inner {
+    /// Takes offsets for messages of which only one subscriber is told: the offset before the first.
+    fn reserve(&mut self, messages: u64) -> u64 {
+        let base = self.offset;
+        self.offset += messages;
+        self.repeats.push_back(base + 1..self.offset);
+        let from = self.ring.from();
+        while self.repeats.len() > REPEATS_MAX || self.repeats.front().is_some_and(|oldest| oldest.end <= from) {
+            self.repeats.pop_front();
+        }
+        base
+    }
+}
+
+impl Subscriber {
+    /// The offset behind which it needs every message, unless it gets them from elsewhere.
+    fn needs_from(&self) -> Option<u64> {
+        match self.at {
+            At::After(at) if self.behind.is_empty() => Some(at),
+            At::After(_) | At::Start => None,
+        }
+    }
+
+    /// Gives it what comes from elsewhere: nothing more, or what is next for it if it has not all of that yet.
+    fn catch_up(&mut self, ring: &Ring, room: &mut usize, out: &mut Vec<Bytes>) -> Option<Turn> {
+        while let Some(behind) = self.behind.front_mut() {
+            while let Some(frame) = behind.frames.pop_front() {
+                *room = room.saturating_sub(frame.len());
+                out.push(frame);
+                if *room == 0 {
+                    return Some(Turn::More);
+                }
+            }
+            let is_in_ring = behind.base.is_some() || matches!(self.at, At::After(at) if ring.holds(at));
+            if behind.has_more || !is_in_ring {
+                _ = behind.asks.try_send(()); // full: it was asked already
+                return Some(Turn::Done); // the next page wakes it
+            }
+            self.behind.pop_front();
+        }
+        None
+    }
+}
+
+/// Messages of events behind `offset` in a dialect, until `room` bytes are full: up to which offset.
+fn take_events(
+    ring: &mut Ring,
+    offset: u64,
+    dialect: Dialect,
+    form: Form,
+    room: &mut usize,
+    out: &mut Vec<Bytes>,
+) -> u64 {
+    if dialect == Dialect::Current {
+        return ring.take(offset, form, room, out);
+    }
+    let mut frames = Vec::new();
+    let reached = ring.take(offset, Form::Text, room, &mut frames);
+    let texts = frames.iter().flat_map(|frames| frame::payloads(frames)).filter_map(|text| str::from_utf8(text).ok());
+    out.extend(texts.map(|text| form.frame(&in_legacy(text))));
+    reached
+}
+
+/// A message whose event is written as clients of AG-UI 0.0.59 take it.
+fn in_legacy(message: &str) -> Cow<'_, str> {
+    const DIFFERENT: [&str; 3] = ["RUN_STARTED", "RUN_FINISHED", "MESSAGES_SNAPSHOT"];
+    if !DIFFERENT.iter().any(|kind| message.contains(kind)) {
+        return message.into();
+    }
+    let Ok(mut read) = serde_json::from_str::<Value>(message) else { return message.into() };
+    read["event"] = agui::to_legacy(read["event"].take());
+    read.to_string().into()
 }
 
 impl Drop for Channel {

@@ -7,6 +7,7 @@ use axum::http::StatusCode;
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,7 +36,7 @@ struct Present {
 }
 
 /// A connection that counts for as long as this lives.
-pub(crate) struct Seat {
+struct Seat {
     crowd: Arc<Crowd>,
     group: Group,
     changes: Arc<AtomicU64>,
@@ -45,9 +46,30 @@ pub(crate) struct Seat {
 
 impl Seat {
     /// Whether the group's rights have changed since this was last asked.
-    pub(crate) fn has_changed(&mut self) -> bool {
+    fn has_changed(&mut self) -> bool {
         let changes = self.changes.load(Ordering::Acquire);
         std::mem::replace(&mut self.seen, changes) != changes
+    }
+}
+
+/// All that one connection counts as.
+#[derive(Default)]
+pub(crate) struct Seats(HashMap<Group, Seat>);
+
+impl Seats {
+    /// Counts the connection among those of a group, once.
+    pub(crate) fn enter(&mut self, crowd: &Arc<Crowd>, group: Group) -> Result<(), Problem> {
+        if let Entry::Vacant(vacant) = self.0.entry(group) {
+            let seat = crowd.enter(vacant.key().clone())?;
+            vacant.insert(seat);
+        }
+        Ok(())
+    }
+
+    /// Whether the rights of any of the groups have changed since this was last asked.
+    pub(crate) fn have_changed(&mut self) -> bool {
+        // all of them: each notes what it has seen
+        self.0.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
     }
 }
 
@@ -57,7 +79,7 @@ impl Crowd {
     }
 
     /// Counts a connection, if the group may have another one.
-    pub(crate) fn enter(self: &Arc<Self>, group: Group) -> Result<Seat, Problem> {
+    fn enter(self: &Arc<Self>, group: Group) -> Result<Seat, Problem> {
         let (most, key, who) = match group {
             Group::Address(_) => (self.limits.connections_per_address, "connections_per_address", "this address"),
             Group::User(_) => (self.limits.connections_per_user, "connections_per_user", "you"),

@@ -1,12 +1,14 @@
 //! The state a channel starts from. What happens while it is read is kept and applied behind it, so that nothing is
 //! lost in between.
 
-use super::channel::{Body, Channel, Meanwhile, Missed};
+use super::channel::{Body, Channel, Meanwhile, Missed, Page};
 use super::name::{ChannelName, Topic};
 use super::state::{Place, State};
 use super::{Hub, Live, RowChange, members, place, stream_events};
+use crate::agui::{self, Dialect};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
+use actors::agent::RunHandle;
 use actors::{QueryRequest, RowsQuery, System, What};
 use axum::http::StatusCode;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
@@ -16,6 +18,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use streams::log::{self, Body as Logged, Offset, ReadError};
 use streams::schema::ColumnType;
+use tokio::sync::mpsc;
 
 /// Times a state is read before the channel gives up because too much happens meanwhile.
 const ATTEMPTS: usize = 5;
@@ -33,8 +36,9 @@ const QUERY_EVERY_MIN: Duration = Duration::from_millis(250);
 /// A live query rests for so many times as long as it took.
 const QUERY_REST: u32 = 4;
 
-/// Records of a stream that are looked at, at most, for a client that comes back.
-const MISSED_RECORDS_MAX: usize = 100_000;
+/// What a client that comes back is given at a time: about so many bytes of messages, from no more records than these.
+const PAGE_BYTES: usize = 256 << 10;
+const PAGE_RECORDS: usize = 100_000;
 /// Where the store keeps the epoch of the log.
 const LOG_EPOCH: &str = "log_epoch";
 
@@ -162,7 +166,7 @@ async fn metric_rows(
         from: newest.map(|at| Micros(at.0.saturating_sub(back))),
         limit: PAGE,
         only_final: Some(true),
-        keys: name.filter.clone(),
+        keys: name.filter.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect(),
         ..RowsQuery::default()
     };
     let mut finals: HashMap<Arc<str>, MetricRow> = HashMap::new();
@@ -277,24 +281,81 @@ pub(super) async fn log_epoch(system: &System) -> Result<Arc<str>, Problem> {
     Ok(new.into())
 }
 
+/// Where messages come from that a channel does not hold.
+enum Source {
+    Log(System),
+    Run(Box<RunHandle>, Dialect),
+}
+
+/// The rest of what a subscriber gets from elsewhere.
+pub(super) struct Rest {
+    source: Source,
+    /// It has taken all of a page.
+    asked: mpsc::Receiver<()>,
+}
+
+impl Rest {
+    /// Hands a subscriber page after page, each when it has taken the one before, until it needs no more or is gone.
+    pub(super) async fn hand_over(mut self, channel: Arc<Channel>, id: u64) {
+        while self.asked.recv().await.is_some() {
+            let page = match &mut self.source {
+                Source::Run(run, dialect) => Some(page_of_run(run, *dialect)),
+                Source::Log(system) => match channel.position(id) {
+                    Some((since, until)) => page_of_log(system, &channel, since, until).await,
+                    None => return,
+                },
+            };
+            match page {
+                Some(page) => channel.give(id, &page),
+                None => return channel.lose(id),
+            }
+        }
+    }
+}
+
+/// A run that is over, from its start; nothing where nothing of it is left.
+pub(super) fn again(mut run: RunHandle, dialect: Dialect) -> Option<(Missed, Rest)> {
+    let repeated = Some(run.length()).filter(|events| *events > 0)?;
+    let page = page_of_run(&mut run, dialect);
+    Some(begun(page, Some(repeated), Source::Run(Box::new(run), dialect)))
+}
+
 /// The messages of a stream's channel behind `since` up to `until`, from the log; nothing where they are not there any
-/// more, or are more than a client may be behind.
-pub(super) async fn missed(
-    system: &System,
-    channel: &Arc<Channel>,
-    since: u64,
-    until: u64,
-    bytes_max: usize,
-) -> Option<Missed> {
+/// more.
+pub(super) async fn missed(system: &System, channel: &Arc<Channel>, since: u64, until: u64) -> Option<(Missed, Rest)> {
+    let page = page_of_log(system, channel, since, until).await?;
+    Some(begun(page, None, Source::Log(system.clone())))
+}
+
+fn begun(page: Page, repeated: Option<u64>, source: Source) -> (Missed, Rest) {
+    let (asks, asked) = mpsc::channel(1);
+    (Missed { page, repeated, asks }, Rest { source, asked })
+}
+
+fn page_of_run(run: &mut RunHandle, dialect: Dialect) -> Page {
+    let (mut until, mut bytes, mut messages) = (0, 0, Vec::new());
+    while bytes < PAGE_BYTES
+        && let Some((n, event)) = run.ready()
+    {
+        let text = agui::encode(&event, dialect);
+        bytes += text.len();
+        until = n;
+        messages.push((n, text));
+    }
+    Page { until, messages, has_more: until < run.length() && bytes > 0 }
+}
+
+async fn page_of_log(system: &System, channel: &Arc<Channel>, since: u64, until: u64) -> Option<Page> {
     let (workspace, Topic::Stream(stream)) = (channel.workspace.as_ref()?, &channel.name.topic) else { return None };
     let (log, first) = system.log_of(workspace).ok()?;
     let filter = log::Filter { workspace: Some(workspace.clone()), stream: Some(stream.clone()), ..Default::default() };
     let channel = channel.clone();
-    let read = move || -> Result<Option<Missed>, ReadError> {
+    let read = move || -> Result<Option<Page>, ReadError> {
         let (from, mut messages, mut bytes) = (Offset(place::record(since)), Vec::new(), 0);
         if from < first || from < log.head() {
             return Ok(None);
         }
+        let page = |until, messages| Ok(Some(Page { until, messages, has_more: false }));
         for (looked_at, record) in log.scan(from, filter)?.enumerate() {
             let (offset, record) = record?;
             if place::before(offset.0) >= until {
@@ -303,20 +364,24 @@ pub(super) async fn missed(
             let Logged::Events { batch, .. } = record.body else { continue };
             let Ok(events) = stream_events(&channel.name, &channel.json_columns, &batch) else { return Ok(None) };
             for (at, event) in events.into_iter().enumerate() {
-                let offset = place::of(offset.0, at);
-                if offset > since && offset <= until {
-                    bytes += event.len();
-                    messages.push((offset, event));
+                let place = place::of(offset.0, at);
+                if place <= since || place > until {
+                    continue;
                 }
+                if bytes >= PAGE_BYTES {
+                    return page(place - 1, messages);
+                }
+                bytes += event.len();
+                messages.push((place, event));
             }
-            if bytes > bytes_max || looked_at > MISSED_RECORDS_MAX {
-                return Ok(None);
+            if bytes >= PAGE_BYTES || looked_at >= PAGE_RECORDS {
+                return page(until.min(place::before(offset.0 + 1)), messages);
             }
         }
-        Ok(Some(Missed { until, messages }))
+        page(until, messages)
     };
     match tokio::task::spawn_blocking(read).await {
-        Ok(Ok(missed)) => missed,
+        Ok(Ok(page)) => page,
         Ok(Err(error)) => {
             tracing::debug!(%error, "a client's position is not in the log any more");
             None

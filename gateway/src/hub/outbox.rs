@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
+use tokio::sync::Notify;
 
 /// A client takes so many bytes at a time, so that what it gets next is as new as can be.
 const WRITE_BYTES: usize = 64 << 10;
@@ -40,6 +41,8 @@ pub(crate) enum Cut {
 pub(crate) struct Outbox {
     waiting: Mutex<Waiting>,
     waker: AtomicWaker,
+    /// Told when the answers that waited were taken.
+    drained: Notify,
     form: Form,
     /// What people know the user by.
     who: OnceLock<String>,
@@ -59,7 +62,8 @@ pub(crate) enum Taken {
 impl Outbox {
     /// `bytes_max` bounds the answers that wait.
     pub(crate) fn new(bytes_max: usize, form: Form) -> Arc<Outbox> {
-        Arc::new(Outbox { waiting: Mutex::default(), waker: AtomicWaker::new(), form, who: OnceLock::new(), bytes_max })
+        let (waiting, waker, drained, who) = Default::default();
+        Arc::new(Outbox { waiting, waker, drained, form, who, bytes_max })
     }
 
     pub(crate) fn form(&self) -> Form {
@@ -93,6 +97,17 @@ impl Outbox {
     /// Whether there is room for more answers: a client that takes none is asked for nothing more.
     pub(crate) fn has_room(&self) -> bool {
         self.waiting.lock().reply_bytes <= self.bytes_max
+    }
+
+    /// Waits until little waits to be answered: for who has much to say.
+    pub(crate) async fn room(&self) {
+        loop {
+            let drained = self.drained.notified();
+            if self.waiting.lock().reply_bytes < WRITE_BYTES {
+                return;
+            }
+            drained.await;
+        }
     }
 
     /// Sees to it that the task is woken when something waits. To be called before [`Outbox::take`].
@@ -160,6 +175,7 @@ impl Outbox {
             }
             out.extend(waiting.replies.drain(..));
             waiting.reply_bytes = 0;
+            self.drained.notify_waiters();
             if waiting.replies.capacity() > 16 {
                 waiting.replies = VecDeque::new();
             }

@@ -250,6 +250,12 @@ impl Ring {
         self.from
     }
 
+    /// Offset of the last message that came.
+    pub(super) fn last(&self) -> u64 {
+        let newest = self.marks.last().map(|mark| mark.offset).or_else(|| self.chunks.back().map(|chunk| chunk.last()));
+        newest.unwrap_or(self.from)
+    }
+
     /// Whether all messages behind `offset` are held.
     pub(super) fn holds(&self, offset: u64) -> bool {
         offset >= self.from

@@ -58,6 +58,12 @@ struct Client {
     frames: usize,
 }
 
+/// Asks for nothing in particular.
+fn none(outbox: &Arc<Outbox>) -> Wish<'_> {
+    let (since, rate, reference, run, missed) = Default::default();
+    Wish { id: 99, outbox, since, rate, reference, dialect: Dialect::Current, run, missed }
+}
+
 impl Client {
     fn of(hub: &Hub, channel: &Arc<Channel>, rate: Option<Duration>) -> Client {
         let outbox = Outbox::new(hub.limits.queue_bytes, Form::Text);
@@ -78,7 +84,7 @@ impl Client {
 
     fn subscribe(&mut self, hub: &Hub, since: Option<Since>, rate: Option<Duration>) {
         self.id = hub.next_id();
-        let wish = Wish { id: self.id, outbox: &self.outbox, since, rate, reference: Some("r".into()), missed: None };
+        let wish = Wish { id: self.id, since, rate, reference: Some("r".into()), ..none(&self.outbox) };
         self.channel.subscribe(&wish).unwrap().unwrap();
     }
 
@@ -268,7 +274,7 @@ fn a_channel_that_was_forgotten_and_made_again_does_not_take_old_positions_for_i
     client.take();
     client.leave();
     hub.close(&channel);
-    let wish = Wish { id: 99, outbox: &client.outbox, since: None, rate: None, reference: None, missed: None };
+    let wish = none(&client.outbox);
     assert!(channel.subscribe(&wish).is_none(), "a closed channel takes no subscriber");
     client.channel = open(&hub, "alerts");
     client.resume(&hub);

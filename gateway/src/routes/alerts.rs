@@ -3,10 +3,9 @@
 use super::metrics::instant;
 use crate::AppState;
 use crate::encode;
-use crate::extract::{Json, Listing, Member, Path};
+use crate::extract::{Json, Listing, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use crate::span::{Text, format};
 use actors::RuleDefinition;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -14,11 +13,13 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
+use engine::alert::Trouble;
 use engine::event::ItemName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sql::store::{Alert, Silence};
 use std::collections::BTreeMap;
+use streams::span::{Text, format};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -44,8 +45,21 @@ fn rule_json(name: &ItemName, rule: &RuleDefinition) -> Value {
 async fn rules(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertRead)?;
     let rules = state.system.alert_rules(&member.workspace).await?;
-    let rules: Vec<Value> = rules.iter().map(|(name, rule)| rule_json(name, rule)).collect();
-    Ok(axum::Json(json!({"rules": rules})))
+    let trouble = state.system.rule_trouble(&member.workspace).await?;
+    let shown = |(name, rule): &(ItemName, RuleDefinition)| {
+        let mut shown = rule_json(name, rule);
+        fail(&mut shown, trouble.get(name));
+        shown
+    };
+    Ok(axum::Json(json!({"rules": rules.iter().map(shown).collect::<Vec<Value>>()})))
+}
+
+/// Says why, and how many rows, a rule could not look at.
+fn fail(shown: &mut Value, trouble: Option<&Trouble>) {
+    if let Some(trouble) = trouble {
+        shown["failure"] = trouble.reason.as_str().into();
+        shown["failed_rows"] = trouble.rows.into();
+    }
 }
 
 #[derive(Deserialize)]
@@ -60,8 +74,21 @@ struct Rule {
     severity: Option<String>,
 }
 
+/// Any word, since what alerts are routed by is each installation's own.
+fn is_severity(text: &str) -> bool {
+    let word = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    word && text.len() <= 32 && text.starts_with(|first: char| first.is_ascii_lowercase())
+}
+
 impl Rule {
     fn definition(self) -> Result<RuleDefinition, Problem> {
+        if let Some(severity) = self.severity.as_ref().filter(|text| !is_severity(text)) {
+            let severity: String = severity.chars().take(40).collect();
+            let detail = format!(
+                "`severity` is a word such as info, warning or critical, [a-z][a-z0-9_]{{0,31}}; this is `{severity}`"
+            );
+            return Err(Problem::invalid("bad_body", detail));
+        }
         Ok(RuleDefinition {
             metric: self.metric.parse()?,
             condition: self.condition,
@@ -71,12 +98,9 @@ impl Rule {
     }
 }
 
-async fn create_rule(
-    State(state): State<AppState>,
-    member: Member,
-    Json(mut rule): Json<Rule>,
-) -> Result<Response, Problem> {
+async fn create_rule(State(state): State<AppState>, member: Member, rule: Sent<Rule>) -> Result<Response, Problem> {
     member.may(Permission::AlertDefine)?;
+    let Json(mut rule) = rule?;
     let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
     let name: ItemName = name.parse()?;
     if state.system.alert_rules(&member.workspace).await?.iter().any(|(known, _)| *known == name) {
@@ -91,8 +115,10 @@ async fn put_rule(
     State(state): State<AppState>,
     member: Member,
     Path((_, name)): Path<(String, String)>,
-    Json(rule): Json<Rule>,
+    rule: Sent<Rule>,
 ) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::AlertDefine)?;
+    let Json(rule) = rule?;
     if rule.name.as_ref().is_some_and(|other| *other != name) {
         return Err(Problem::invalid("bad_body", "`name` in the body is not the one in the path"));
     }
@@ -100,7 +126,6 @@ async fn put_rule(
 }
 
 async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
-    member.may(Permission::AlertDefine)?;
     let definition = rule.definition()?;
     let shown = rule_json(&name, &definition);
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
@@ -120,9 +145,10 @@ struct BacktestBody {
 async fn backtest(
     State(state): State<AppState>,
     member: Member,
-    Json(body): Json<BacktestBody>,
+    body: Sent<BacktestBody>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertRead)?;
+    let Json(body) = body?;
     let (from, to) = (instant("from", &body.from)?, instant("to", &body.to)?);
     if to <= from {
         return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
@@ -137,10 +163,12 @@ async fn backtest(
     });
     let alerts: Vec<Value> = alerts.collect();
     let (first, last) = tested.seen.unzip();
-    Ok(axum::Json(json!({
+    let mut shown = json!({
         "metric": metric, "alerts": alerts, "events": tested.events,
         "first_event": first.map(rfc3339), "last_event": last.map(rfc3339),
-    })))
+    });
+    fail(&mut shown, tested.trouble.as_ref());
+    Ok(axum::Json(shown))
 }
 
 async fn remove_rule(
@@ -223,9 +251,10 @@ struct NewSilence {
 async fn create_silence(
     State(state): State<AppState>,
     member: Member,
-    Json(new): Json<NewSilence>,
+    new: Sent<NewSilence>,
 ) -> Result<Response, Problem> {
     member.may(Permission::AlertRespond)?;
+    let Json(new) = new?;
     let starts_at = match &new.starts_at {
         Some(text) => instant("starts_at", text)?,
         None => state.system.now(),
@@ -269,4 +298,23 @@ async fn remove_silence(
     member.may(Permission::AlertRespond)?;
     state.system.remove_silence(&member.workspace, &silence).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_severity_is_one_short_word() {
+        let rule = |severity: &str| {
+            let rule = json!({"metric": "vwap_1m", "condition": "vwap > 1", "severity": severity});
+            serde_json::from_value::<Rule>(rule).unwrap().definition()
+        };
+        for good in ["info", "warning", "critical", "sev_1", &"x".repeat(32)] {
+            assert_eq!(rule(good).unwrap().severity.as_deref(), Some(good));
+        }
+        for bad in ["", "Critical", "very bad", "1st", &"x".repeat(33), &"x".repeat(500)] {
+            assert_eq!(rule(bad).unwrap_err().code, "bad_body", "{bad}");
+        }
+    }
 }

@@ -1,9 +1,10 @@
 //! Channels as server-sent events: the messages of the WebSocket, with the same offsets, for clients that have none.
 
 use crate::AppState;
+use crate::agui::Dialect;
 use crate::auth::Caller;
 use crate::extract::{Address, Member, Query};
-use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seat, Since, Subscription, Taken, Topic};
+use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seats, Since, Subscription, Taken, Topic};
 use crate::problem::Problem;
 use crate::socket::{frame, handshake, may_listen, rate_of};
 use axum::Router;
@@ -43,12 +44,13 @@ async fn follow(
     Query(parameters): Query<Vec<(String, String)>>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (mut channels, mut rate, mut sql) = (Vec::new(), None, None);
+    let (mut channels, mut rate, mut sql, mut version) = (Vec::new(), None, None, None);
     for (name, value) in parameters {
         match name.as_str() {
             "channel" => channels.push(value),
             "rate" => rate = rate_of(&value)?,
             "sql" => sql = Some(value),
+            "protocolVersion" => version = Some(value.into()),
             _ => {
                 return Err(Problem::invalid("unknown_parameter", format!("there is no parameter `{name}` here")));
             }
@@ -59,13 +61,13 @@ async fn follow(
         let detail = format!("name 1 to limits.subscriptions = {most} channels: ?channel=alerts&channel=…");
         return Err(Problem::invalid("bad_parameter", detail));
     }
-    let crowd = &state.hub.crowd;
+    let mut seats = Seats::default();
     let groups = [
         address.map(Group::Address),
         Some(Group::User(caller.id.as_str().into())),
         Some(Group::Workspace(member.workspace.clone())),
     ];
-    let seats = groups.into_iter().flatten().map(|group| crowd.enter(group)).collect::<Result<Vec<Seat>, Problem>>()?;
+    groups.into_iter().flatten().try_for_each(|group| seats.enter(&state.hub.crowd, group))?;
     let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()).unwrap_or_default();
     let outbox = Outbox::new(state.config.limits.queue_bytes, Default::default());
     outbox.belongs_to(&caller.name);
@@ -82,12 +84,20 @@ async fn follow(
         is_over: false,
         seats,
     };
-    follower.ends = caller.expires_at.map(|end| follower.instant(end));
+    follower.ends = caller.ends(&follower.state);
     let mut positions = last.split(',').map(position);
     for channel in channels {
         let since = positions.next().flatten();
         let name = ChannelName::parse(&channel, id)?;
-        follower.follow(&caller, name, since, rate, sql.clone()).await?;
+        let wish = Wish {
+            outbox: &follower.outbox.clone(),
+            since,
+            rate,
+            reference: None,
+            dialect: Dialect::of_version(version.as_ref()),
+            run: None,
+        };
+        follower.follow(&caller, name, sql.clone(), wish).await?;
     }
     let body = stream::unfold(follower, |mut follower| async move {
         let text = follower.next().await?;
@@ -138,7 +148,7 @@ struct Follower {
     /// When the client's rights are looked at again.
     check_at: Instant,
     is_over: bool,
-    seats: Vec<Seat>,
+    seats: Seats,
 }
 
 impl Drop for Follower {
@@ -150,17 +160,12 @@ impl Drop for Follower {
 }
 
 impl Follower {
-    fn instant(&self, at: engine::event::Micros) -> Instant {
-        Instant::now() + Duration::from_micros(at.since(self.state.system.now()).0.unsigned_abs())
-    }
-
     async fn follow(
         &mut self,
         caller: &Caller,
         name: ChannelName,
-        since: Option<Since>,
-        rate: Option<Duration>,
         sql: Option<String>,
+        wish: Wish<'_>,
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = (!is_system).then(|| self.workspace.clone());
@@ -169,9 +174,10 @@ impl Follower {
             return Err(Problem::invalid("bad_parameter", format!("channel `{}` is named twice", name.text)));
         }
         let (text, topic) = (name.text.to_string(), name.topic.clone());
-        let wish = Wish { outbox: &self.outbox, since, rate, reference: None };
+        // where it is until it is told of another place
+        let at = wish.since.clone();
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
-        self.follows.push(Follow { name: text, topic, sql, subscription, at: None });
+        self.follows.push(Follow { name: text, topic, sql, subscription, at });
         Ok(())
     }
 
@@ -186,9 +192,7 @@ impl Follower {
             if self.ends.is_some_and(|end| end <= now) {
                 return None;
             }
-            // all seats: each notes what it has seen
-            let has_changed = self.seats.iter_mut().fold(false, |changed, seat| seat.has_changed() | changed);
-            if has_changed || self.check_at <= now {
+            if self.seats.have_changed() || self.check_at <= now {
                 self.check_at = now + KEEP_ALIVE;
                 if self.check().await.is_err() {
                     return None; // the next attempt is told why

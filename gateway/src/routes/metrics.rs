@@ -1,11 +1,10 @@
 //! Metrics: their definitions and their rows.
 
 use crate::AppState;
-use crate::extract::{Json, Listing, Member, Path};
+use crate::extract::{Json, Listing, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use crate::span::{Text, format};
-use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo};
+use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo, UnplannedMetric};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
 use axum::extract::State;
@@ -14,8 +13,11 @@ use axum::routing::{get, put};
 use engine::event::{ItemName, Micros, StreamName};
 use engine::limit::{StateLimits, StateSize};
 use engine::window::Window;
+use engine::workspace::Cause;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sql::plan::MetricSql;
+use streams::span::{Text, format};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -62,6 +64,29 @@ fn shown(info: &MetricInfo) -> Value {
     if !joins.is_empty() {
         shown["joins"] = json!(joins);
     }
+    show_spans(&mut shown, definition);
+    if let Some(stop) = &info.failure {
+        shown["failure"] = stop.reason.as_str().into();
+        shown["failure_code"] = stop.cause.code().into();
+    }
+    shown
+}
+
+/// A metric that stays stopped, as far as its SQL tells what it is.
+fn unplanned(metric: &UnplannedMetric) -> Value {
+    let definition = &metric.definition;
+    let mut shown = json!({
+        "name": metric.name, "sql": definition.sql, "keys": [], "values": [], "window": {}, "state": {"bytes": 0, "keys": 0, "panes": 0},
+        "failure": metric.reason, "failure_code": Cause::MetricFailed.code(),
+    });
+    if let Ok(parsed) = MetricSql::parse(&definition.sql) {
+        (shown["stream"], shown["window"]) = (json!(parsed.stream), window(parsed.window));
+    }
+    show_spans(&mut shown, definition);
+    shown
+}
+
+fn show_spans(shown: &mut Value, definition: &MetricDefinition) {
     let spans = [
         ("emit", definition.emit),
         ("retain", definition.retain),
@@ -74,11 +99,6 @@ fn shown(info: &MetricInfo) -> Value {
             shown[name] = format(span).into();
         }
     }
-    if let Some(stop) = &info.failure {
-        shown["failure"] = stop.reason.as_str().into();
-        shown["failure_code"] = stop.cause.code().into();
-    }
-    shown
 }
 
 /// How a metric runs: its panes, the state it holds and shares, and what its batches cost. Of the metrics that read it
@@ -142,7 +162,9 @@ async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Jso
     member.may_somewhere(Permission::MetricRead)?;
     let metrics = state.system.metrics(&member.workspace).await?;
     let metrics = metrics.iter().filter(|info| member.sees(Permission::MetricRead, "metrics", &info.name));
-    let metrics: Vec<Value> = metrics.map(shown).collect();
+    let stopped = state.system.unplanned_metrics(&member.workspace).await?;
+    let stopped = stopped.iter().filter(|metric| member.sees(Permission::MetricRead, "metrics", &metric.name));
+    let metrics: Vec<Value> = metrics.map(shown).chain(stopped.map(unplanned)).collect();
     Ok(axum::Json(json!({"metrics": metrics})))
 }
 
@@ -161,9 +183,10 @@ async fn define(
     State(state): State<AppState>,
     member: Member,
     Path((_, name)): Path<(String, String)>,
-    Json(body): Json<Definition>,
+    body: Sent<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may_on(Permission::MetricDefine, &format!("metrics/{name}"))?;
+    let Json(body) = body?;
     let name: ItemName = name.parse()?;
     // whoever defines a metric sees its rows: they must not show what is hidden otherwise
     member.may_read_tables(&body.sql)?;
@@ -224,6 +247,8 @@ fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
     };
     let from = page.take("from").map(|text| instant("from", &text)).transpose()?;
     let to = page.take("to").map(|text| instant("to", &text)).transpose()?;
+    let nulls = page.take("is_null");
+    let nulls = nulls.iter().flat_map(|names| names.split(',')).map(|name| (name.to_owned(), None));
     let step = match page.take("resolution").as_deref() {
         None | Some("raw") => None,
         Some("1h") => Some(Step::Hour),
@@ -238,7 +263,7 @@ fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
         limit: page.limit,
         after: page.take("after"),
         only_final,
-        keys: page.rest.into_iter().collect(),
+        keys: nulls.chain(page.rest.into_iter().map(|(name, value)| (name, Some(value)))).collect(),
         step,
     })
 }
@@ -273,7 +298,9 @@ mod tests {
     #[test]
     fn what_is_no_parameter_filters_by_a_key() {
         let wanted = query(&[("symbol", "AAPL"), ("final", "true"), ("from", "2026-01-01T00:00:00Z")]).unwrap();
-        assert_eq!(wanted.keys, [("symbol".to_owned(), "AAPL".to_owned())]);
+        assert_eq!(wanted.keys, [("symbol".to_owned(), Some("AAPL".to_owned()))]);
+        let nulls = query(&[("is_null", "side,venue")]).unwrap().keys;
+        assert_eq!(nulls, [("side".to_owned(), None), ("venue".to_owned(), None)]);
         assert_eq!((wanted.only_final, wanted.limit), (Some(true), 7));
         assert_eq!(wanted.from, Some(Micros(1_767_225_600_000_000)));
     }

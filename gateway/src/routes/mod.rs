@@ -1,6 +1,7 @@
 //! The HTTP API by area: what each path reads, which permission it needs, what it answers.
 
 mod alerts; // rules, firings, acknowledgement, silences
+mod dead_letters; // events that could not be used
 mod health; // whether the process lives and can serve
 mod live; // channels as server-sent events
 mod metrics; // definitions and rows
@@ -11,6 +12,7 @@ mod session; // signing in and out, and who am I
 mod streams; // schemas and ingest
 mod system; // what the installation is doing, and the audit log
 mod tables; // reference tables and changes of their rows
+mod webhooks; // webhooks and deliveries
 mod workspaces; // tenants
 
 use crate::AppState;
@@ -26,10 +28,12 @@ pub(crate) fn routes() -> Router<AppState> {
         .merge(workspaces::routes())
         .merge(people::routes())
         .merge(streams::routes())
+        .merge(dead_letters::routes())
         .merge(tables::routes())
         .merge(metrics::routes())
         .merge(query::routes())
         .merge(alerts::routes())
+        .merge(webhooks::routes())
         .merge(portfolios::routes())
         .merge(system::routes())
         .merge(live::routes())

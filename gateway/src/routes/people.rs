@@ -3,7 +3,7 @@
 use super::metrics::instant;
 use crate::AppState;
 use crate::auth::new_key;
-use crate::extract::{Json, Member, Path, Query};
+use crate::extract::{Json, Member, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::{PERMISSIONS, Permission, ROLES, Role, parse_scopes};
 use crate::problem::Problem;
@@ -55,9 +55,12 @@ struct Assignment {
 async fn set_member(
     State(state): State<AppState>,
     member: Member,
-    Json(new): Json<Assignment>,
+    seen: Seen,
+    new: Sent<Assignment>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::WorkspaceManage)?;
+    let Json(new) = new?;
+    seen.note(format_args!("{} as {}", new.email, new.role));
     let role: Role = new.role.parse()?;
     covers(&member, role)?;
     let store = state.system.store();
@@ -138,9 +141,12 @@ const GRANTS_MAX: usize = 200;
 async fn put_grant(
     State(state): State<AppState>,
     member: Member,
-    Json(new): Json<NewGrant>,
+    seen: Seen,
+    new: Sent<NewGrant>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::WorkspaceManage)?;
+    let Json(new) = new?;
+    seen.note(format_args!("{} {}", new.email, new.scope));
     let scopes = parse_scopes(std::slice::from_ref(&new.scope))?;
     if !member.access.covers(Role::Guest, Some(&scopes)) {
         return Err(Problem::forbidden(format!("you may not grant `{}`, which you do not hold yourself", new.scope)));
@@ -173,9 +179,12 @@ async fn put_grant(
 async fn remove_grant(
     State(state): State<AppState>,
     member: Member,
-    Query(old): Query<NewGrant>,
+    seen: Seen,
+    old: Result<Query<NewGrant>, Problem>,
 ) -> Result<StatusCode, Problem> {
     member.may(Permission::WorkspaceManage)?;
+    let Query(old) = old?;
+    seen.note(format_args!("{} {}", old.email, old.scope));
     let store = state.system.store();
     let user = store.user_by_email(&old.email).await?.ok_or_else(|| unknown_user(&old.email))?;
     if !store.delete_grant(&member.workspace, &user.id, &old.scope).await? {
@@ -227,9 +236,13 @@ const SCOPES_MAX: usize = 100;
 async fn create_key(
     State(state): State<AppState>,
     member: Member,
-    Json(new): Json<NewKey>,
+    seen: Seen,
+    new: Sent<NewKey>,
 ) -> Result<Response, Problem> {
     member.may(Permission::WorkspaceManage)?;
+    let Json(new) = new?;
+    let scopes = new.scopes.as_deref().map(|scopes| format!(" with {}", scopes.join(" "))).unwrap_or_default();
+    seen.note(format_args!("`{}` as {}{scopes}", new.name, new.role));
     let role: Role = new.role.parse()?;
     let scopes = new.scopes.as_deref().map(parse_scopes).transpose()?;
     if let Some(scopes) = &scopes
@@ -258,6 +271,7 @@ async fn create_key(
     let (key, stored) =
         new_key(&member.workspace, name.to_owned(), role, scopes, expires_at, &member.user, state.system.now());
     store.create_api_key(&stored).await?;
+    seen.note(format_args!("id {}", stored.id));
     let mut answer = key_json(&stored);
     answer["key"] = key.into();
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())

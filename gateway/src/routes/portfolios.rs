@@ -2,7 +2,7 @@
 
 use crate::AppState;
 use crate::encode;
-use crate::extract::{Json, Member, Path};
+use crate::extract::{AnyJson, Json, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::{Item, Problem};
 use axum::Router;
@@ -14,6 +14,7 @@ use engine::event::ItemName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sql::store::{Portfolio, Position};
+use std::collections::HashSet;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -48,9 +49,12 @@ struct New {
 /// The most portfolios of a workspace, and the most positions of a portfolio.
 const PORTFOLIOS_MAX: usize = 1_000;
 const POSITIONS_MAX: usize = 10_000;
+/// Units of a position and price of one: what they come to can then be added up and multiplied with prices.
+const AMOUNT_MAX: f64 = 1e18;
 
-async fn create(State(state): State<AppState>, member: Member, Json(new): Json<New>) -> Result<Response, Problem> {
+async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -> Result<Response, Problem> {
     member.may(Permission::PortfolioUpdate)?;
+    let Json(new) = new?;
     let id: ItemName = new.id.parse()?;
     let currency = new.currency.unwrap_or_else(|| "USD".to_owned());
     if !(3..=8).contains(&currency.len()) || !currency.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit()) {
@@ -121,14 +125,17 @@ impl Positions {
             let detail = format!("{} positions are more than the {POSITIONS_MAX} a portfolio can have", held.len());
             return Err(Problem::invalid("limit_reached", detail));
         }
+        let mut seen = HashSet::new();
         let wrong = |(index, position): (usize, &Held)| {
             let name = |text: &str, most| !text.is_empty() && text.len() <= most && !text.contains(char::is_control);
             let detail = if !name(&position.symbol, 64) {
                 "`symbol` must be 1 to 64 bytes without control characters"
             } else if position.sector.as_ref().is_some_and(|sector| !name(sector, 100)) {
                 "`sector` must be 1 to 100 bytes without control characters"
-            } else if !position.qty.is_finite() || !position.cost.is_finite() || position.cost < 0.0 {
-                "`qty` must be a number and `cost` one that is not negative"
+            } else if !(position.qty.abs() <= AMOUNT_MAX && (0.0..=AMOUNT_MAX).contains(&position.cost)) {
+                "`qty` must be a number of at most 1e18 units, `cost` one that is not negative nor above 1e18"
+            } else if !seen.insert(position.symbol.clone()) {
+                "`symbol` stands twice in this request; send one position for each symbol"
             } else {
                 return None;
             };
@@ -159,7 +166,7 @@ async fn replace(
     State(state): State<AppState>,
     member: Member,
     Path((_, id)): Path<(String, String)>,
-    Json(body): Json<Positions>,
+    body: Result<AnyJson<Positions>, Problem>,
 ) -> Result<axum::Json<Value>, Problem> {
     hold(&state, &member, &id, body, true).await
 }
@@ -168,7 +175,7 @@ async fn upsert(
     State(state): State<AppState>,
     member: Member,
     Path((_, id)): Path<(String, String)>,
-    Json(body): Json<Positions>,
+    body: Result<AnyJson<Positions>, Problem>,
 ) -> Result<axum::Json<Value>, Problem> {
     hold(&state, &member, &id, body, false).await
 }
@@ -177,10 +184,11 @@ async fn hold(
     state: &AppState,
     member: &Member,
     id: &str,
-    body: Positions,
+    body: Result<AnyJson<Positions>, Problem>,
     replace: bool,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may_on(Permission::PortfolioUpdate, &format!("portfolio/{id}"))?;
+    let AnyJson(body) = body?;
     let (id, positions): (ItemName, _) = (id.parse()?, body.checked()?);
     let count = positions.len();
     if !replace {
@@ -229,7 +237,7 @@ mod tests {
     fn positions_come_named_bare_or_alone() {
         let one = json!({"symbol": "AAPL", "qty": 1, "cost": 2.5});
         assert_eq!(read(json!({"positions": [one]})), Ok(1));
-        assert_eq!(read(json!([one, one])), Ok(2));
+        assert_eq!(read(json!([one, {"symbol": "MSFT", "qty": 1, "cost": 2.5}])), Ok(2));
         assert_eq!(read(one), Ok(1));
         assert_eq!(read(json!({"positions": []})), Ok(0));
     }
@@ -238,6 +246,10 @@ mod tests {
     fn what_is_no_position_is_refused() {
         assert_eq!(read(json!({"symbol": "", "qty": 1, "cost": 1})), Err("bad_position"));
         assert_eq!(read(json!({"symbol": "A", "qty": 1, "cost": -1})), Err("bad_position"));
+        assert_eq!(read(json!({"symbol": "A", "qty": 1e300, "cost": 1e300})), Err("bad_position"));
+        assert_eq!(read(json!({"symbol": "A", "qty": -1e19, "cost": 1})), Err("bad_position"));
+        let one = json!({"symbol": "A", "qty": 1, "cost": 1});
+        assert_eq!(read(json!([one, one])), Err("bad_position"), "a symbol twice");
         assert_eq!(read(json!({"symbol": "A", "qty": "1", "cost": 1})), Err("unreadable"));
         assert_eq!(read(json!({"symbol": "A", "qty": 1, "cost": 1, "price": 3})), Err("unreadable"));
     }

@@ -2,14 +2,18 @@
 
 use super::metrics::type_name;
 use crate::AppState;
-use crate::extract::{Json, Member};
+use crate::encode;
+use crate::extract::{Json, Member, Sent};
+use crate::permission::Permission;
 use crate::problem::Problem;
+use actors::json::AnyValue;
 use actors::{QueryAnswer, QueryRequest};
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch, RecordBatchOptions};
+use arrow::datatypes::{DataType, Field, Schema};
 use arrow::error::ArrowError;
 use arrow::ipc::writer::StreamWriter;
 use arrow::json::StructMode;
-use arrow::json::writer::{JsonArray, WriterBuilder};
+use arrow::json::writer::{EncoderOptions, JsonArray, WriterBuilder};
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
@@ -18,6 +22,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) fn routes() -> Router<AppState> {
@@ -78,16 +83,22 @@ async fn query(
     State(state): State<AppState>,
     member: Member,
     headers: HeaderMap,
-    Json(question): Json<Question>,
+    question: Sent<Question>,
 ) -> Result<Response, Problem> {
+    member.may(Permission::QueryRun)?;
     let format = Format::accepted(&headers)?;
+    let Json(question) = question?;
     let Question { sql, params, timeout_ms } = question;
-    member.may_ask(&sql)?;
+    member.may_read_tables(&sql)?;
     let request = QueryRequest { sql, params, timeout: timeout_ms.map(Duration::from_millis) };
     let answer = state.system.query(&member.workspace, request).await?;
     // an answer may be large: it is written where it holds nobody up
     let written = tokio::task::spawn_blocking(move || write(&answer, format)).await.map_err(Problem::internal)?;
-    let body = written.map_err(Problem::internal)?;
+    let body = written.map_err(|error| {
+        let detail =
+            format!("the answer cannot be written as {}: {error}; cast that column to text", format.content_type());
+        Problem::invalid("unwritable_answer", detail)
+    })?;
     Ok(([(CONTENT_TYPE, HeaderValue::from_static(format.content_type()))], body).into_response())
 }
 
@@ -103,13 +114,9 @@ fn write(answer: &QueryAnswer, format: Format) -> Result<Vec<u8>, ArrowError> {
             out.push(b'}');
         }
         Format::Csv => {
-            let mut writer = arrow::csv::WriterBuilder::new()
-                .with_header(true)
-                .with_timestamp_format("%Y-%m-%dT%H:%M:%S%.6f".to_owned())
-                .with_timestamp_tz_format("%Y-%m-%dT%H:%M:%S%.6fZ".to_owned())
-                .build(&mut out);
-            writer.write(&RecordBatch::new_empty(answer.schema.clone()))?; // the header, also of an empty answer
-            answer.batches.iter().try_for_each(|batch| writer.write(batch))?;
+            let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(&mut out);
+            writer.write(&flat(&RecordBatch::new_empty(answer.schema.clone()))?)?; // the header, also of an empty answer
+            answer.batches.iter().try_for_each(|batch| writer.write(&flat(batch)?))?;
         }
         Format::Arrow => {
             let mut writer = StreamWriter::try_new(&mut out, &answer.schema)?;
@@ -118,6 +125,34 @@ fn write(answer: &QueryAnswer, format: Format) -> Result<Vec<u8>, ArrowError> {
         }
     }
     Ok(out)
+}
+
+/// How times are written, and what JSON has no form for.
+fn options() -> EncoderOptions {
+    EncoderOptions::default()
+        .with_explicit_nulls(true)
+        .with_timestamp_format(TIMESTAMP.to_owned())
+        .with_timestamp_tz_format(format!("{TIMESTAMP}Z"))
+        .with_encoder_factory(Arc::new(AnyValue))
+}
+
+const TIMESTAMP: &str = "%Y-%m-%dT%H:%M:%S%.6f";
+
+/// The batch as CSV can hold it: lists, maps and structs as JSON, times as text.
+fn flat(batch: &RecordBatch) -> Result<RecordBatch, ArrowError> {
+    let options = options();
+    let (mut fields, mut columns) = (Vec::new(), Vec::new());
+    for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
+        if field.data_type().is_nested() || field.data_type().is_temporal() {
+            fields.push(Arc::new(Field::new(field.name(), DataType::Utf8, true)));
+            columns.push(Arc::new(encode::texts(field, column, &options)?) as ArrayRef);
+        } else {
+            fields.push(field.clone());
+            columns.push(column.clone());
+        }
+    }
+    let rows = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &rows)
 }
 
 /// Rows as JSON arrays, in the order of the columns.
@@ -129,8 +164,9 @@ fn write_rows(batches: &[RecordBatch], out: &mut Vec<u8>) -> Result<(), ArrowErr
     let mut writer = WriterBuilder::new()
         .with_explicit_nulls(true)
         .with_struct_mode(StructMode::ListOnly)
-        .with_timestamp_format("%Y-%m-%dT%H:%M:%S%.6f".to_owned())
-        .with_timestamp_tz_format("%Y-%m-%dT%H:%M:%S%.6fZ".to_owned())
+        .with_timestamp_format(TIMESTAMP.to_owned())
+        .with_timestamp_tz_format(format!("{TIMESTAMP}Z"))
+        .with_encoder_factory(Arc::new(AnyValue))
         .build::<_, JsonArray>(out);
     batches.iter().try_for_each(|batch| writer.write(batch))?;
     writer.finish()
@@ -140,8 +176,8 @@ fn write_rows(batches: &[RecordBatch], out: &mut Vec<u8>) -> Result<(), ArrowErr
 mod tests {
     use super::*;
     use arrow::array::{Float64Array, Int64Array, StringArray, TimestampMicrosecondArray};
-    use arrow::datatypes::{DataType, Field, Schema, TimeUnit};
-    use std::sync::Arc;
+    use arrow::array::{Int64Builder, ListArray, MapBuilder, StringBuilder};
+    use arrow::datatypes::{Int64Type, TimeUnit};
 
     fn answer() -> QueryAnswer {
         let schema = Arc::new(Schema::new(vec![
@@ -185,6 +221,28 @@ mod tests {
         let arrow = write(&answer(), Format::Arrow).unwrap();
         let mut reader = arrow::ipc::reader::StreamReader::try_new(arrow.as_slice(), None).unwrap();
         assert_eq!(reader.next().unwrap().unwrap().num_rows(), 2);
+    }
+
+    #[test]
+    fn lists_maps_and_times_beyond_the_calendar_are_written_in_every_format() {
+        let mut map = MapBuilder::new(None, Int64Builder::new(), StringBuilder::new());
+        map.keys().append_value(7);
+        map.values().append_value("x");
+        map.append(true).unwrap();
+        map.append(false).unwrap();
+        let list = ListArray::from_iter_primitive::<Int64Type, _, _>([Some([Some(1), None]), None]);
+        let columns: [(&str, ArrayRef); 3] = [
+            ("m", Arc::new(map.finish())),
+            ("l", Arc::new(list)),
+            ("at", Arc::new(TimestampMicrosecondArray::from(vec![i64::MAX, 0]))),
+        ];
+        let batch = RecordBatch::try_from_iter_with_nullable(columns.map(|(name, c)| (name, c, true))).unwrap();
+        let answer = QueryAnswer { schema: batch.schema(), batches: vec![batch] };
+        let written: Value = serde_json::from_slice(&write(&answer, Format::Json).unwrap()).unwrap();
+        assert_eq!(written["rows"][0], json!([{"7": "x"}, [1, null], null]));
+        assert_eq!(written["rows"][1], json!([null, null, "1970-01-01T00:00:00.000000"]));
+        let csv = String::from_utf8(write(&answer, Format::Csv).unwrap()).unwrap();
+        assert_eq!(csv, "m,l,at\n\"{\"\"7\"\":\"\"x\"\"}\",\"[1,null]\",\n,,1970-01-01T00:00:00.000000\n");
     }
 
     #[test]

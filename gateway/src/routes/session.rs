@@ -2,7 +2,7 @@
 
 use crate::AppState;
 use crate::auth::{By, Caller, Tokens};
-use crate::extract::{Address, Json, Path, Query, Seen};
+use crate::extract::{Address, Json, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::Role;
 use crate::problem::Problem;
@@ -243,8 +243,9 @@ struct Code {
     otp: String,
 }
 
-async fn confirm(State(state): State<AppState>, caller: Caller, Json(body): Json<Code>) -> Result<StatusCode, Problem> {
+async fn confirm(State(state): State<AppState>, caller: Caller, body: Sent<Code>) -> Result<StatusCode, Problem> {
     let caller = caller.user()?;
+    let Json(body) = body?;
     state.auth.confirm_enrolment(state.system.store(), &caller.id, &body.otp, state.system.now()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -283,12 +284,9 @@ struct NewUser {
     admin: bool,
 }
 
-async fn create_user(
-    State(state): State<AppState>,
-    caller: Caller,
-    Json(new): Json<NewUser>,
-) -> Result<Response, Problem> {
+async fn create_user(State(state): State<AppState>, caller: Caller, new: Sent<NewUser>) -> Result<Response, Problem> {
     caller.admin()?;
+    let Json(new) = new?;
     let (store, now) = (state.system.store(), state.system.now());
     let made = state.auth.create_user(store, &new.email, &new.password, new.admin, now).await?;
     Ok((StatusCode::CREATED, axum::Json(user(&made))).into_response())

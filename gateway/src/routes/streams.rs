@@ -1,7 +1,7 @@
 //! Streams: their schemas, and the events sent to them.
 
 use crate::AppState;
-use crate::extract::{Json, Member, Path, Query};
+use crate::extract::{Json, Member, Path, Query, Sent};
 use crate::ingest::take_body;
 use crate::permission::Permission;
 use crate::problem::Problem;
@@ -61,9 +61,10 @@ async fn define(
     State(state): State<AppState>,
     member: Member,
     Path((_, stream)): Path<(String, String)>,
-    Json(body): Json<Definition>,
+    body: Sent<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::StreamDefine)?;
+    let Json(body) = body?;
     let stream: StreamName = stream.parse()?;
     if let Some(most) = state.tier(&member.workspace).await?.streams {
         let known = state.system.streams(&member.workspace).await?;

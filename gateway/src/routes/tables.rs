@@ -2,7 +2,7 @@
 
 use super::metrics::instant;
 use crate::AppState;
-use crate::extract::{Json, Listing, Member, Path, Query};
+use crate::extract::{Json, Listing, Member, Path, Query, Sent};
 use crate::ingest::take_rows;
 use crate::permission::Permission;
 use crate::problem::Problem;
@@ -74,9 +74,10 @@ async fn define(
     State(state): State<AppState>,
     member: Member,
     Path((_, table)): Path<(String, String)>,
-    Json(body): Json<Definition>,
+    body: Sent<Definition>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::StreamDefine)?;
+    let Json(body) = body?;
     // a primary key is never NULL: nobody needs to say so
     let key = |column: &Column| body.primary_key.contains(&column.name);
     let columns =

@@ -4,11 +4,12 @@ use super::session::workspace as shown;
 use super::streams::is_built_in;
 use crate::AppState;
 use crate::auth::Caller;
-use crate::extract::{Json, Listing, Member};
+use crate::extract::{Json, Listing, Member, Sent};
 use crate::hub::Group;
 use crate::permission::{Permission, Role};
 use crate::problem::Problem;
 use crate::quota::{Of, Rate, Tier};
+use actors::pack::Pack;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -21,6 +22,7 @@ use sql::store::Workspace;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
+        .route("/api/v1/packs", get(packs))
         .route("/api/v1/workspaces", get(list).post(create))
         .route("/api/v1/workspaces/{ws}", get(read).patch(update).delete(delete))
         .route("/api/v1/workspaces/{ws}/usage", get(usage))
@@ -61,12 +63,14 @@ struct New {
     tier: Option<String>,
 }
 
-async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<New>) -> Result<Response, Problem> {
+async fn create(State(state): State<AppState>, caller: Caller, new: Sent<New>) -> Result<Response, Problem> {
     let caller = caller.user()?;
+    let Json(new) = new?;
     let id: WorkspaceId = new.id.parse()?;
+    let pack = new.pack.as_deref().map(|name| known_pack(&state, name)).transpose()?;
     let workspace = Workspace {
         name: label("name", new.name.as_deref().unwrap_or(id.as_str()))?,
-        pack: new.pack.map(|pack| label("pack", &pack)).transpose()?,
+        pack: pack.map(|pack| pack.name.to_string()),
         tier: match new.tier {
             Some(tier) => {
                 allowed_tier(&state, caller.admin, &tier, state.config.tier(&state.config.default_tier))?;
@@ -77,14 +81,58 @@ async fn create(State(state): State<AppState>, caller: Caller, Json(new): Json<N
         created_at: state.system.now(),
         id,
     };
+    if let Some(pack) = pack {
+        fits(pack, state.config.tier(&workspace.tier))?;
+    }
     let answer = shown(&workspace, Role::Owner);
     let id = workspace.id.clone();
     state.system.create_workspace(workspace, &caller.id).await.map_err(|fault| match fault.code {
         "exists" => Problem::conflict("workspace_exists", format!("the workspace id `{id}` is taken; choose another")),
         _ => fault.into(),
     })?;
+    if let Some(pack) = pack
+        && let Err(fault) = pack.apply(&state.system, &id).await
+    {
+        // a workspace without what it was made for is none
+        state.system.delete_workspace(&id).await?;
+        return Err(fault.into());
+    }
     state.auth.forget();
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
+}
+
+fn known_pack<'a>(state: &'a AppState, name: &str) -> Result<&'a Pack, Problem> {
+    state.packs.get(name).ok_or_else(|| {
+        let known: Vec<&str> = state.packs.iter().map(|pack| pack.name.as_str()).collect();
+        let shown: String = name.chars().take(40).collect();
+        Problem::invalid("unknown_pack", format!("there is no pack `{shown}`; there are {}", known.join(", ")))
+    })
+}
+
+/// Refuses a pack that holds more than a tier allows.
+fn fits(pack: &Pack, tier: Tier) -> Result<(), Problem> {
+    let parts = [("metrics", pack.metrics.len(), tier.metrics), ("streams", pack.streams.len(), tier.streams)];
+    for (part, held, most) in parts {
+        if let Some(most) = most.filter(|most| held > *most) {
+            let detail = format!("pack `{}` has {held} {part}, more than {part} = {most} of its tier", pack.name);
+            return Err(Problem::conflict("limit_reached", detail));
+        }
+    }
+    Ok(())
+}
+
+/// What workspaces can be made from.
+async fn packs(State(state): State<AppState>, _: Caller) -> axum::Json<Value> {
+    let shown = |pack: &Pack| {
+        json!({
+            "name": pack.name, "title": pack.title, "description": pack.description,
+            "streams": pack.streams.iter().map(|schema| &schema.stream).collect::<Vec<_>>(),
+            "metrics": pack.metrics.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            "alert_rules": pack.rules.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            "dashboard": pack.dashboard,
+        })
+    };
+    axum::Json(json!({"packs": state.packs.iter().map(shown).collect::<Vec<Value>>()}))
 }
 
 /// Refuses a tier that is not configured, and to anybody but an admin one that allows more than `most`.
@@ -155,9 +203,10 @@ struct Changes {
 async fn update(
     State(state): State<AppState>,
     member: Member,
-    Json(changes): Json<Changes>,
+    changes: Sent<Changes>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::FundSettingsUpdate)?;
+    let Json(changes) = changes?;
     let name = changes.name.map(|name| label("name", &name)).transpose()?;
     let tier = changes.tier;
     if let Some(tier) = &tier {

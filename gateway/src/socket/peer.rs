@@ -3,11 +3,14 @@
 
 use super::frame::{self, Message, Opcode, Reader, Violation};
 use super::io::Io;
-use super::session::{Pending, Session};
-use crate::hub::{Cut, Hub, Outbox, Taken};
+use crate::AppState;
+use crate::auth::Caller;
+use crate::hub::{Cut, Hub, Outbox, Seats, Taken};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
+use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use serde_json::{Value, json};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -40,11 +43,45 @@ const SLICES: usize = 64;
 const RETURN_SPREAD: Duration = Duration::from_secs(2);
 const RETURN_SPREAD_EACH: Duration = Duration::from_micros(500);
 
+/// What is spoken on a connection: requests and channels, or a chat.
+pub(super) trait Talk: Send + 'static {
+    /// Whether the client knows what to make of messages that are neither answer nor event.
+    const HINTS: bool;
+
+    fn state(&self) -> &AppState;
+
+    /// Whose connection it is, once they signed in.
+    fn caller(&self) -> Option<&Caller>;
+
+    /// What the connection counts as.
+    fn seats(&mut self) -> &mut Seats;
+
+    /// The connection ends: nothing more is sent.
+    fn leave(&mut self);
+
+    /// Tells the client that a message was refused.
+    fn refuse(&self, problem: &Problem);
+
+    /// Checks the token that came with the handshake.
+    fn sign_in(&mut self, token: String) -> impl Future<Output = Result<(), Close>> + Send;
+
+    /// Looks again at what the client may have.
+    fn check(&mut self) -> impl Future<Output = Result<(), Close>> + Send;
+
+    /// Does what a message asks for; what it gives is answered later.
+    fn on_text(&mut self, text: &str) -> impl Future<Output = Result<Option<Pending>, Close>> + Send;
+}
+
+/// An answer that comes once something is durable.
+pub(super) type Pending = BoxFuture<'static, Value>;
+
 /// Why the server closes a connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Close {
     Unauthenticated,
     Expired,
+    /// The client may not have any of it any more.
+    Forbidden,
     /// Where the client was cut off.
     TooSlow(String),
     Violation(Violation),
@@ -63,6 +100,7 @@ impl Close {
         Some(match self {
             Close::Unauthenticated => (4001, "not authenticated".into()),
             Close::Expired => (4002, "the token has expired".into()),
+            Close::Forbidden => (4003, "not allowed, or not any more".into()),
             Close::TooSlow(why) => (4008, why.clone()),
             Close::Violation(violation) => (violation.code, violation.reason.to_string()),
             Close::TooMany(why) => (1013, why.clone()),
@@ -76,17 +114,20 @@ impl Close {
     fn wait(&self) -> Duration {
         match self {
             Close::Restart | Close::Asked(_) | Close::Gone => SHORT_CLOSE_WAIT,
-            Close::Unauthenticated | Close::Expired | Close::TooSlow(_) | Close::Violation(_) | Close::TooMany(_) => {
-                CLOSE_WAIT
-            }
+            Close::Unauthenticated
+            | Close::Expired
+            | Close::Forbidden
+            | Close::TooSlow(_)
+            | Close::Violation(_)
+            | Close::TooMany(_) => CLOSE_WAIT,
         }
     }
 }
 
 /// What is being done for a client. It has the session until it is done.
-type Work = Pin<Box<dyn Future<Output = (Box<Session>, Result<Option<Pending>, Close>)> + Send>>;
+type Work<T> = Pin<Box<dyn Future<Output = (Box<T>, Result<Option<Pending>, Close>)> + Send>>;
 
-pub(super) struct Peer {
+pub(super) struct Peer<T> {
     hub: Arc<Hub>,
     io: Io,
     reader: Reader,
@@ -95,8 +136,8 @@ pub(super) struct Peer {
     writing: Vec<Bytes>,
     at: usize,
     written: usize,
-    session: Option<Box<Session>>,
-    work: Option<Work>,
+    session: Option<Box<T>>,
+    work: Option<Work<T>>,
     /// Whether that work is to look at rights that have changed, before which the client gets nothing.
     is_checking: bool,
     pending: Option<Box<FuturesUnordered<Pending>>>,
@@ -121,19 +162,19 @@ fn count_sent(bytes: usize) {
     SENT.get_or_init(|| metrics::counter!("tidewatch_ws_sent_bytes_total")).increment(bytes as u64);
 }
 
-impl Peer {
+impl<T: Talk> Peer<T> {
     /// Serves a client until one side closes.
-    pub(super) async fn serve(io: Io, reader: Reader, session: Session, outbox: Arc<Outbox>, token: Option<String>) {
+    pub(super) async fn serve(io: Io, reader: Reader, session: T, outbox: Arc<Outbox>, token: Option<String>) {
         let now = Instant::now();
         let mut peer = Peer {
-            hub: session.state.hub.clone(),
+            hub: session.state().hub.clone(),
             io,
             reader,
             outbox,
             writing: Vec::new(),
             at: 0,
             written: 0,
-            closing: Box::pin(session.state.closing.clone().cancelled_owned()),
+            closing: Box::pin(session.state().closing.clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
             is_checking: false,
@@ -149,7 +190,7 @@ impl Peer {
         };
         if let Some(token) = token {
             peer.start(|mut session| async move {
-                let done = session.sign_in(token, None).await.map(|_| None);
+                let done = session.sign_in(token).await.map(|()| None);
                 (session, done)
             });
         }
@@ -159,9 +200,9 @@ impl Peer {
     }
 
     /// Hands the session to a piece of work. Only when there is none.
-    fn start<F>(&mut self, work: impl FnOnce(Box<Session>) -> F)
+    fn start<F>(&mut self, work: impl FnOnce(Box<T>) -> F)
     where
-        F: Future<Output = (Box<Session>, Result<Option<Pending>, Close>)> + Send + 'static,
+        F: Future<Output = (Box<T>, Result<Option<Pending>, Close>)> + Send + 'static,
     {
         if let Some(session) = self.session.take() {
             self.work = Some(Box::pin(work(session)));
@@ -180,7 +221,7 @@ impl Peer {
         self.outbox.register(context);
         let now = Instant::now();
         loop {
-            if self.session.as_mut().is_some_and(|session| session.has_changed()) {
+            if self.session.as_mut().is_some_and(|session| session.seats().have_changed()) {
                 self.is_checking = true;
                 self.check();
             }
@@ -271,7 +312,9 @@ impl Peer {
             self.work = None;
             self.is_checking = false;
             has_worked = true;
-            self.end = session.end().map_or((self.end.0, self.end.1), |end| (end, true));
+            if let Some(caller) = session.caller() {
+                self.end = (caller.ends(session.state()), true);
+            }
             self.session = Some(session);
             if let Some(pending) = done? {
                 self.pending.get_or_insert_default().push(pending);
@@ -327,7 +370,7 @@ impl Peer {
                         _ => "send text frames of JSON, or offer the subprotocol tidewatch.v1.msgpack".into(),
                     };
                     if let Some(session) = &self.session {
-                        session.refuse(None, &Problem::invalid("bad_frame", detail));
+                        session.refuse(&Problem::invalid("bad_frame", detail));
                     }
                 }
             },
@@ -427,10 +470,10 @@ impl Peer {
             *first = first.slice(self.written.min(first.len())..);
         }
         let mut end = BytesMut::new();
-        if *close == Close::Restart {
+        if *close == Close::Restart && T::HINTS {
             let spread = RETURN_SPREAD + RETURN_SPREAD_EACH * self.hub.connections();
             let after = spread.mul_f64(rand::random()).as_millis();
-            let hint = serde_json::json!({"type": "reconnect", "after_ms": after as u64}).to_string();
+            let hint = json!({"type": "reconnect", "after_ms": after as u64}).to_string();
             end.extend_from_slice(&self.outbox.form().frame(&hint));
         }
         frame::write(&mut end, Opcode::Close, &frame::close_payload(code, &reason));
@@ -492,19 +535,17 @@ mod tests {
         let all = [
             Close::Unauthenticated,
             Close::Expired,
+            Close::Forbidden,
             slow,
             violation,
             Close::TooMany("too many".into()),
             Close::Restart,
             Close::Asked(Some(3000)),
             Close::Asked(None),
-            Close::Gone,
         ];
         let codes = all.map(|close| close.frame().map(|(code, _)| code));
-        assert_eq!(
-            codes,
-            [Some(4001), Some(4002), Some(4008), Some(1009), Some(1013), Some(1012), Some(3000), Some(1000), None]
-        );
+        assert_eq!(codes, [4001, 4002, 4003, 4008, 1009, 1013, 1012, 3000, 1000].map(Some));
+        assert_eq!(Close::Gone.frame(), None);
     }
 
     #[test]

@@ -1,27 +1,29 @@
 //! What a client may ask for on its connection, and whether it still may have what it was given.
 
-use super::peer::Close;
+use super::Line;
+use super::peer::{Close, Pending, Talk};
 use crate::AppState;
-use crate::agents::asker;
-use crate::agui;
+use crate::agents::{asker, cancel_run};
+use crate::agui::{self, Dialect};
 use crate::auth::{By, Caller};
-use crate::edge::audit_frame;
+use crate::edge::{Origin, audit_frame};
 use crate::extract::Member;
-use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seat, Since, Subscription, Topic};
+use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seats, Since, Subscription, Topic};
 use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
-use crate::problem::Problem;
-use crate::span;
+use crate::problem::{Problem, plain};
 use bytes::Bytes;
-use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
-use futures::future::BoxFuture;
+use engine::event::{ItemName, StreamName, WorkspaceId};
 use serde::Deserialize;
+use serde::de::{Error, IgnoredAny};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use streams::span;
 
 /// Live queries of one connection.
 const QUERIES_MAX: usize = 8;
@@ -31,8 +33,8 @@ const RUNS_MAX: usize = 1_000;
 /// A message of a client. Members that are not known here are let pass.
 #[derive(Deserialize)]
 pub(super) struct Incoming<'a> {
-    #[serde(rename = "type")]
-    kind: &'a str,
+    #[serde(rename = "type", borrow)]
+    kind: Cow<'a, str>,
     #[serde(rename = "ref")]
     reference: Option<Value>,
     token: Option<String>,
@@ -47,16 +49,16 @@ pub(super) struct Incoming<'a> {
     agent: Option<String>,
     input: Option<Value>,
     run_id: Option<String>,
+    #[serde(rename = "protocolVersion")]
+    protocol_version: Option<Value>,
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with epoch and offset")]
 struct Position {
     epoch: Value,
     offset: u64,
 }
-
-/// An answer that comes once something is durable.
-pub(super) type Pending = BoxFuture<'static, Value>;
 
 /// What a client listens to.
 struct Followed {
@@ -72,7 +74,7 @@ struct SignedIn {
 }
 
 pub(super) struct Session {
-    pub(super) state: AppState,
+    state: AppState,
     id: u64,
     outbox: Arc<Outbox>,
     signed_in: Option<SignedIn>,
@@ -81,49 +83,22 @@ pub(super) struct Session {
     /// The workspaces of runs that were started here.
     runs: HashMap<String, WorkspaceId>,
     /// What this connection counts as.
-    seats: HashMap<Group, Seat>,
+    seats: Seats,
+    origin: Origin,
 }
 
 impl Session {
-    /// `seat`: what the connection counts as already.
-    pub(super) fn new(state: AppState, outbox: Arc<Outbox>, seat: Option<(Group, Seat)>) -> Session {
-        let (id, seats) = (state.hub.next_id(), seat.into_iter().collect());
-        Session { state, id, outbox, signed_in: None, subscriptions: HashMap::new(), runs: HashMap::new(), seats }
-    }
-
-    /// When the client's credentials end; `None` inside for those that do not. Nothing before it signed in.
-    pub(super) fn end(&self) -> Option<Option<Instant>> {
-        self.signed_in.as_ref().map(|signed_in| signed_in.caller.expires_at.map(|end| self.instant(end)))
+    pub(super) fn new(state: AppState, Line { outbox, seats, origin }: Line) -> Session {
+        let (id, subscriptions, runs) = (state.hub.next_id(), HashMap::new(), HashMap::new());
+        Session { state, id, outbox, signed_in: None, subscriptions, runs, seats, origin }
     }
 
     /// Counts the connection among those of a group, once.
     fn enter(&mut self, group: Group) -> Result<(), Problem> {
-        if let Entry::Vacant(vacant) = self.seats.entry(group) {
-            let seat = self.state.hub.crowd.enter(vacant.key().clone())?;
-            vacant.insert(seat);
-        }
-        Ok(())
+        self.seats.enter(&self.state.hub.crowd, group)
     }
 
-    /// Ends all subscriptions.
-    pub(super) fn leave(&mut self) {
-        for (_, followed) in self.subscriptions.drain() {
-            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
-        }
-    }
-
-    /// Whether what the client may do has changed since this was last asked.
-    pub(super) fn has_changed(&mut self) -> bool {
-        // all of them: each notes what it has seen
-        self.seats.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
-    }
-
-    /// The moment at which the clock will show `at`.
-    fn instant(&self, at: Micros) -> Instant {
-        Instant::now() + Duration::from_micros(at.since(self.state.system.now()).0.unsigned_abs())
-    }
-
-    pub(super) fn refuse(&self, reference: Option<&Value>, problem: &Problem) {
+    fn reject(&self, reference: Option<&Value>, problem: &Problem) {
         self.outbox.reply(&refusal(reference, problem).to_string());
     }
 
@@ -132,7 +107,7 @@ impl Session {
     }
 
     /// Checks a token, the first one or one that takes its place before it expires: what to answer to a good one.
-    pub(super) async fn sign_in(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
+    async fn authenticate(&mut self, token: String, reference: Option<&Value>) -> Result<Option<Value>, Close> {
         let (store, now) = (self.state.system.store(), self.state.system.now());
         let found = self.state.auth.authenticate(store, &token, now).await.and_then(|caller| match &self.signed_in {
             Some(signed_in) if signed_in.caller.id != caller.id => {
@@ -143,7 +118,7 @@ impl Session {
         match found {
             Ok(caller) => {
                 if let Err(problem) = self.enter(Group::User(caller.id.as_str().into())) {
-                    self.refuse(reference, &problem);
+                    self.reject(reference, &problem);
                     return Err(Close::TooMany(problem.detail));
                 }
                 let answer = json!({"user": caller.id});
@@ -152,103 +127,11 @@ impl Session {
                 Ok(Some(answer))
             }
             Err(problem) => {
-                self.refuse(reference, &problem);
+                self.reject(reference, &problem);
                 // a bad new token leaves the good old one in force until it expires
                 if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) }
             }
         }
-    }
-
-    /// Looks again at what the client may see: a sign-in may have been ended, a membership too.
-    pub(super) async fn check(&mut self) -> Result<(), Close> {
-        let Some(signed_in) = &self.signed_in else { return Ok(()) };
-        let (store, now) = (self.state.system.store(), self.state.system.now());
-        let has_expired = signed_in.caller.expires_at.is_some_and(|end| end <= now);
-        let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
-            Ok(caller) => caller,
-            Err(_) if has_expired => return Err(Close::Expired),
-            Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
-            Err(_) => return Ok(()), // the store is away: the next round knows more
-        };
-        let mut lost = Vec::new();
-        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
-            let name = ChannelName::parse(channel, self.id);
-            let Ok(name) = name else { continue };
-            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
-            if let Err(problem) = allowed
-                && problem.is_final()
-            {
-                lost.push(((workspace.clone(), channel.clone()), problem));
-            }
-        }
-        for (key, problem) in lost {
-            if let Some(followed) = self.subscriptions.remove(&key) {
-                self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
-                let (workspace, channel) = &key;
-                let error = json!({
-                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
-                    "detail": problem.detail,
-                });
-                self.outbox.reply(&error.to_string());
-            }
-        }
-        if let Some(signed_in) = &mut self.signed_in {
-            signed_in.caller = caller;
-        }
-        Ok(())
-    }
-
-    /// Does what a message asks for; what it gives is answered later.
-    pub(super) async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
-        let incoming: Incoming<'_> = match serde_json::from_str(text) {
-            Ok(incoming) => incoming,
-            Err(error) => {
-                let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
-                self.refuse(reference.as_ref(), &Problem::invalid("bad_frame", format!("this is no message: {error}")));
-                return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
-            }
-        };
-        let reference = incoming.reference.clone();
-        let reference = reference.as_ref();
-        if incoming.kind == "auth" {
-            if let Some(answer) = self.sign_in(incoming.token.unwrap_or_default(), reference).await? {
-                self.answer(reference, answer);
-            }
-            return Ok(None);
-        }
-        let Some(signed_in) = &self.signed_in else {
-            let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
-            self.refuse(reference, &problem);
-            return Err(Close::Unauthenticated);
-        };
-        let caller = signed_in.caller.clone();
-        let (kind, workspace) = (incoming.kind, incoming.workspace.clone());
-        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
-        let done = match incoming.kind {
-            "subscribe" => self.subscribe(&caller, incoming).await,
-            "unsubscribe" => self.unsubscribe(incoming),
-            "publish" => match self.publish(&caller, incoming).await {
-                Ok(pending) => return Ok(Some(pending)),
-                Err(problem) => Err(problem),
-            },
-            "run" => self.run(&caller, incoming).await,
-            "cancel" => self.cancel(&caller, incoming).await,
-            "ping" => {
-                self.answer(reference, json!({}));
-                Ok(())
-            }
-            other => {
-                let kind: String = other.chars().take(40).collect();
-                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
-                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
-            }
-        };
-        if let Err(problem) = done {
-            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
-            audit_frame(&self.state, &caller.name, kind, on, &problem).await;
-            self.refuse(reference, &problem);
-        }
-        Ok(None)
     }
 
     async fn subscribe(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<(), Problem> {
@@ -257,20 +140,25 @@ impl Session {
         let rate = incoming.rate.map_or(Ok(None), |text| rate_of(&text))?;
         let epoch = |epoch: Value| epoch.as_str().map_or_else(|| epoch.to_string(), str::to_owned);
         let since = incoming.since.map(|since| Since { epoch: epoch(since.epoch), offset: since.offset });
-        self.listen(caller, incoming.workspace, channel, name, incoming.sql, since, rate, incoming.reference).await
+        let outbox = self.outbox.clone();
+        let wish = Wish {
+            outbox: &outbox,
+            since,
+            rate,
+            reference: incoming.reference,
+            dialect: Dialect::of_version(incoming.protocol_version.as_ref()),
+            run: None,
+        };
+        self.listen(caller, incoming.workspace, name, incoming.sql, wish).await
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a subscription is asked for with all of these")]
     async fn listen(
         &mut self,
         caller: &Caller,
         workspace: Option<String>,
-        channel: String,
         name: ChannelName,
         sql: Option<String>,
-        since: Option<Since>,
-        rate: Option<Duration>,
-        reference: Option<Value>,
+        wish: Wish<'_>,
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = match workspace.filter(|_| !is_system) {
@@ -281,27 +169,30 @@ impl Session {
         if let Some(workspace) = &workspace {
             self.enter(Group::Workspace(workspace.clone()))?;
         }
-        let key = (workspace.clone(), channel);
+        let key = (workspace.clone(), name.text.to_string());
         // a second subscription takes the place of the first
         if let Some(old) = self.subscriptions.remove(&key) {
             self.state.hub.unsubscribe(&old.subscription, &self.outbox);
         }
-        let most = self.state.config.limits.subscriptions;
-        if self.subscriptions.len() >= most {
-            let detail =
-                format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
-            return Err(Problem::conflict("too_many_subscriptions", detail));
-        }
+        self.has_room()?;
         let is_query = matches!(name.topic, Topic::Query { .. });
         let queries = self.subscriptions.keys().filter(|(_, channel)| channel.starts_with("query/")).count();
         if is_query && queries >= QUERIES_MAX {
             let detail = format!("this connection has {QUERIES_MAX} live queries, the most there can be; end some");
             return Err(Problem::conflict("too_many_subscriptions", detail));
         }
-        let wish = Wish { outbox: &self.outbox, since, rate, reference };
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
         self.subscriptions.insert(key, Followed { subscription, sql });
         Ok(())
+    }
+
+    fn has_room(&self) -> Result<(), Problem> {
+        let most = self.state.config.limits.subscriptions;
+        if self.subscriptions.len() < most {
+            return Ok(());
+        }
+        let detail = format!("this connection has {most} subscriptions, the most of limits.subscriptions; end some");
+        Err(Problem::conflict("too_many_subscriptions", detail))
     }
 
     fn unsubscribe(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
@@ -342,10 +233,14 @@ impl Session {
         member.may_run_agents()?;
         let agent: ItemName = required(incoming.agent, "agent")?.parse()?;
         let request = agui::read_input(asker(&member, agent), required(incoming.input, "input")?)?;
+        let dialect = Dialect::of(request.legacy);
         let channel = format!("thread/{}", request.thread);
-        if !self.subscriptions.contains_key(&(Some(member.workspace.clone()), channel.clone())) {
-            let name = ChannelName::parse(&channel, self.id)?;
-            self.listen(caller, Some(workspace), channel.clone(), name, None, None, None, None).await?;
+        let name = ChannelName::parse(&channel, self.id)?;
+        let key = (Some(member.workspace.clone()), channel.clone());
+        // whatever may stand against listening stands against the run: it is not begun where nobody would hear of it
+        if !self.subscriptions.contains_key(&key) {
+            self.has_room()?;
+            self.enter(Group::Workspace(member.workspace.clone()))?;
         }
         member.count_run(&self.state).await?;
         let run = self.state.system.start_run(&member.workspace, request).await?;
@@ -356,6 +251,19 @@ impl Session {
         let answer = json!({
             "channel": channel, "thread_id": run.thread, "run_id": run.run, "attached": run.attached,
         });
+        match self.subscriptions.get(&key) {
+            Some(followed) => {
+                // its events came here as they happened, unless it was over before or is nobody else's business
+                let over = Some(run).filter(|run| run.is_over() && (run.attached || !run.is_told()));
+                self.state.hub.follow_run(&followed.subscription, dialect, over);
+            }
+            None => {
+                let outbox = self.outbox.clone();
+                let (since, rate, reference) = (None, None, None);
+                let wish = Wish { outbox: &outbox, since, rate, reference, dialect, run: Some(run) };
+                self.listen(caller, Some(workspace), name, None, wish).await?;
+            }
+        }
         self.answer(incoming.reference.as_ref(), answer);
         Ok(())
     }
@@ -372,10 +280,131 @@ impl Session {
             }
         };
         let member = Member::of(&self.state, caller, &workspace).await?;
-        member.may(Permission::AiUse)?;
-        self.state.system.cancel_run(&member.workspace, &run).await?;
+        cancel_run(&self.state, &member, &run).await?;
         self.answer(incoming.reference.as_ref(), json!({"run_id": run}));
         Ok(())
+    }
+}
+
+impl Talk for Session {
+    const HINTS: bool = true;
+
+    fn state(&self) -> &AppState {
+        &self.state
+    }
+
+    fn caller(&self) -> Option<&Caller> {
+        self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
+    }
+
+    fn seats(&mut self) -> &mut Seats {
+        &mut self.seats
+    }
+
+    fn leave(&mut self) {
+        for (_, followed) in self.subscriptions.drain() {
+            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
+        }
+    }
+
+    fn refuse(&self, problem: &Problem) {
+        self.reject(None, problem);
+    }
+
+    async fn sign_in(&mut self, token: String) -> Result<(), Close> {
+        self.authenticate(token, None).await.map(drop)
+    }
+
+    /// A sign-in may have been ended, a membership too.
+    async fn check(&mut self) -> Result<(), Close> {
+        let Some(signed_in) = &self.signed_in else { return Ok(()) };
+        let (store, now) = (self.state.system.store(), self.state.system.now());
+        let has_expired = signed_in.caller.expires_at.is_some_and(|end| end <= now);
+        let caller = match self.state.auth.authenticate(store, &signed_in.token, now).await {
+            Ok(caller) => caller,
+            Err(_) if has_expired => return Err(Close::Expired),
+            Err(problem) if problem.is_unauthorized() => return Err(Close::Unauthenticated),
+            Err(_) => return Ok(()), // the store is away: the next round knows more
+        };
+        let mut lost = Vec::new();
+        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
+            let name = ChannelName::parse(channel, self.id);
+            let Ok(name) = name else { continue };
+            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
+            if let Err(problem) = allowed
+                && problem.is_final()
+            {
+                lost.push(((workspace.clone(), channel.clone()), problem));
+            }
+        }
+        for (key, problem) in lost {
+            if let Some(followed) = self.subscriptions.remove(&key) {
+                self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
+                let (workspace, channel) = &key;
+                let error = json!({
+                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
+                    "detail": problem.detail,
+                });
+                self.outbox.reply(&error.to_string());
+            }
+        }
+        if let Some(signed_in) = &mut self.signed_in {
+            signed_in.caller = caller;
+        }
+        Ok(())
+    }
+
+    async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
+        let incoming: Incoming<'_> = match read(text) {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                let reference = serde_json::from_str::<Value>(text).ok().and_then(|value| value.get("ref").cloned());
+                let detail = format!("this is no message: {}", plain(&error.to_string()));
+                self.reject(reference.as_ref(), &Problem::invalid("bad_frame", detail));
+                return if self.signed_in.is_some() { Ok(None) } else { Err(Close::Unauthenticated) };
+            }
+        };
+        let reference = incoming.reference.clone();
+        let reference = reference.as_ref();
+        if incoming.kind == "auth" {
+            if let Some(answer) = self.authenticate(incoming.token.unwrap_or_default(), reference).await? {
+                self.answer(reference, answer);
+            }
+            return Ok(None);
+        }
+        let Some(signed_in) = &self.signed_in else {
+            let problem = Problem::unauthorized("the first message must be {\"type\":\"auth\",\"token\":…}");
+            self.reject(reference, &problem);
+            return Err(Close::Unauthenticated);
+        };
+        let caller = signed_in.caller.clone();
+        let (kind, workspace) = (incoming.kind.clone(), incoming.workspace.clone());
+        let target = incoming.channel.clone().or_else(|| incoming.stream.clone()).or_else(|| incoming.agent.clone());
+        let done = match &*kind {
+            "subscribe" => self.subscribe(&caller, incoming).await,
+            "unsubscribe" => self.unsubscribe(incoming),
+            "publish" => match self.publish(&caller, incoming).await {
+                Ok(pending) => return Ok(Some(pending)),
+                Err(problem) => Err(problem),
+            },
+            "run" => self.run(&caller, incoming).await,
+            "cancel" => self.cancel(&caller, incoming).await,
+            "ping" => {
+                self.answer(reference, json!({}));
+                Ok(())
+            }
+            other => {
+                let kind: String = other.chars().take(40).collect();
+                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
+                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
+            }
+        };
+        if let Err(problem) = done {
+            let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
+            audit_frame(&self.state, &caller.name, &kind, on, &problem, &self.origin).await;
+            self.reject(reference, &problem);
+        }
+        Ok(None)
     }
 }
 
@@ -407,6 +436,14 @@ pub(crate) fn rate_of(text: &str) -> Result<Option<Duration>, Problem> {
     Ok(Some(Duration::from_micros(rate.0.unsigned_abs())).filter(|rate| !rate.is_zero()))
 }
 
+/// A message is an object: an array would be taken for its members in their order.
+fn read(text: &str) -> Result<Incoming<'_>, serde_json::Error> {
+    match text.trim_ascii_start().starts_with('{') {
+        true => serde_json::from_str(text),
+        false => serde_json::from_str::<IgnoredAny>(text).and_then(|_| Err(Error::custom("it is not a JSON object"))),
+    }
+}
+
 fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
     member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
 }
@@ -434,7 +471,24 @@ mod tests {
     #[test]
     fn a_message_may_hold_what_is_not_known_here() {
         let text = r#"{"type":"subscribe","channel":"alerts","workspace":"acme","later":{"x":1},"since":{"epoch":"e","offset":3}}"#;
-        let read: Incoming<'_> = serde_json::from_str(text).unwrap();
-        assert_eq!((read.kind, read.channel.as_deref(), read.since.unwrap().offset), ("subscribe", Some("alerts"), 3));
+        let read = super::read(text).unwrap();
+        assert_eq!(
+            (&*read.kind, read.channel.as_deref(), read.since.unwrap().offset),
+            ("subscribe", Some("alerts"), 3)
+        );
+    }
+
+    #[test]
+    fn a_message_is_an_object_whatever_way_its_type_is_written() {
+        assert_eq!(read(r#" {"type":"p\u0069ng"}"#).unwrap().kind, "ping");
+        for (text, told) in [
+            (r#"["auth",1,"token"]"#, "not a JSON object"),
+            ("7", "not a JSON object"),
+            ("[", "EOF"),
+            (r#"{"type":"subscribe","since":7}"#, "expected an object"),
+        ] {
+            let error = plain(&read(text).err().unwrap().to_string());
+            assert!(error.contains(told) && !error.contains("struct"), "{text}: {error}");
+        }
     }
 }

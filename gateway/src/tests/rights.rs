@@ -322,3 +322,53 @@ async fn what_is_published_counts_for_the_tier_as_what_is_posted_does() {
     }
     assert_eq!(answer(&mut socket, publish("market.trades", trade())).await["code"], "ingest_rate");
 }
+
+/// A run of the analyst that takes some seconds.
+fn long_run(id: &str) -> Value {
+    let question = "Write a long and very detailed analysis, at least forty sentences";
+    json!({
+        "threadId": format!("thread-{id}"), "runId": id, "protocolVersion": "1.0",
+        "messages": [{"id": "m", "role": "user", "content": question}],
+    })
+}
+
+fn ask_agent(input: Value) -> Value {
+    json!({"type": "run", "workspace": "acme", "agent": "analyst", "input": input, "ref": "run"})
+}
+
+/// The event that ends a run.
+async fn end_of_run(socket: &mut Socket) -> Value {
+    loop {
+        let event = hear(socket).await["event"].clone();
+        if ["RUN_FINISHED", "RUN_ERROR"].iter().any(|end| event["type"] == *end) {
+            return event;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_is_stopped_by_who_started_it_and_by_an_admin_of_agents() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "member").await;
+    let (mut mine, mut his) = (signed_in(&listening, &root).await, signed_in(&listening, &bob).await);
+    tell(&mut mine, ask_agent(long_run("r"))).await;
+    while hear(&mut mine).await["ref"] != "run" {}
+    let at = "/api/v1/workspaces/acme/runs/r/cancel";
+    let refused = listening.server.call("POST", at, &bob, Value::Null).await;
+    assert_eq!((refused.status, refused.code()), (403, "forbidden"));
+    assert!(refused.body["detail"].as_str().unwrap().contains("ai:admin"), "{}", refused.body);
+    let cancel = |run: &str| json!({"type": "cancel", "workspace": "acme", "run_id": run});
+    assert_eq!(answer(&mut his, cancel("r")).await["code"], "forbidden");
+    // his own
+    tell(&mut his, ask_agent(long_run("own"))).await;
+    while hear(&mut his).await["ref"] != "run" {}
+    assert_eq!(answer(&mut his, cancel("own")).await["type"], "ok");
+    assert_eq!(end_of_run(&mut his).await["outcome"]["type"], "cancelled");
+    // an admin's right reaches the runs of others
+    tell(&mut his, ask_agent(long_run("other"))).await;
+    while hear(&mut his).await["ref"] != "run" {}
+    let at = "/api/v1/workspaces/acme/runs/other/cancel";
+    assert_eq!(listening.server.call("POST", at, &root, Value::Null).await.status, 202);
+    assert_eq!(end_of_run(&mut his).await["outcome"]["type"], "cancelled");
+    assert_eq!(listening.server.call("POST", at.replace("other", "r").as_str(), &root, Value::Null).await.status, 202);
+}

@@ -36,6 +36,14 @@ async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// A key that may read.
+async fn viewer(node: &Server) -> String {
+    let root = node.token("root@example.com").await;
+    let made = node.call("POST", "/api/v1/workspaces/acme/keys", &root, json!({"name": "k", "role": "viewer"})).await;
+    assert_eq!(made.status, 201, "{}", made.body);
+    made.body["key"].as_str().unwrap().to_owned()
+}
+
 fn config() -> Config {
     let small = Tier { requests_per_hour: Some(20), ..Tier::default() };
     Config { tiers: [("small".to_owned(), small)].into(), ..Config::default() }
@@ -48,11 +56,7 @@ async fn what_a_tier_gives_an_hour_is_one_quota_for_all_nodes() {
         Err(why) => return println!("skipped: {why}"),
     };
     let nodes = two(&redis, &config()).await;
-    let root = nodes[0].token("root@example.com").await;
-    let made =
-        nodes[0].call("POST", "/api/v1/workspaces/acme/keys", &root, json!({"name": "k", "role": "viewer"})).await;
-    assert_eq!(made.status, 201, "{}", made.body);
-    let key = made.body["key"].as_str().unwrap();
+    let key = &viewer(&nodes[0]).await;
     let mut answers = Vec::new();
     for n in 0..30 {
         answers.push(nodes[n % 2].get("/api/v1/workspaces/acme/metrics", key).await);
@@ -72,9 +76,7 @@ async fn without_redis_each_node_counts_on_and_serves_and_says_so() {
     };
     let nodes = two(&redis, &config()).await;
     let root = nodes[0].token("root@example.com").await;
-    let made =
-        nodes[0].call("POST", "/api/v1/workspaces/acme/keys", &root, json!({"name": "k", "role": "viewer"})).await;
-    let key = made.body["key"].as_str().unwrap();
+    let key = &viewer(&nodes[0]).await;
     let part = |answer: &Answer| {
         let parts = answer.body["parts"].as_array().unwrap();
         parts.iter().find(|part| part["name"] == "redis").unwrap().clone()

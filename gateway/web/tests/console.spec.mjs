@@ -275,6 +275,21 @@ async function phone(browser) {
     expect(await unchanged(page), 'the page was loaded again');
   });
 
+  await check('a workspace is made from a pack, and opens with its metrics', async () => {
+    await page.getByTestId('workspace-select').selectOption({ label: 'New workspace…' });
+    const id = `made-${Date.now()}`;
+    await page.getByTestId('workspace-name').fill(`Made: ${Date.now()}`);
+    await page.getByTestId('workspace-id').fill(id);
+    await page.getByTestId('pack-venture').check();
+    await page.screenshot({ path: join(shots, 'phone-new-workspace.png') });
+    expect(await fits(page), 'the form is wider than the phone');
+    await page.getByTestId('create-workspace').click();
+    await page.getByTestId('metric-select').waitFor();
+    const first = await page.getByTestId('metric-select').inputValue();
+    expect(first === 'price_1m', `the first metric is ${first}`);
+    expect(new URL(page.url()).hash.startsWith(`#/${id}`), `the address is ${page.url()}`);
+  });
+
   await check('signing out goes back to the door', async () => {
     await page.getByRole('button', { name: 'Sign out' }).click();
     await page.getByTestId('sign-in-email').waitFor();

@@ -3,7 +3,9 @@
 
 use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::record::Columns;
-use super::{Alert, DeadLetter, FinalRow, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored};
+use super::{
+    Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored, webhooks,
+};
 use engine::event::WorkspaceId;
 
 /// What one workspace has computed since its last commit.
@@ -16,6 +18,8 @@ pub struct Commit {
     pub state: Option<Vec<u8>>,
     pub rows: Vec<FinalRow>,
     pub alerts: Vec<Alert>,
+    /// What webhooks are to be told of these alerts.
+    pub notices: Vec<Notice>,
     pub dead_letters: Vec<DeadLetter>,
 }
 
@@ -60,7 +64,7 @@ impl Store {
     /// Commits all of `commits`, of any workspaces, or nothing.
     ///
     /// Repeats do nothing: a final row changes only to a greater revision, a resolved alert not at all, an
-    /// acknowledgement is kept, a dead letter is there once. A commit may repeat the stored offset; one below it is
+    /// acknowledgement is kept, a dead letter and a delivery to a webhook are there once. A commit may repeat the stored offset; one below it is
     /// [`StoreError::Stale`], one for a workspace that was deleted [`StoreError::NoWorkspace`]: both name the
     /// workspace, so that the caller can commit the others without it.
     pub async fn commit(&self, commits: &[Commit]) -> Result<(), StoreError> {
@@ -107,6 +111,8 @@ impl Store {
         rows::write(&mut tx, closed).await?;
         let raised: Vec<_> = commits.iter().flat_map(|c| c.alerts.iter().map(|alert| (&c.workspace, alert))).collect();
         alerts::write(&mut tx, &raised).await?;
+        let told: Vec<_> = commits.iter().flat_map(|c| c.notices.iter().map(|told| (&c.workspace, told))).collect();
+        webhooks::enqueue(&mut tx, &told, self.outbox).await?;
         for commit in commits {
             dead_letters::write(&mut tx, &commit.workspace, &commit.dead_letters, DEAD_LETTERS_KEPT).await?;
         }
@@ -174,7 +180,15 @@ pub(super) mod testing {
 
     /// A commit of nothing but an offset.
     pub fn commit(workspace: &WorkspaceId, offset: u64) -> Commit {
-        Commit { workspace: workspace.clone(), offset, state: None, rows: vec![], alerts: vec![], dead_letters: vec![] }
+        Commit {
+            workspace: workspace.clone(),
+            offset,
+            state: None,
+            rows: vec![],
+            alerts: vec![],
+            notices: vec![],
+            dead_letters: vec![],
+        }
     }
 }
 
@@ -215,7 +229,7 @@ mod tests {
         assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme.clone(), 7)]);
         assert_eq!(rows(&store, &acme).await, full.rows);
         assert_eq!(store.alert(&acme, "a").await.unwrap().as_ref(), full.alerts.first());
-        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), full.dead_letters);
+        assert_eq!(store.dead_letters(&acme, None, 10, None).await.unwrap().0, full.dead_letters);
     }
 
     #[tokio::test]
@@ -228,7 +242,7 @@ mod tests {
         assert_eq!(store.checkpoints_offsets().await.unwrap(), []);
         assert_eq!(rows(&store, &acme).await, []);
         assert!(store.alerts(&acme, None, 10, None).await.unwrap().0.is_empty());
-        assert!(store.dead_letters(&acme, None, 10).await.unwrap().is_empty());
+        assert!(store.dead_letters(&acme, None, 10, None).await.unwrap().0.is_empty());
         store.commit(&[full(&acme, 1)]).await.unwrap();
     }
 
@@ -247,7 +261,7 @@ mod tests {
         }
         assert_eq!(rows(&store, &acme).await, full.rows);
         assert_eq!(store.alerts(&acme, None, 10, None).await.unwrap().0, full.alerts);
-        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), full.dead_letters);
+        assert_eq!(store.dead_letters(&acme, None, 10, None).await.unwrap().0, full.dead_letters);
         assert_eq!(store.checkpoint(&acme).await.unwrap().unwrap().offset, 7);
     }
 

@@ -1,6 +1,7 @@
 //! Events that could not be used, kept for their sender to look at.
 
 use super::db::{Builder, FromRow, Row, Tx, query};
+use super::page;
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed, stored};
 use engine::event::{Micros, StreamName, WorkspaceId};
@@ -27,6 +28,18 @@ impl FromRow for DeadLetter {
             detail: row.try_get("detail")?,
             payload: row.try_get("payload")?,
         })
+    }
+}
+
+/// A dead letter and its place among them, which a page ends at.
+struct Placed {
+    seq: i64,
+    letter: DeadLetter,
+}
+
+impl FromRow for Placed {
+    fn from_row(row: &Row) -> Result<Placed, sqlx::Error> {
+        Ok(Placed { seq: row.try_get("seq")?, letter: DeadLetter::from_row(row)? })
     }
 }
 
@@ -61,20 +74,27 @@ impl Store {
         .map_err(failed("add dead letters"))
     }
 
-    /// At most `limit` dead letters of a workspace, of one stream or of all, newest first.
+    /// A page of the dead letters of a workspace, of one stream or of all, newest first, and the cursor of the next.
     pub async fn dead_letters(
         &self,
         workspace: &WorkspaceId,
         stream: Option<&StreamName>,
         limit: usize,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
+        after: Option<&str>,
+    ) -> Result<(Vec<DeadLetter>, Option<String>), StoreError> {
         let mut sql = Builder::new("SELECT * FROM dead_letters WHERE workspace = ");
         sql.push_bind(workspace.as_str());
         if let Some(stream) = stream {
             sql.push(" AND stream = ").push_bind(stream.as_str());
         }
-        sql.push(" ORDER BY seq DESC LIMIT ").push_bind(stored(limit as u64));
-        sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("list dead letters"))
+        if let Some(seq) = page::position::<i64>(after)? {
+            sql.push(" AND seq < ").push_bind(seq);
+        }
+        sql.push(" ORDER BY seq DESC LIMIT ").push_bind(page::rows_to_read(limit));
+        let rows: Vec<Placed> =
+            sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("list dead letters"))?;
+        let (rows, next) = page::cut(rows, limit, |placed| placed.seq);
+        Ok((rows.into_iter().map(|placed| placed.letter).collect(), next))
     }
 }
 
@@ -149,10 +169,28 @@ mod tests {
         store.add_dead_letters(&acme, &[letter("a.b", 1), letter("a.c", 2)], 3).await.unwrap();
         store.add_dead_letters(&acme, &[letter("a.b", 3), letter("a.c", 4)], 3).await.unwrap();
         let kept = [letter("a.c", 4), letter("a.b", 3), letter("a.c", 2)];
-        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), kept);
-        assert_eq!(store.dead_letters(&acme, None, 1).await.unwrap(), kept[..1]);
-        assert_eq!(store.dead_letters(&acme, Some(&name("a.b")), 10).await.unwrap(), kept[1..2]);
-        assert_eq!(store.dead_letters(&other, None, 10).await.unwrap(), [letter("a.b", 1)]);
+        assert_eq!(store.dead_letters(&acme, None, 10, None).await.unwrap().0, kept);
+        assert_eq!(store.dead_letters(&acme, None, 1, None).await.unwrap().0, kept[..1]);
+        assert_eq!(store.dead_letters(&acme, Some(&name("a.b")), 10, None).await.unwrap().0, kept[1..2]);
+        assert_eq!(store.dead_letters(&other, None, 10, None).await.unwrap().0, [letter("a.b", 1)]);
+    }
+
+    #[tokio::test]
+    async fn pages_follow_one_another_although_letters_come_meanwhile() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let letters = [letter("a.b", 1), letter("a.c", 2), letter("a.b", 3)];
+        store.add_dead_letters(&acme, &letters, 10).await.unwrap();
+        let (first, next) = store.dead_letters(&acme, None, 2, None).await.unwrap();
+        assert_eq!(first, [letters[2].clone(), letters[1].clone()]);
+        store.add_dead_letters(&acme, &[letter("a.b", 4)], 10).await.unwrap();
+        let (second, end) = store.dead_letters(&acme, None, 2, next.as_deref()).await.unwrap();
+        assert_eq!((second, end), (vec![letters[0].clone()], None));
+        let (only, next) = store.dead_letters(&acme, Some(&name("a.b")), 2, None).await.unwrap();
+        assert_eq!(only, [letter("a.b", 4), letter("a.b", 3)]);
+        let (rest, end) = store.dead_letters(&acme, Some(&name("a.b")), 2, next.as_deref()).await.unwrap();
+        assert_eq!((rest, end), (vec![letter("a.b", 1)], None));
+        assert!(store.dead_letters(&acme, None, 2, Some("?")).await.is_err());
     }
 
     #[tokio::test]
@@ -164,7 +202,7 @@ mod tests {
         let letters = [first.clone(), first.clone(), moved.clone(), first.clone()];
         store.add_dead_letters(&acme, &letters, 10).await.unwrap();
         store.add_dead_letters(&acme, &letters, 10).await.unwrap();
-        assert_eq!(store.dead_letters(&acme, None, 10).await.unwrap(), [moved, first]);
+        assert_eq!(store.dead_letters(&acme, None, 10, None).await.unwrap().0, [moved, first]);
     }
 
     #[tokio::test]
@@ -173,7 +211,7 @@ mod tests {
         let acme = add_workspace(&store, "acme").await;
         let broken = DeadLetter { payload: "{\"symbol\":\"A\0B\"}".into(), ..letter("a.b", 1) };
         store.add_dead_letters(&acme, std::slice::from_ref(&broken), 10).await.unwrap();
-        let read = store.dead_letters(&acme, None, 10).await.unwrap();
+        let read = store.dead_letters(&acme, None, 10, None).await.unwrap().0;
         let expected = match store.db.dialect() {
             Dialect::Sqlite => broken.payload.clone(),
             Dialect::Postgres => broken.payload.replace('\0', "\u{2400}"),

@@ -26,6 +26,7 @@ mod rows; // final rows of metrics
 mod samples; // history at a coarser step
 mod threads; // conversations with agents, and their runs
 mod users; // users and the refresh tokens of their sign-ins
+mod webhooks; // webhooks, and what is on its way to them
 mod workspaces; // workspaces and their members
 
 #[cfg(test)]
@@ -45,6 +46,7 @@ pub use rows::{FinalRow, Place, RowQuery, WITHDRAWN, cut_rows};
 pub use samples::Step;
 pub use threads::{Message, Run, Thread};
 pub use users::{RefreshToken, Spent, User};
+pub use webhooks::{Attempt, Delivery, Due, Notice, Webhook};
 pub use workspaces::{Member, Workspace};
 
 use db::{Db, On, Scope, query, query_scalar};
@@ -61,6 +63,7 @@ pub struct Store {
     mode: std::sync::Arc<str>,
     /// TimescaleDB keeps hours and days of final rows.
     rollups: bool,
+    outbox: webhooks::OutboxBounds,
 }
 
 /// Why the store could not do what it was asked.

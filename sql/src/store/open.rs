@@ -1,6 +1,7 @@
 //! From `store.url` to a store of the newest schema: which database, where, and the migrations it lacks.
 
 use super::db::{Db, Dialect};
+use super::webhooks::OutboxBounds;
 use super::{Store, StoreError, postgres};
 use serde::{Deserialize, Serialize};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
@@ -28,6 +29,10 @@ pub struct Options {
     pub compress_after_days: u32,
     /// Chunks are dropped when they are this old, in days; never unless said.
     pub retain_days: Option<u32>,
+    /// Deliveries of one webhook that may wait: `webhooks.pending`. Over it the oldest fails.
+    pub webhook_pending: usize,
+    /// Deliveries of one webhook that are kept once they are done: `webhooks.kept`.
+    pub webhook_kept: usize,
 }
 
 impl Default for Options {
@@ -40,7 +45,15 @@ impl Default for Options {
             chunk_hours: 24 * 7,
             compress_after_days: 7,
             retain_days: None,
+            webhook_pending: 1_000,
+            webhook_kept: 1_000,
         }
+    }
+}
+
+impl Options {
+    pub(super) fn outbox(&self) -> OutboxBounds {
+        OutboxBounds { pending: self.webhook_pending, kept: self.webhook_kept }
     }
 }
 
@@ -70,6 +83,7 @@ migrations! {
     7 "0007_products",
     8 "0008_security",
     9 "0009_tables",
+    10 "0010_webhooks",
 }
 
 /// Which database a store is.
@@ -138,7 +152,8 @@ impl Store {
             .connect_with(connection(&path, options).pragma("query_only", "ON"))
             .await
             .map_err(|source| StoreError::Open { path: path.display().to_string(), source })?;
-        Ok(Store { db: Db::Sqlite { writer, readers }, mode: "sqlite".into(), rollups: false })
+        let outbox = options.outbox();
+        Ok(Store { db: Db::Sqlite { writer, readers }, mode: "sqlite".into(), rollups: false, outbox })
     }
 }
 

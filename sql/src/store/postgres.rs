@@ -29,7 +29,12 @@ pub(super) async fn open(url: &str, options: &Options) -> Result<Store, StoreErr
         .connect_with(connect.options([("statement_timeout", options.statement_ms.to_string())]))
         .await
         .map_err(|source| StoreError::Connect { server, source })?;
-    Ok(Store { db: Db::Postgres(Server::new(pool)), rollups: mode.starts_with(TIMESCALE), mode: mode.into() })
+    Ok(Store {
+        db: Db::Postgres(Server::new(pool)),
+        rollups: mode.starts_with(TIMESCALE),
+        mode: mode.into(),
+        outbox: options.outbox(),
+    })
 }
 
 /// Brings the database to the newest schema: what it is, for people. Waits for a server that is starting.

@@ -36,8 +36,9 @@ pub struct RowQuery {
     pub limit: usize,
     /// The cursor that came with the page before.
     pub after: Option<String>,
-    /// Key columns and the value each must have, as text: `AAPL`, `7`, `true`. A row without the column has no value.
-    pub keys: Vec<(String, String)>,
+    /// Key columns and the value each must have, as text: `AAPL`, `7`, `true`; `None` is NULL, which a column that a row
+    /// does not have is too.
+    pub keys: Vec<(String, Option<String>)>,
 }
 
 /// Where a row stands among the rows of its metric: pages are in this order.
@@ -132,7 +133,7 @@ impl Store {
             sql.push(" AND window_start < ").push_bind(to);
         }
         for (column, value) in &wanted.keys {
-            push_key_equals(&mut sql, self.db.dialect(), column, value);
+            push_key_equals(&mut sql, self.db.dialect(), column, value.as_deref());
         }
         sql.push(" ORDER BY window_start, window_end, key_json LIMIT ").push_bind(page::rows_to_read(wanted.limit));
         let rows: Vec<FinalRow> =
@@ -175,8 +176,9 @@ impl Store {
     }
 }
 
-/// ` AND` the key column's value is `value` as text.
-pub(super) fn push_key_equals<'q>(sql: &mut Builder<'q>, dialect: Dialect, column: &'q str, value: &'q str) {
+/// ` AND` the key column's value is `value` as text, or NULL.
+pub(super) fn push_key_equals<'q>(sql: &mut Builder<'q>, dialect: Dialect, column: &'q str, value: Option<&'q str>) {
+    let Some(value) = value else { return push_key_is_null(sql, dialect, column) };
     match dialect {
         // `->>` gives a string without its quotes and a number as a number, which equals no text; `->` gives any value
         // as JSON text, which is right for numbers and truth values.
@@ -194,6 +196,23 @@ pub(super) fn push_key_equals<'q>(sql: &mut Builder<'q>, dialect: Dialect, colum
         Dialect::Postgres => {
             sql.push(" AND CASE WHEN strpos(key_json, '\\u0000') = 0 THEN key_json::json ->> ").push_bind(column);
             sql.push(" = ").push_bind(value).push(" ELSE FALSE END");
+        }
+    }
+}
+
+/// ` AND` the key column's value is NULL.
+fn push_key_is_null<'q>(sql: &mut Builder<'q>, dialect: Dialect, column: &'q str) {
+    match dialect {
+        Dialect::Sqlite => {
+            if column.contains(['"', '\\']) {
+                sql.push(" AND 0 = 1");
+                return;
+            }
+            sql.push(" AND key_json ->> ").push_bind(format!("$.\"{column}\"")).push(" IS NULL");
+        }
+        Dialect::Postgres => {
+            sql.push(" AND CASE WHEN strpos(key_json, '\\u0000') = 0 THEN key_json::json ->> ").push_bind(column);
+            sql.push(" IS NULL ELSE FALSE END");
         }
     }
 }
@@ -318,7 +337,7 @@ mod tests {
         ];
         let rows = keys.map(|key| FinalRow { key: key.into(), ..row("vwap", 0, "", 0) });
         let (store, acme, _dir) = store_with(rows.into()).await;
-        let cases: [(&str, &[usize]); 11] = [
+        let cases: [(&str, &[usize]); 13] = [
             ("symbol=A", &[0]),
             ("symbol=a", &[]),
             ("symbol=true", &[1]),
@@ -328,20 +347,23 @@ mod tests {
             ("live=true", &[0]),
             ("desk=1&live=false", &[1]),
             ("region=EU", &[]),
+            ("live", &[2]),
+            ("live&desk=1.5", &[2]),
             ("bad\"name=A", &[]),
             ("$[=A&=A", &[]),
         ];
         for (wanted, expected) in cases {
-            let keys_wanted = wanted.split('&').map(|pair| pair.split_once('=').unwrap());
-            let wanted = RowQuery {
-                keys: keys_wanted.map(|(column, value)| (column.into(), value.into())).collect(),
-                ..RowQuery::first(10)
-            };
+            let wanted = RowQuery { keys: wanted.split('&').map(wanted_key).collect(), ..RowQuery::first(10) };
             let (rows, _) = store.rows(&acme, &name("vwap"), &wanted).await.unwrap();
             let mut found: Vec<_> = rows.iter().map(|r| keys.iter().position(|key| *key == r.key).unwrap()).collect();
             found.sort();
             assert_eq!(found, expected, "{:?}", wanted.keys);
         }
+    }
+
+    /// `column=value`, or `column` for NULL.
+    fn wanted_key(text: &str) -> (String, Option<String>) {
+        text.split_once('=').map_or((text.into(), None), |(column, value)| (column.into(), Some(value.into())))
     }
 
     #[tokio::test]
@@ -395,7 +417,7 @@ mod tests {
         let (rows, _) = store.rows(&acme, &name("vwap"), &RowQuery::first(10)).await.unwrap();
         assert_eq!(rows, all);
         // a key that PostgreSQL cannot unescape is no reason to fail
-        let wanted = RowQuery { keys: vec![("symbol".into(), "micros".into())], ..RowQuery::first(10) };
+        let wanted = RowQuery { keys: vec![("symbol".into(), Some("micros".into()))], ..RowQuery::first(10) };
         assert_eq!(store.rows(&acme, &name("vwap"), &wanted).await.unwrap().0, all[2..3]);
     }
 }

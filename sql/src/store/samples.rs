@@ -99,7 +99,7 @@ impl Store {
             sql.push(&format!(" AND {start} < ")).push_bind(to);
         }
         for (column, value) in &wanted.keys {
-            push_key_equals(&mut sql, self.db.dialect(), column, value);
+            push_key_equals(&mut sql, self.db.dialect(), column, value.as_deref());
         }
         if !self.rollups {
             sql.push(") AS placed WHERE place = 1");
@@ -194,7 +194,7 @@ mod tests {
         let wanted = RowQuery {
             from: Some(Micros(70 * MINUTE)),
             to: Some(Micros(121 * MINUTE)),
-            keys: vec![("symbol".into(), "B".into())],
+            keys: vec![("symbol".into(), Some("B".into()))],
             ..RowQuery::first(10)
         };
         let expected: Vec<_> = both(&[119, 179]).into_iter().filter(|(_, key)| key.contains('B')).collect();

@@ -280,6 +280,18 @@ impl Store {
             .map_err(failed("read run"))
     }
 
+    /// The run of a thread that began last.
+    pub async fn last_run(&self, workspace: &WorkspaceId, thread: &str) -> Result<Option<Run>, StoreError> {
+        query_as(
+            "SELECT * FROM runs WHERE workspace = $1 AND thread = $2 ORDER BY started_at DESC, run_id DESC LIMIT 1",
+        )
+        .bind(workspace.as_str())
+        .bind(thread)
+        .fetch_optional(self.read(workspace))
+        .await
+        .map_err(failed("read the last run of a thread"))
+    }
+
     /// The runs of all workspaces that have not ended, oldest first: after a restart, those it cut off.
     pub async fn unfinished_runs(&self) -> Result<Vec<Run>, StoreError> {
         query_as("SELECT * FROM runs WHERE finished_at IS NULL ORDER BY started_at, workspace, run_id")
@@ -458,6 +470,19 @@ mod tests {
         assert_eq!(store.unfinished_runs().await.unwrap(), []);
         let lost = store.insert_run(&Run { thread: "none".into(), ..run(&acme, "s") }).await;
         assert!(matches!(lost, Err(StoreError::Missing { .. })));
+    }
+
+    #[tokio::test]
+    async fn the_last_run_of_a_thread_is_the_one_that_began_last() {
+        let (store, acme, _dir) = store_with_thread().await;
+        let last = async || store.last_run(&acme, &run(&acme, "a").thread).await.unwrap();
+        assert_eq!(last().await, None);
+        let later = Run { started_at: Micros(9), ..run(&acme, "a") };
+        for run in [later.clone(), Run { started_at: Micros(8), ..run(&acme, "b") }] {
+            assert!(store.insert_run(&run).await.unwrap());
+        }
+        assert_eq!(last().await, Some(later));
+        assert_eq!(store.last_run(&acme, "another").await.unwrap(), None);
     }
 
     #[tokio::test]

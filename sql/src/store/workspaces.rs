@@ -363,9 +363,11 @@ mod tests {
             request_id: "r".into(),
         };
         store.audit(&entry).await.unwrap();
+        store.create_webhook(&super::super::webhooks::testing::webhook(&ws, "webhook")).await.unwrap();
         let commit = Commit {
             rows: vec![super::super::rows::testing::row("vwap", 0, "A", 0)],
             alerts: vec![super::super::alerts::testing::alert(&ws, "alert", 1)],
+            notices: vec![super::super::webhooks::testing::notice("alert.firing", "alert", 1)],
             dead_letters: vec![super::super::dead_letters::testing::letter("shop.orders", 1)],
             ..super::super::checkpoints::testing::commit(&ws, 1)
         };
@@ -457,6 +459,12 @@ mod tests {
         assert!(store.ack_alert(&other, "alert", "eve", Micros(2)).await.unwrap().is_none());
         assert!(store.silences(&other).await.unwrap().is_empty());
         assert!(!store.delete_silence(&other, "s").await.unwrap());
+        assert!(store.webhooks(&other).await.unwrap().is_empty());
+        assert!(store.webhook(&other, "webhook").await.unwrap().is_none());
+        assert!(!store.delete_webhook(&other, "webhook").await.unwrap());
+        assert!(!store.disable_webhook(&other, "webhook", "why", Micros(2)).await.unwrap());
+        assert!(store.deliveries(&other, "webhook", 10, None).await.unwrap().0.is_empty());
+        assert!(store.add_delivery(&other, "webhook", ["msg_x", "webhook.test", "{}"], Micros(2)).await.is_err());
         assert!(store.portfolios(&other).await.unwrap().is_empty());
         assert!(store.portfolio(&other, "main").await.unwrap().is_none());
         assert!(store.positions(&other, "main").await.unwrap().is_empty());
@@ -469,7 +477,7 @@ mod tests {
         assert!(store.run(&other, "run").await.unwrap().is_none());
         assert!(!store.finish_run(&other, "run", "finished", Micros(2), None).await.unwrap());
         assert!(store.run_events(&other, "run", 0).await.unwrap().is_empty());
-        assert!(store.dead_letters(&other, None, 10).await.unwrap().is_empty());
+        assert!(store.dead_letters(&other, None, 10, None).await.unwrap().0.is_empty());
         assert!(store.audit_log(&other, 10, None).await.unwrap().0.is_empty());
         assert!(store.checkpoint(&other).await.unwrap().is_none());
 

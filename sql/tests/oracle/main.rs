@@ -1,8 +1,10 @@
 //! The engine against batch SQL: whatever the order of events, the cuts into batches and the restarts in between,
 //! a metric's final rows are those of the same SQL run once over all events.
 
+mod alert; // what alert rules say
 mod join; // reference tables and streams joined to a stream
 mod limit; // metrics that hold more state than they may
+mod program; // random streams and metrics over them
 mod random;
 
 use arrow::array::{
@@ -235,8 +237,13 @@ fn real_trades_give_the_rows_of_one_batch_query_over_the_whole_file() {
 /// Rows as they come out of steps that each bring events at these seconds: symbol, start and end of the window, their
 /// count and revision; `-` before a row that is taken back.
 fn told(window: &str, timing: Timing, steps: &[&[(i64, &str)]]) -> Vec<Vec<String>> {
+    told_of_some(window, "", timing, steps)
+}
+
+/// The same of the groups that `rest`, which stands behind GROUP BY, chooses.
+fn told_of_some(window: &str, rest: &str, timing: Timing, steps: &[&[(i64, &str)]]) -> Vec<Vec<String>> {
     let second = 1_000_000;
-    let text = format!("SELECT symbol, count(*) AS trades FROM market.trades GROUP BY {window}, symbol");
+    let text = format!("SELECT symbol, count(*) AS trades FROM market.trades GROUP BY {window}, symbol {rest}");
     let mut workspace = Workspace::default();
     workspace.define(metric(), 1, planned(&text), timing).unwrap();
     let mut all = Vec::new();
@@ -315,6 +322,19 @@ fn a_late_event_can_open_a_final_session_again() {
         &[&[(0, "A"), (11, "B")], &[(9, "A")], &[(20, "B")], &[(31, "C")]],
     );
     let expected: [&[&str]; 4] = [&["A 0-10 1 r0"], &["- A 0-10 1"], &["A 0-19 2 r1"], &["B 11-30 2 r0"]];
+    assert_eq!(rows, expected);
+}
+
+#[test]
+fn a_late_event_that_changes_the_top_rows_of_a_final_window_withdraws_those_that_leave() {
+    let rows = told_of_some(
+        "tumble(ts, INTERVAL '10 seconds')",
+        "ORDER BY trades DESC LIMIT 1",
+        timing(0, 100),
+        &[&[(0, "A"), (1, "A"), (2, "B"), (10, "C")], &[(3, "B"), (4, "B")], &[(5, "A"), (6, "A")], &[(7, "B")]],
+    );
+    let expected: [&[&str]; 4] =
+        [&["A 0-10 2 r0"], &["- A 0-10 1", "B 0-10 3 r0"], &["- B 0-10 1", "A 0-10 4 r2"], &["A 0-10 4 r2"]];
     assert_eq!(rows, expected);
 }
 
@@ -409,7 +429,23 @@ fn sql_that_cannot_be_a_metric_is_refused_with_its_place_and_what_to_write() {
         "longer than size",
     );
     refused("SELECT count(*) FROM market.trades GROUP BY tumble(ts, INTERVAL '1 month')", 1, 65, "use days");
-    refused("SELECT count(*) FROM market.trades GROUP BY session(ts, INTERVAL '0 seconds')", 1, 45, "longer than zero");
+    for call in [
+        "tumble(ts, INTERVAL '-1 minute')",
+        "hop(ts, INTERVAL '0 seconds', INTERVAL '1 minute')",
+        "hop(ts, INTERVAL '-1 second', INTERVAL '1 minute')",
+        "hop(ts, INTERVAL '1 second', INTERVAL '0 minutes')",
+        "cumulate(ts, INTERVAL '0 seconds', INTERVAL '1 minute')",
+        "cumulate(ts, INTERVAL '1 second', INTERVAL '-1 minute')",
+        "session(ts, INTERVAL '0 seconds')",
+    ] {
+        refused(&format!("SELECT count(*) FROM market.trades GROUP BY {call}"), 1, 45, "longer than zero");
+    }
+    refused(
+        "SELECT count(*) FROM market.trades GROUP BY session(INTERVAL '1 minute')",
+        1,
+        45,
+        "takes ts and 1 constant",
+    );
     refused("SELECT count(*) FROM market.trades GROUP BY session(ts, INTERVAL '-1 second')", 1, 45, "longer than zero");
     refused("SELECT count(*) FROM market.trades GROUP BY session(ts)", 1, 45, "takes ts and 1 constant");
     refused(
@@ -432,6 +468,54 @@ fn sql_that_cannot_be_a_metric_is_refused_with_its_place_and_what_to_write() {
         38,
         "a comma in FROM is not supported",
     );
+}
+
+/// Rows of `SELECT symbol, {call} AS v` over trades of prices and quantities in one second, or why the metric stopped.
+fn computed(call: &str, trades_of: &[(&str, f64, f64)]) -> Result<Vec<Option<f64>>, String> {
+    let text =
+        format!("SELECT symbol, {call} AS v FROM market.trades GROUP BY tumble(ts, INTERVAL '1 second'), symbol");
+    let rows: Vec<_> = trades_of.iter().map(|&(symbol, price, qty)| (0, symbol, price, qty)).collect();
+    let mut workspace = Workspace::default();
+    workspace.define(metric(), 1, planned(&text), timing(0, 0)).unwrap();
+    let mut found = Rows::new();
+    let outputs = [workspace.step(&trades(), &batch(&rows)), workspace.idle(&trades(), Micros(i64::MAX / 2))];
+    for outputs in outputs {
+        if let Some(failure) = outputs.failures.first() {
+            return Err(failure.stop.reason.clone());
+        }
+        take(&mut found, outputs, 1);
+    }
+    Ok(found.into_values().map(|values| values[0]).collect())
+}
+
+#[test]
+fn what_is_divided_by_zero_is_null_and_the_metric_goes_on() {
+    let trades = [("A", 1.0, 0.0), ("A", 2.0, 4.0), ("B", 3.0, 0.0)];
+    let int = |call: &str| {
+        computed(&call.replace("price", "CAST(price AS BIGINT)").replace("qty", "CAST(qty AS BIGINT)"), &trades)
+    };
+    assert_eq!(int("sum(price) / sum(qty)"), Ok(vec![Some(0.0), None]));
+    assert_eq!(int("sum(price % qty)"), Ok(vec![Some(2.0), None]));
+    assert_eq!(int("count(*) / (count(*) - 1)"), Ok(vec![Some(2.0), None]));
+    assert_eq!(int("count(*) / 0"), Ok(vec![None, None]));
+    // doubles have an infinity
+    assert_eq!(computed("sum(price) / sum(qty)", &trades), Ok(vec![Some(0.75), Some(f64::INFINITY)]));
+}
+
+#[test]
+fn an_integer_that_does_not_fit_stops_the_metric_with_a_clear_error_and_never_wraps() {
+    let trades = [("A", 4.0e18, 1.0), ("A", 4.0e18, 1.0), ("A", 4.0e18, 1.0)];
+    for call in [
+        "sum(CAST(price AS BIGINT))",
+        "sum(CAST(price AS BIGINT) * 3)",
+        "max(CAST(price AS BIGINT) + CAST(price AS BIGINT) + CAST(price AS BIGINT))",
+        "max(CAST(price AS BIGINT)) + max(CAST(price AS BIGINT)) + min(CAST(price AS BIGINT))",
+        "-9 - max(CAST(price AS BIGINT)) - max(CAST(price AS BIGINT)) - max(CAST(price AS BIGINT))",
+        "count(*) FILTER (WHERE CAST(price AS BIGINT) * 5 > 0)",
+    ] {
+        let error = computed(call, &trades).expect_err(call).to_lowercase();
+        assert!(error.contains("overflow"), "{call}: {error}");
+    }
 }
 
 #[test]
@@ -529,5 +613,25 @@ mod arroyo {
             })
             .collect();
         assert_eq!(ours, golden);
+    }
+}
+
+#[test]
+fn a_zero_divisor_makes_a_row_null_and_the_metric_goes_on() {
+    for value in [
+        "1 / (count(*) - count(*))",
+        "sum(CAST(price AS bigint) / CAST(qty AS bigint))",
+        "7 % (count(*) - count(*))",
+        "sum(CAST(price AS decimal(10, 2)) / CAST(qty AS decimal(10, 2)))",
+    ] {
+        let sql = format!("SELECT count(*) AS n, CAST({value} AS double) AS v FROM market.trades GROUP BY {TUMBLE}");
+        let program = planned(&sql);
+        let rows = engine_rows(
+            &program,
+            Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO },
+            &[batch(&[(1, "A", 5.0, 0.0)])],
+            &[],
+        );
+        assert_eq!(rows.into_values().collect::<Vec<_>>(), [[Some(1.0), None]], "{value}");
     }
 }

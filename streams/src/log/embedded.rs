@@ -205,7 +205,7 @@ impl EmbeddedLog {
         queue.waiting.push_back(Entry { draft, answer });
         drop(queue);
         self.shared.wake.notify_one();
-        Ok(Pending(pending))
+        Ok(pending.into())
     }
 }
 

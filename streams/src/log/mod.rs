@@ -115,6 +115,13 @@ pub trait Log: Send + Sync {
 /// An enqueued record on its way to the disk: its offset once durable.
 pub struct Pending(oneshot::Receiver<Result<Offset, AppendError>>);
 
+/// For other logs than the embedded one.
+impl From<oneshot::Receiver<Result<Offset, AppendError>>> for Pending {
+    fn from(answer: oneshot::Receiver<Result<Offset, AppendError>>) -> Self {
+        Pending(answer)
+    }
+}
+
 impl Future for Pending {
     type Output = Result<Offset, AppendError>;
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {

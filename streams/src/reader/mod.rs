@@ -54,10 +54,12 @@ pub enum ReadError {
     #[error("cannot open `{file}`: {source}; check the path and its permissions")]
     Open { file: Arc<str>, source: std::io::Error },
     #[error(
-        "`{file}` has no known extension; known are .csv, .tsv, .ndjson, .jsonl and .json, each also with .gz or .zst, \
-         and .parquet and .xlsx without"
+        "`{file}` has no known extension; known are .csv, .tsv, .ndjson, .jsonl, .json, .parquet and .xlsx, each also \
+         with .gz or .zst"
     )]
     Extension { file: Arc<str> },
+    #[error("cannot decompress `{file}` into a temporary file: {source}; make room there or set TMPDIR")]
+    Unpack { file: Arc<str>, source: std::io::Error },
     #[error("`{file}` is named as {named}, but its first bytes are {found}; rename it")]
     FirstBytes { file: Arc<str>, named: &'static str, found: &'static str },
     #[error("reading `{file}` failed at byte {at}: {source}; read it again from a healthy disk")]

@@ -2,7 +2,7 @@
 
 use super::ReadError;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,10 +59,34 @@ impl Source {
             return Err(open(io::Error::other("not a file")));
         }
         let mut first = Vec::with_capacity(8);
-        file.by_ref().take(8).read_to_end(&mut first).map_err(open)?;
+        (&file).take(8).read_to_end(&mut first).map_err(open)?;
         file.rewind().map_err(open)?;
         check_first_bytes(&name, format, codec, &first)?;
-        Ok(Source { name, format, codec, file, bytes_total: metadata.len(), bytes_read: Arc::default() })
+        let source = Source { name, format, codec, file, bytes_total: metadata.len(), bytes_read: Arc::default() };
+        let needs_seek = matches!(format, Format::Parquet | Format::Xlsx);
+        if needs_seek && codec != Codec::Plain { source.unpacked() } else { Ok(source) }
+    }
+
+    /// The same file decompressed into a temporary one: what is read from its end cannot be read as it comes.
+    fn unpacked(self) -> Result<Source, ReadError> {
+        let full = |source| ReadError::Unpack { file: self.name.clone(), source };
+        let mut file = tempfile::tempfile().map_err(full)?;
+        let mut bytes = self.bytes()?;
+        let mut first = Vec::with_capacity(8);
+        loop {
+            let part = bytes.fill_buf().map_err(|error| self.failed(error))?;
+            if part.is_empty() {
+                break;
+            }
+            first.extend_from_slice(&part[..part.len().min(8 - first.len())]);
+            file.write_all(part).map_err(full)?;
+            let count = part.len();
+            bytes.consume(count);
+        }
+        file.rewind().map_err(full)?;
+        check_first_bytes(&self.name, self.format, Codec::Plain, &first)?;
+        // progress is told of the file that was named
+        Ok(Source { codec: Codec::Plain, file, bytes_read: Arc::default(), ..self })
     }
 
     /// The decompressed bytes, counted as the file's own bytes are read.
@@ -125,8 +149,7 @@ fn kind_by_name(path: &Path) -> Option<(Format, Codec)> {
         "xlsx" => Format::Xlsx,
         _ => return None,
     };
-    let needs_seek = matches!(format, Format::Parquet | Format::Xlsx);
-    (codec == Codec::Plain || !needs_seek).then_some((format, codec))
+    Some((format, codec))
 }
 
 const MAGICS: [(&[u8], &str); 5] = [
@@ -168,7 +191,9 @@ mod tests {
         check("trades.2024.TSV.GZ", Some((Format::Csv { delimiter: b'\t' }, Codec::Gzip)));
         check("events.jsonl.zst", Some((Format::Ndjson, Codec::Zstd)));
         check("book.xlsx", Some((Format::Xlsx, Codec::Plain)));
-        for unknown in ["book.xlsx.gz", "x.parquet.zst", "notes.txt", "archive.gz", "csv", ""] {
+        check("book.xlsx.gz", Some((Format::Xlsx, Codec::Gzip)));
+        check("x.parquet.zst", Some((Format::Parquet, Codec::Zstd)));
+        for unknown in ["notes.txt", "archive.gz", "csv", ""] {
             check(unknown, None);
         }
     }

@@ -206,6 +206,30 @@ fn a_wrong_name_is_said_before_anything_is_read() {
 }
 
 #[test]
+fn a_parquet_file_is_read_whatever_its_own_and_its_outer_compression() {
+    use ::parquet::arrow::ArrowWriter;
+    use ::parquet::basic::Compression;
+    use ::parquet::file::properties::WriterProperties;
+    use arrow::array::{ArrayRef, Float64Array, RecordBatch, StringArray};
+    let one: ArrayRef = std::sync::Arc::new(Float64Array::from(vec![1.5]));
+    let symbol: ArrayRef = std::sync::Arc::new(StringArray::from(vec!["A"]));
+    let batch = RecordBatch::try_from_iter([("symbol", symbol), ("price", one.clone()), ("qty", one)]).unwrap();
+    for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::LZ4_RAW, Compression::LZ4] {
+        let properties = WriterProperties::builder().set_compression(compression).build();
+        let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        let bytes = writer.into_inner().unwrap();
+        let expected = [r#"{"symbol":"A","price":1.5,"qty":1.5}"#];
+        check("a.parquet", &bytes, Mapping::default(), &expected);
+        check("a.parquet.gz", &gzip(&bytes), Mapping::default(), &expected);
+        check("a.parquet.zst", &zstd::encode_all(&*bytes, 1).unwrap(), Mapping::default(), &expected);
+    }
+    check("a.parquet.gz", &gzip(b"symbol"), Mapping::default(), &["! named as parquet, but its first bytes are some"]);
+    let cut = &gzip(&[b"PAR1".as_slice(), &[7; 100]].concat())[..20];
+    check("a.xlsx.gz", cut, Mapping::default(), &["! in the middle of its gzip data"]);
+}
+
+#[test]
 fn an_empty_file_has_no_events() {
     check("a.csv", b"", Mapping::default(), &[]);
     check("a.csv", b"symbol,price\n", Mapping::default(), &[]);

@@ -6,6 +6,19 @@ export interface Workspace {
   name: string;
   role: string;
   tier: string;
+  pack?: string | null;
+}
+
+/** What a workspace of one domain can start with. */
+export interface Pack {
+  name: string;
+  title: string;
+  description: string;
+  streams: string[];
+  metrics: string[];
+  alert_rules: string[];
+  /** Metrics in the order in which they are shown. */
+  dashboard: string[];
 }
 
 /** How much of its tier a workspace uses; `null` where the tier sets no limit. */
@@ -100,6 +113,8 @@ export interface PortfolioSummary {
   allocation: { symbol: Record<string, number>; sector: Record<string, number> };
   /** Symbols that have no price yet and so count for nothing in `value`. */
   unpriced: string[];
+  /** How many those are. */
+  unpriced_count: number;
 }
 
 export interface Alert {

@@ -23,6 +23,8 @@ class App {
   now = $state(Date.now());
   dark = $state(false);
   sending = $state(false);
+  /** The form for a new workspace is open. */
+  creating = $state(false);
 
   workspace: Workspace | null = $derived(
     this.me?.workspaces.find(({ id }) => id === this.route.workspace) ?? this.me?.workspaces[0] ?? null,
@@ -62,6 +64,7 @@ class App {
   }
 
   open(workspace: string, metric = ''): void {
+    this.creating = false;
     location.hash = `#/${[workspace, metric].filter(Boolean).map(encodeURIComponent).join('/')}`;
   }
 

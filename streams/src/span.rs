@@ -5,14 +5,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A duration in a request or an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Text(pub(crate) Span);
+pub struct Text(pub Span);
 
 /// The units, longest first, in microseconds.
 const UNITS: [(&str, i64); 6] =
     [("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1_000), ("us", 1)];
 
 /// The duration in the longest unit that holds it whole: `90s`, not `1m 30s`.
-pub(crate) fn format(span: Span) -> String {
+pub fn format(span: Span) -> String {
     if span.0 == 0 {
         return "0s".to_owned();
     }
@@ -22,7 +22,7 @@ pub(crate) fn format(span: Span) -> String {
 }
 
 /// Reads `250ms`, `1h 30m`, `1 minute`.
-pub(crate) fn parse(text: &str) -> Result<Span, String> {
+pub fn parse(text: &str) -> Result<Span, String> {
     let bad = |why: &dyn std::fmt::Display| {
         let text: String = text.chars().take(40).collect();
         format!("duration `{text}` cannot be read ({why}); write it as `250ms`, `5s`, `1m`, `2h` or `1d`")

@@ -1,4 +1,4 @@
-//! Secrets that must be read again, such as those of second factors, encrypted before they are stored: XChaCha20-Poly1305
+//! Secrets that must be read again, such as those of webhooks and second factors, encrypted before they are stored: XChaCha20-Poly1305
 //! (draft-irtf-cfrg-xchacha-03) under a key that the store never sees.
 
 use base64::Engine;
@@ -21,13 +21,13 @@ pub enum SealError {
 }
 
 /// Seals with the first key, opens with any.
-pub(crate) struct Sealer {
+pub struct Sealer {
     keys: Vec<(String, XChaCha20Poly1305)>,
 }
 
 impl Sealer {
     /// `keys`: the one in use, then those of before. Any text of 32 bytes or more; what encrypts is derived from it.
-    pub(crate) fn new<'a>(keys: impl Iterator<Item = &'a str>) -> Sealer {
+    pub fn new<'a>(keys: impl Iterator<Item = &'a str>) -> Sealer {
         let derived = |text: &str| {
             let key = Sha256::new().chain_update(b"tidewatch seal 1\0").chain_update(text).finalize();
             let id = Sha256::new().chain_update(b"tidewatch seal id\0").chain_update(key).finalize();
@@ -38,7 +38,7 @@ impl Sealer {
     }
 
     /// Encrypts `secret` for `owner`: opened for nobody else. The text names its key and differs each time.
-    pub(crate) fn seal(&self, owner: &str, secret: &[u8]) -> String {
+    pub fn seal(&self, owner: &str, secret: &[u8]) -> String {
         let (id, cipher) = self.keys.first().expect("a sealer has a key");
         let nonce: [u8; NONCE_BYTES] = rand::random();
         let payload = Payload { msg: secret, aad: owner.as_bytes() };
@@ -47,7 +47,7 @@ impl Sealer {
     }
 
     /// The secret that was sealed for `owner`.
-    pub(crate) fn open(&self, owner: &str, sealed: &str) -> Result<Vec<u8>, SealError> {
+    pub fn open(&self, owner: &str, sealed: &str) -> Result<Vec<u8>, SealError> {
         let mut parts = sealed.splitn(3, '.');
         let (Some("v1"), Some(id), Some(text)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(SealError::Broken);
@@ -61,7 +61,7 @@ impl Sealer {
     }
 
     /// Whether `sealed` is under the key in use.
-    pub(crate) fn is_current(&self, sealed: &str) -> bool {
+    pub fn is_current(&self, sealed: &str) -> bool {
         let id = sealed.split('.').nth(1);
         self.keys.first().is_some_and(|(current, _)| id == Some(current))
     }
