@@ -163,13 +163,9 @@ impl Cache {
         era_file: PathBuf,
     ) -> Result<Arc<Cache>, CacheError> {
         let generations: Arc<Generations> = Arc::default();
-        let link = match redis.address()? {
-            Some(url) => {
-                let patience = Duration::from_millis(redis.timeout_ms);
-                Some(Link::start(&url, installation, patience, era_file, generations.clone())?)
-            }
-            None => None,
-        };
+        let patience = Duration::from_millis(redis.timeout_ms);
+        let link = redis.client()?;
+        let link = link.map(|client| Link::start(client, installation, patience, era_file, generations.clone()));
         Ok(Arc::new(Cache::with(config, generations, link)))
     }
 

@@ -3,7 +3,6 @@
 //!
 //! What changed while it could not be told is remembered, and told before Redis is asked anything again.
 
-use crate::config::{self, CacheError};
 use crate::tag::{Generations, Tag};
 use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
@@ -82,13 +81,12 @@ impl Drop for Link {
 
 impl Link {
     pub(crate) fn start(
-        url: &str,
+        client: Client,
         installation: &str,
         patience: Duration,
         era_file: PathBuf,
         generations: Arc<Generations>,
-    ) -> Result<Link, CacheError> {
-        let client = config::client(url)?;
+    ) -> Link {
         let trust = take_era(&era_file).map_or(Trust::No, Trust::Era);
         let inner = Arc::new(Inner {
             client,
@@ -103,7 +101,7 @@ impl Link {
             generations,
         });
         let tasks = [tokio::spawn(keep_connected(inner.clone())), tokio::spawn(hear(inner.clone()))];
-        Ok(Link { inner, tasks })
+        Link { inner, tasks }
     }
 
     pub(crate) fn standing(&self) -> Standing {

@@ -6,6 +6,7 @@ mod redis;
 use self::redis::RedisServer;
 use crate::*;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -299,11 +300,55 @@ async fn nodes_take_from_one_bucket_and_redis_fills_it() {
 
 #[tokio::test]
 async fn an_address_that_cannot_be_is_refused_with_what_to_write() {
-    for url in ["localhost:6379", "http://localhost", "rediss://localhost"] {
+    for url in ["localhost:6379", "http://localhost"] {
         let settings = RedisConfig { url: Some(url.into()), ..RedisConfig::default() };
         let refused = Cache::start(&Config::default(), &settings, "i", "era".into()).err().unwrap().to_string();
         assert!(refused.contains("redis://USER:PASSWORD@HOST:PORT/DATABASE"), "{refused}");
     }
+    let (url, ca_file) = (Some("rediss://localhost".into()), Some("/nowhere/ca.pem".into()));
+    let refused = RedisConfig { url, ca_file, ..RedisConfig::default() }.check().unwrap_err().to_string();
+    assert!(refused.starts_with("cannot read redis.ca_file `/nowhere/ca.pem`"), "{refused}");
     let hidden = RedisConfig { url: Some("redis://:hush@localhost".into()), ..RedisConfig::default() };
     assert!(!format!("{hidden:?}").contains("hush"));
+}
+
+#[tokio::test]
+async fn over_tls_redis_is_who_its_certificate_says_or_is_not_spoken_to() {
+    let dir = TempDir::new().unwrap();
+    let pem = |name: &str| dir.path().join(name).display().to_string();
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj"]);
+    openssl.args(["/CN=redis", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=CA:FALSE"]);
+    let made = openssl.args(["-keyout", &pem("key.pem"), "-out", &pem("cert.pem")]).output();
+    if !made.is_ok_and(|made| made.status.success()) {
+        return println!("skipped: openssl does not make certificates here");
+    }
+    let started = RedisServer::start_with(|port, _| {
+        let port = port.to_string();
+        let (cert, key) = (pem("cert.pem"), pem("key.pem"));
+        let files = ["--tls-cert-file", &cert, "--tls-key-file", &key, "--tls-ca-cert-file", &cert];
+        let tls = ["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no"];
+        tls.iter().chain(&files).map(ToString::to_string).collect()
+    });
+    let server = match started {
+        Ok(server) => server,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    let start = |host: &str, ca_file: Option<&str>| {
+        let url = Some(server.url.replace("redis://127.0.0.1", &format!("rediss://{host}")));
+        let settings = RedisConfig { url, ca_file: ca_file.map(|name| pem(name).into()), ..RedisConfig::default() };
+        Cache::start(&Config::default(), &settings, "i", dir.path().join("era")).unwrap()
+    };
+    let cache = start("localhost", Some("cert.pem"));
+    eventually("connected", async || cache.redis() == Standing::Connected).await;
+    let asked = ask("acme", "a", "?");
+    get(&cache, &asked, "over TLS").await;
+    in_redis(&cache, &asked).await;
+    for stranger in [start("127.0.0.1", Some("cert.pem")), start("localhost", None)] {
+        let reason = || match stranger.redis() {
+            Standing::Gone(reason) => reason,
+            other => panic!("{other:?}"),
+        };
+        eventually("it is refused", async || reason().contains("certificate")).await;
+    }
 }

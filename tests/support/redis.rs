@@ -2,6 +2,7 @@
 //! `#[path]`.
 
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -9,6 +10,7 @@ use tempfile::TempDir;
 pub struct RedisServer {
     pub url: String,
     port: u16,
+    arguments: Vec<String>,
     process: Child,
     dir: TempDir,
 }
@@ -22,11 +24,17 @@ impl Drop for RedisServer {
 impl RedisServer {
     /// Redis; or why there is none here.
     pub fn start() -> Result<RedisServer, String> {
+        RedisServer::start_with(|port, _| vec!["--port".to_owned(), port.to_string()])
+    }
+
+    /// The same with arguments for its port and directory.
+    pub fn start_with(arguments: impl FnOnce(u16, &Path) -> Vec<String>) -> Result<RedisServer, String> {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let dir = TempDir::new().unwrap();
-        let process = spawn(port, &dir)
+        let arguments = arguments(port, dir.path());
+        let process = spawn(&arguments, &dir)
             .map_err(|error| format!("redis-server does not run: {error}; install the package `redis-server`"))?;
-        let server = RedisServer { url: format!("redis://127.0.0.1:{port}/0"), port, process, dir };
+        let server = RedisServer { url: format!("redis://127.0.0.1:{port}/0"), port, arguments, process, dir };
         server.wait();
         Ok(server)
     }
@@ -39,7 +47,7 @@ impl RedisServer {
 
     /// Starts it anew on the same port, with nothing in it.
     pub fn start_again(&mut self) {
-        self.process = spawn(self.port, &self.dir).expect("it ran before");
+        self.process = spawn(&self.arguments, &self.dir).expect("it ran before");
         self.wait();
     }
 
@@ -58,8 +66,8 @@ impl RedisServer {
     }
 }
 
-fn spawn(port: u16, dir: &TempDir) -> std::io::Result<Child> {
+fn spawn(arguments: &[String], dir: &TempDir) -> std::io::Result<Child> {
     let mut server = Command::new("redis-server");
-    server.args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", "", "--appendonly", "no", "--dir"]);
-    server.arg(dir.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+    server.args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"]).arg(dir.path());
+    server.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
 }

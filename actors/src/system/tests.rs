@@ -877,3 +877,58 @@ async fn a_start_reads_the_charts_that_were_looked_at_before_somebody_asks() {
     assert_eq!(loaded(), before);
     assert!(matches!(world.phase("unseen"), Phase::Resting));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_corrected_or_withdrawn_is_so_in_kept_history_and_answers_down_the_chain() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let acme: WorkspaceId = "acme".parse().unwrap();
+    let calm = serde_json::json!({
+        "sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol HAVING count(*) < 4",
+        "max_delay": Span::ZERO, "allowed_lateness": Span::seconds(100_000),
+    });
+    let calm = serde_json::from_value(calm).unwrap();
+    world.system.define_metric(&acme, "calm".parse().unwrap(), calm).await.unwrap();
+    let minutes = "SELECT symbol, sum(n) AS n FROM metrics.calm GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    world.define("acme", "minutes", minutes).await;
+    // what the history tells of both metrics, then what SQL does, each twice: read, and kept
+    let told = async |late: &str| {
+        let mut told = Vec::new();
+        for _ in 0..2 {
+            let history = [world.counted_by("acme", "calm", "A").await, world.counted_by("acme", "minutes", "A").await];
+            let mut asked = Vec::new();
+            for table in ["calm", "minutes"] {
+                asked.push(world.ask("acme", &format!("SELECT count(*) AS rows, sum(n) AS n FROM {table}")).await);
+            }
+            told.push((history, asked));
+        }
+        assert_eq!(told[0], told[1], "{late}");
+        told.remove(0)
+    };
+    // two a window of ten seconds, twelve windows, and one that closes them
+    for window in 0..12 {
+        world.trades("acme", "A", window * 10, 2, &format!("a{window}")).await.unwrap();
+    }
+    world.trades("acme", "B", 1_000, 1, "b").await.unwrap();
+    let stored = async || {
+        let query = RowQuery { limit: 100, ..RowQuery::default() };
+        world.system.store().rows(&acme, &"calm".parse().unwrap(), &query).await.unwrap().0.len()
+    };
+    let sums = |rows: [i64; 2], n: i64, open: i64| {
+        let row = |rows: i64, n: i64| serde_json::json!({"rows": rows, "n": n});
+        ([n, n], vec![row(rows[0] + open, n + open), row(rows[1], n)])
+    };
+    assert_eq!(told("before").await, sums([12, 2], 24, 1));
+    eventually("all is in the store", async || stored().await == 12).await;
+    assert_eq!(told("stored").await, sums([12, 2], 24, 1));
+    world.trades("acme", "A", 30, 1, "corrected").await.unwrap();
+    assert_eq!(told("corrected").await, sums([12, 2], 25, 1));
+    world.trades("acme", "A", 30, 1, "withdrawn").await.unwrap();
+    assert_eq!(told("withdrawn").await, sums([11, 2], 22, 1));
+    // every row of the second minute goes, and the minute with it
+    for window in 6..12 {
+        world.trades("acme", "A", window * 10, 2, &format!("more{window}")).await.unwrap();
+    }
+    assert_eq!(told("the minute").await, sums([5, 1], 10, 1));
+    world.kill().await;
+}
