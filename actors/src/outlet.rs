@@ -13,6 +13,12 @@ use std::sync::Arc;
 /// Takes what actors push. An implementation returns at once: actors never wait for clients.
 pub trait Outlet: Send + Sync + 'static {
     fn publish(&self, update: Update);
+
+    /// Whether anybody would get provisional rows of this metric now. Who comes later reads its open windows first, so
+    /// that rows for nobody need not be made.
+    fn is_followed(&self, _workspace: &WorkspaceId, _metric: &ItemName) -> bool {
+        true
+    }
 }
 
 /// Something that happened in a workspace.

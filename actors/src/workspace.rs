@@ -1136,6 +1136,7 @@ impl State {
                 next = Some(next.map_or(metric.due, |next| next.min(metric.due)));
             }
         }
+        due.retain(|name| self.deps.outlet.is_followed(&self.tenant.id, name));
         for name in due {
             let outputs = self.engine.tick(&name);
             self.keep(outputs, true);

@@ -2,12 +2,15 @@
 //! aggregates, DataFusion's accumulators for every other.
 
 use crate::program::Arguments;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, UInt32Array};
+use crate::runs::Runs;
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, UInt32Array};
+use arrow::buffer::NullBuffer;
 use arrow::compute;
 use arrow::datatypes::{DataType, FieldRef, Float64Type, Int64Type};
 use datafusion_common::{Result, ScalarValue, exec_err};
 use datafusion_expr::Accumulator;
 use datafusion_physical_expr::aggregate::AggregateFunctionExpr;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Place of a key within a pane.
@@ -101,18 +104,17 @@ pub(crate) struct Sum {
 impl Sum {
     #[inline]
     fn add(&mut self, value: f64) {
+        // the error of the addition as Knuth finds it, without asking which of the two is greater (TAOCP 2, 4.2.2)
         let total = self.sum + value;
-        self.compensation +=
-            if self.sum.abs() >= value.abs() { (self.sum - total) + value } else { (value - total) + self.sum };
+        let added = total - self.sum;
+        self.compensation += (self.sum - (total - added)) + (value - added);
         self.sum = total;
-        self.count += 1;
     }
 
     fn merge(&mut self, other: &Sum) {
-        let count = self.count + other.count;
         self.add(other.sum);
         self.compensation += other.compensation;
-        self.count = count;
+        self.count += other.count;
     }
 
     /// The sum; plain where the compensation is not finite (an overflow to infinity stays infinity).
@@ -141,41 +143,41 @@ pub(crate) enum Column {
     Any { call: Arc<AggregateFunctionExpr>, groups: Vec<Box<dyn Accumulator>> },
 }
 
-/// Calls `each(slot, value)` for `rows`, or all, whose value is there and that the filter keeps.
+/// Adds the values of each run of rows to the state in its slot, and their number to its `count`.
 #[inline]
-fn for_each<T: arrow::datatypes::ArrowPrimitiveType>(
-    arguments: &Arguments,
-    rows: Option<&[u32]>,
+fn fold<S: Copy, T: Copy>(
+    state: &mut [S],
     slots: &[Slot],
-    mut each: impl FnMut(usize, T::Native),
+    runs: &Runs,
+    values: &[T],
+    add: impl Fn(&mut S, T),
+    count: impl Fn(&mut S, i64),
 ) {
-    let values = arguments.values[0].as_primitive::<T>();
-    let keep = arguments.keep.as_ref();
-    let dense = values.null_count() == 0 && keep.is_none();
-    let is_there = |row: usize| values.is_valid(row) && kept(keep, row);
-    match rows {
-        None if dense => {
-            for (&slot, &value) in slots.iter().zip(values.values()) {
-                each(slot as usize, value);
-            }
-        }
-        None => {
-            for (row, &slot) in slots.iter().enumerate().filter(|(row, _)| is_there(*row)) {
-                each(slot as usize, values.value(row));
-            }
-        }
-        Some(rows) => {
-            let values = values.values();
-            for (&row, &slot) in rows.iter().zip(slots).filter(|(row, _)| dense || is_there(**row as usize)) {
-                each(slot as usize, values[row as usize]);
-            }
-        }
+    for (&slot, rows) in slots.iter().zip(runs.iter()) {
+        let mut held = state[slot as usize];
+        rows.iter().for_each(|&row| add(&mut held, values[row as usize]));
+        count(&mut held, rows.len() as i64);
+        state[slot as usize] = held;
     }
 }
 
-/// A filter that is NULL keeps nothing.
-fn kept(keep: Option<&BooleanArray>, row: usize) -> bool {
-    keep.is_none_or(|keep| keep.is_valid(row) && keep.value(row))
+fn uncounted<S>(_: &mut S, _: i64) {}
+
+impl Arguments {
+    /// Of these runs the rows that the FILTER clause keeps and that are not among `nulls`.
+    fn picked<'a>(&self, runs: &'a Runs, nulls: Option<NullBuffer>) -> Cow<'a, Runs> {
+        // a filter that is NULL keeps nothing
+        let kept = self.keep.as_ref().map(|keep| match keep.nulls() {
+            Some(known) => keep.values() & known.inner(),
+            None => keep.values().clone(),
+        });
+        let valid = nulls.filter(|nulls| nulls.null_count() > 0).map(NullBuffer::into_inner);
+        match (kept, valid) {
+            (None, None) => Cow::Borrowed(runs),
+            (Some(mask), None) | (None, Some(mask)) => Cow::Owned(runs.kept(&mask)),
+            (Some(kept), Some(valid)) => Cow::Owned(runs.kept(&(&kept & &valid))),
+        }
+    }
 }
 
 // IEEE total order as in Arrow's `min` and `max`, where NaN is the greatest.
@@ -207,43 +209,34 @@ impl Column {
         Ok(())
     }
 
-    /// Takes in one of `rows` for each of `slots`, or the first rows in their order; those that the FILTER clause
-    /// refuses do not count.
-    pub(crate) fn update(&mut self, arguments: &Arguments, rows: Option<&[u32]>, slots: &[Slot]) -> Result<()> {
+    /// Takes in a run of rows for each of `slots`; those that the FILTER clause refuses do not count.
+    pub(crate) fn update(&mut self, arguments: &Arguments, slots: &[Slot], runs: &Runs) -> Result<()> {
+        // every aggregate of one argument passes over its NULLs; DataFusion's see to theirs
+        let nulls = match self {
+            Column::Any { .. } => None,
+            _ => arguments.values.first().and_then(|values| values.logical_nulls()),
+        };
+        let runs = arguments.picked(runs, nulls);
+        let floats = || arguments.values[0].as_primitive::<Float64Type>().values();
+        let ints = || arguments.values[0].as_primitive::<Int64Type>().values();
         match self {
-            Column::Count(counts) => {
-                let keep = arguments.keep.as_ref();
-                let nulls = arguments.values.first().and_then(|v| v.logical_nulls()).filter(|n| n.null_count() > 0);
-                if keep.is_none() && nulls.is_none() {
-                    slots.iter().for_each(|&slot| counts[slot as usize] += 1);
-                } else {
-                    for (at, &slot) in slots.iter().enumerate() {
-                        let row = rows.map_or(at, |rows| rows[at] as usize);
-                        let counts_in = nulls.as_ref().is_none_or(|nulls| nulls.is_valid(row)) && kept(keep, row);
-                        counts[slot as usize] += i64::from(counts_in);
-                    }
-                }
-            }
-            Column::SumFloat(v) | Column::AvgFloat(v) => {
-                for_each::<Float64Type>(arguments, rows, slots, |slot, value| v[slot].add(value));
-            }
-            Column::SumInt(v) => for_each::<Int64Type>(arguments, rows, slots, |slot, value| {
-                v[slot].sum += i128::from(value);
-                v[slot].count += 1;
+            Column::Count(v) => slots.iter().zip(runs.iter()).for_each(|(&slot, rows)| {
+                v[slot as usize] += rows.len() as i64;
             }),
-            Column::MinFloat(v) => {
-                for_each::<Float64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, less))
+            Column::SumFloat(v) | Column::AvgFloat(v) => {
+                fold(v, slots, &runs, floats(), Sum::add, |held, count| held.count += count);
             }
+            Column::SumInt(v) => {
+                let add = |held: &mut IntSum, value| held.sum += i128::from(value);
+                fold(v, slots, &runs, ints(), add, |held, count| held.count += count);
+            }
+            Column::MinFloat(v) => fold(v, slots, &runs, floats(), |held, x| pick(held, x, less), uncounted),
             Column::MaxFloat(v) => {
-                for_each::<Float64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| less(b, a)))
+                fold(v, slots, &runs, floats(), |held, x| pick(held, x, |a, b| less(b, a)), uncounted)
             }
-            Column::MinInt(v) => {
-                for_each::<Int64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| a < b))
-            }
-            Column::MaxInt(v) => {
-                for_each::<Int64Type>(arguments, rows, slots, |slot, x| pick(&mut v[slot], x, |a, b| a > b))
-            }
-            Column::Any { groups, .. } => update_any(groups, arguments, rows, slots)?,
+            Column::MinInt(v) => fold(v, slots, &runs, ints(), |held, x| pick(held, x, |a, b| a < b), uncounted),
+            Column::MaxInt(v) => fold(v, slots, &runs, ints(), |held, x| pick(held, x, |a, b| a > b), uncounted),
+            Column::Any { groups, .. } => update_any(groups, arguments, slots, &runs)?,
         }
         Ok(())
     }
@@ -470,22 +463,15 @@ impl Column {
     }
 }
 
-/// Feeds each accumulator its rows in their order, one call for each slot in the batch.
-fn update_any(
-    groups: &mut [Box<dyn Accumulator>],
-    arguments: &Arguments,
-    rows: Option<&[u32]>,
-    slots: &[Slot],
-) -> Result<()> {
-    let row = |at: u32| rows.map_or(at, |rows| rows[at as usize]);
-    let keep = arguments.keep.as_ref();
-    let mut order: Vec<u32> = (0..slots.len() as u32).filter(|&at| kept(keep, row(at) as usize)).collect();
-    order.sort_by_key(|&at| slots[at as usize]); // stable: rows of a slot stay in arrival order
-    for run in order.chunk_by(|&a, &b| slots[a as usize] == slots[b as usize]) {
-        let slot = slots[run[0] as usize] as usize;
-        let rows = UInt32Array::from_iter_values(run.iter().map(|&at| row(at)));
-        let values = arguments.values.iter().map(|v| compute::take(v, &rows, None)).collect::<Result<Vec<_>, _>>()?;
-        groups[slot].update_batch(&values)?;
+/// Feeds each accumulator its rows in their order, one call for each run.
+fn update_any(groups: &mut [Box<dyn Accumulator>], arguments: &Arguments, slots: &[Slot], runs: &Runs) -> Result<()> {
+    let rows = UInt32Array::from(runs.rows.clone());
+    let values = arguments.values.iter().map(|v| compute::take(v, &rows, None)).collect::<Result<Vec<_>, _>>()?;
+    let mut start = 0;
+    for (&slot, rows) in slots.iter().zip(runs.iter()).filter(|(_, rows)| !rows.is_empty()) {
+        let run: Vec<ArrayRef> = values.iter().map(|values| values.slice(start, rows.len())).collect();
+        groups[slot as usize].update_batch(&run)?;
+        start += rows.len();
     }
     Ok(())
 }
@@ -526,7 +512,6 @@ mod tests {
         values[333..].iter().for_each(|&v| right.add(v));
         left.merge(&right);
         assert_eq!(left.value(), whole.value());
-        assert_eq!(left.count, 1000);
     }
 
     fn arguments(values: ArrayRef) -> Arguments {
@@ -539,7 +524,7 @@ mod tests {
             let of = |kind: Kind| {
                 let mut column = kind.column();
                 column.grow(1).unwrap();
-                column.update(&arguments(Arc::new(Float64Array::from(values.to_vec()))), None, &[0, 0, 0]).unwrap();
+                column.update(&arguments(Arc::new(Float64Array::from(values.to_vec()))), &[0], &Runs::one(3)).unwrap();
                 column.evaluate(&[0], &DataType::Float64).unwrap().as_primitive::<Float64Type>().value(0)
             };
             assert_eq!(of(Kind::MinFloat), -2.0);
@@ -552,11 +537,11 @@ mod tests {
         let mut column = Kind::SumInt.column();
         column.grow(1).unwrap();
         let values: ArrayRef = Arc::new(Int64Array::from(vec![i64::MAX, 1]));
-        column.update(&arguments(values), None, &[0, 0]).unwrap();
+        column.update(&arguments(values), &[0], &Runs::one(2)).unwrap();
         let error = column.evaluate(&[0], &DataType::Int64).unwrap_err().to_string();
         assert!(error.contains("integer overflow") && error.contains("9223372036854775808"), "{error}");
         let less: ArrayRef = Arc::new(Int64Array::from(vec![-1]));
-        column.update(&arguments(less), None, &[0]).unwrap();
+        column.update(&arguments(less), &[0], &Runs::one(1)).unwrap();
         assert_eq!(column.evaluate(&[0], &DataType::Int64).unwrap().as_primitive::<Int64Type>().value(0), i64::MAX);
     }
 }

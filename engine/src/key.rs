@@ -1,5 +1,6 @@
 //! Interned keys: the values of the GROUP BY columns become a small number, once.
 
+use crate::runs::{Grouped, Grouper};
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, RecordBatchOptions, StringArray,
     TimestampMicrosecondArray,
@@ -127,9 +128,12 @@ pub(crate) struct KeyTable {
     hashes: Vec<u64>,             // by key
     panes: Vec<u32>,              // by key: how many panes hold it
     free: Vec<KeyId>,
+    pins: u32,         // batches whose keys have to keep their numbers
+    loose: Vec<KeyId>, // let go of meanwhile
     seeds: Seeds,
     long_bytes: usize,
     batch: Vec<Part>, // parts of the batch at hand
+    grouper: Grouper,
 }
 
 impl KeyTable {
@@ -160,9 +164,12 @@ impl KeyTable {
             hashes: Vec::new(),
             panes: Vec::new(),
             free: Vec::new(),
+            pins: 0,
+            loose: Vec::new(),
             seeds: Seeds { builder, first, second },
             long_bytes: 0,
             batch: Vec::new(),
+            grouper: Grouper::default(),
         })
     }
 
@@ -277,8 +284,18 @@ impl KeyTable {
     pub(crate) fn release(&mut self, id: KeyId) {
         let at = id as usize;
         self.panes[at] -= 1;
-        if self.panes[at] == 0 {
-            self.forget(id);
+        match self.pins {
+            _ if self.panes[at] > 0 => {}
+            0 => self.forget(id),
+            _ => self.loose.push(id),
+        }
+    }
+
+    fn unpin(&mut self) {
+        self.pins -= 1;
+        if self.pins == 0 {
+            let loose = std::mem::take(&mut self.loose);
+            self.forget_unheld(&loose);
         }
     }
 
@@ -309,6 +326,7 @@ impl KeyTable {
             self.index = HashTable::new();
             (self.parts, self.long, self.hashes) = (Vec::new(), Vec::new(), Vec::new());
             (self.panes, self.free, self.batch) = (Vec::new(), Vec::new(), Vec::new());
+            self.grouper = Grouper::default();
         }
     }
 
@@ -385,6 +403,7 @@ impl KeyTable {
             + self.long_bytes
             + self.panes.capacity() * 12
             + (self.index.capacity() + self.free.capacity()) * 5
+            + self.grouper.bytes()
     }
 }
 
@@ -434,6 +453,15 @@ impl Keys {
     /// The key of each of `count` rows of `columns`.
     pub(crate) fn intern(&self, columns: &[ArrayRef], count: usize) -> Result<Vec<KeyId>> {
         lock(&self.table).intern(columns, count)
+    }
+
+    /// The rows of a batch by key, all or only `rows`; `ids` has the key of every row.
+    pub(crate) fn group(&self, ids: &[KeyId], rows: Option<&[u32]>) -> Grouped {
+        let KeyTable { grouper, panes, .. } = &mut *lock(&self.table);
+        match rows {
+            None => grouper.group(panes.len(), ids.iter().copied().zip(0..)),
+            Some(rows) => grouper.group(panes.len(), rows.iter().map(|&row| (ids[row as usize], row))),
+        }
     }
 
     /// A pane took the key in.
@@ -511,9 +539,7 @@ impl Interned {
         let mut table = lock(&keys.table);
         let ids = table.intern(columns, count)?;
         let shared = keys.is_shared().then(|| keys.table.clone());
-        if shared.is_some() {
-            ids.iter().for_each(|&id| table.hold(id));
-        }
+        table.pins += u32::from(shared.is_some());
         Ok(Interned { ids, table: shared })
     }
 }
@@ -521,8 +547,7 @@ impl Interned {
 impl Drop for Interned {
     fn drop(&mut self) {
         if let Some(table) = &self.table {
-            let mut table = lock(table);
-            self.ids.iter().for_each(|&id| table.release(id));
+            lock(table).unpin();
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod portfolio; // positions at last prices
 pub mod program; // a metric's SQL as the engine runs it
 pub mod reference; // reference tables, and which version of a row an event sees
 mod rollup; // a metric with a window over the rows of another one
+mod runs; // rows of a batch by key or session
 mod session; // session windows
 mod shared; // what several metrics do alike with one batch
 pub mod window; // how event time is cut, and when windows close

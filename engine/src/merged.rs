@@ -47,6 +47,15 @@ impl Index {
         }
     }
 
+    /// The slots of all keys, in no order.
+    fn slots(&self) -> impl Iterator<Item = Slot> {
+        let (dense, sparse) = match self {
+            Index::Dense(slots) => (Some(slots.iter().copied().filter(|&slot| slot != NONE)), None),
+            Index::Sparse(slots) => (None, Some(slots.values().copied())),
+        };
+        dense.into_iter().flatten().chain(sparse.into_iter().flatten())
+    }
+
     fn remove(&mut self, id: KeyId) {
         match self {
             Index::Dense(slots) => slots[id as usize] = NONE,
@@ -192,18 +201,19 @@ impl Running {
         let within = self.panes.partition_point(|(pane, _)| *pane >= start);
         let limit = within.checked_sub(1).map_or(0, |last| self.panes[last].1);
         // the key's first pane that the window holds: links lead to later panes, whose slots are smaller
-        let resolved = |id: KeyId| {
-            let mut slot = self.front.index.get(id)?;
+        let behind = |mut slot: Slot| {
             while slot != NONE && slot as usize >= limit {
                 slot = self.next[slot as usize];
             }
             Some(slot).filter(|&slot| slot != NONE)
         };
         let (ids, slots): (Vec<KeyId>, Vec<Slot>) = match only {
-            Some(only) => only.iter().filter_map(|&id| Some((id, resolved(id)?))).unzip(),
+            Some(only) => only.iter().filter_map(|&id| Some((id, behind(self.front.index.get(id)?)?))).unzip(),
             None => {
-                let held = self.front.ids[..limit].iter().enumerate().map(|(slot, &id)| (id, slot as Slot));
-                held.filter(|&(id, slot)| resolved(id) == Some(slot)).unzip()
+                // in the order of slots, so that a restart, which makes another index, changes no order of rows
+                let mut slots: Vec<Slot> = self.front.index.slots().filter_map(behind).collect();
+                slots.sort_unstable();
+                (slots.iter().map(|&slot| self.front.ids[slot as usize]).collect(), slots)
             }
         };
         whole.add(&mut self.front.columns, &ids, &slots)?;

@@ -11,6 +11,7 @@ use crate::indicator::{self, Indicator};
 use crate::key::{KeyTable, batch_of};
 use crate::metric::{RestoreError, Rows};
 use crate::program::{Aggregate, Arguments, Program, checked};
+use crate::runs::Runs;
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Float64Array, Float64Builder, Int64Array, ListArray,
     ListBuilder, RecordBatch, UInt32Array, new_empty_array,
@@ -344,7 +345,7 @@ impl Cursor {
                     let arguments = Arguments { values: arguments, keep: keep.map(|mask| mask.as_boolean().clone()) };
                     let mut column = how.column();
                     column.grow(1)?;
-                    column.update(&arguments, None, &vec![0; count])?;
+                    column.update(&arguments, &[0], &Runs::one(count))?;
                     ScalarValue::try_from_array(&column.evaluate(&[0], kind)?, 0)?
                 }
                 (Plan::Running { arguments: places, keep, .. }, Standing::Aggregate(column)) => {
@@ -352,7 +353,7 @@ impl Cursor {
                     let keep = keep.map(one);
                     let values: Vec<ArrayRef> = places.iter().map(|&at| one(at)).collect();
                     let arguments = Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) };
-                    column.update(&arguments, None, &[0])?;
+                    column.update(&arguments, &[0], &Runs::one(1))?;
                     ScalarValue::try_from_array(&column.evaluate(&[0], kind)?, 0)?
                 }
                 (Plan::Lag { ring, offset, default }, _) => {

@@ -4,7 +4,7 @@ use crate::accumulate::{Column, Slot};
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, Keys, batch_of};
 use crate::merged::{Index, Merged, Running};
-use crate::metric::{Frame, Groups, RestoreError, Rows, bounds, check_saved, instant, times};
+use crate::metric::{Frame, Groups, RestoreError, Rows, check_saved, instant, times};
 use crate::program::Program;
 use crate::shared::{Front, Shared};
 use crate::window::Window;
@@ -32,9 +32,10 @@ impl Pane {
     }
 
     /// The slots of keys, which the pane takes in.
-    fn slots(&mut self, ids: impl Iterator<Item = KeyId>, keys: &mut Keys) -> Vec<Slot> {
+    fn slots(&mut self, ids: &[KeyId], keys: &mut Keys) -> Vec<Slot> {
         let slots = ids
-            .map(|id| {
+            .iter()
+            .map(|&id| {
                 let slot = self.state.slot(id);
                 if slot as usize == self.is_changed.len() {
                     keys.hold(id);
@@ -129,7 +130,7 @@ impl Panes {
         let ts = times(batch);
         let mut cuts: Vec<(usize, Micros)> = Vec::new(); // close windows up to here before this row
         let (window, delay, lateness) = (frame.program.window(), frame.timing.max_delay, frame.timing.allowed_lateness);
-        let (lowest, highest) = bounds(ts);
+        let (lowest, highest) = shared.bounds(ts);
         let done = shared.done(frame, batch)?;
         let mut mask = None; // of rows that no window takes any more
         if window.first_end(lowest) <= frontier.max(highest).minus(delay) {
@@ -287,7 +288,8 @@ impl Panes {
 
     fn absorb_front(&mut self, frame: &mut Frame, front: &mut Front, out: &mut Vec<Rows>) -> Result<()> {
         let tops = match frame.program.is_top() {
-            true => self.tops(frame, front.split(frame.program.window().pane()).iter().map(|(start, _)| *start))?,
+            true => self
+                .tops(frame, front.split(&frame.keys, frame.program.window().pane()).iter().map(|(start, _)| *start))?,
             false => Tops::new(),
         };
         let late = self.fill(frame, front)?;
@@ -328,30 +330,24 @@ impl Panes {
             return Ok(late);
         }
         let arguments = front.arguments(&frame.program)?;
-        let split = front.split(frame.program.window().pane());
-        let ids = front.ids();
-        for (start, rows) in split.iter() {
-            let (start, rows) = (*start, rows.as_deref());
-            let count = rows.map_or(ids.len(), <[u32]>::len);
+        let split = front.split(&frame.keys, frame.program.window().pane());
+        for (start, grouped) in split.iter() {
+            let (start, ids) = (*start, &grouped.labels);
             let pane = match self.panes.entry(start) {
                 Entry::Occupied(pane) => pane.into_mut(),
-                Entry::Vacant(empty) => empty.insert(Pane::new(&frame.program, count, frame.keys.bound())),
+                Entry::Vacant(empty) => empty.insert(Pane::new(&frame.program, ids.len(), frame.keys.bound())),
             };
             if self.running.as_ref().is_some_and(|running| start < running.until) {
                 self.running = None; // what it was put together from has changed
             }
             let known = pane.state.ids.len();
-            let mut slots = match rows {
-                None => pane.slots(ids.iter().copied(), &mut frame.keys),
-                Some(rows) => pane.slots(rows.iter().map(|&row| ids[row as usize]), &mut frame.keys),
-            };
+            let mut slots = pane.slots(ids, &mut frame.keys);
             for (column, arguments) in pane.state.columns.iter_mut().zip(&arguments) {
                 column.grow(pane.state.ids.len())?;
-                column.update(arguments, rows, &slots)?;
+                column.update(arguments, &slots, &grouped.runs)?;
             }
             if frame.program.window().first_end(start) <= frame.closed {
                 slots.sort_unstable();
-                slots.dedup();
                 late.insert(start, slots.iter().map(|&s| (pane.state.ids[s as usize], (s as usize) < known)).collect());
             }
         }
@@ -655,7 +651,7 @@ impl Panes {
         let mut row = 0;
         for run in starts.chunk_by(|a, b| a == b) {
             let mut pane = Pane::new(&frame.program, run.len(), frame.keys.bound());
-            pane.slots(ids[row..row + run.len()].iter().copied(), &mut frame.keys);
+            pane.slots(&ids[row..row + run.len()], &mut frame.keys);
             pane.settle();
             load(&mut pane.state.columns, &frame.program, &panes.slice(row, run.len()), 1 + count)?;
             self.panes.insert(Micros(run[0]), pane);

@@ -8,9 +8,10 @@
 use crate::accumulate::{Column, Slot};
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, batch_of};
-use crate::metric::{Frame, Groups, RestoreError, Rows, bounds, check_saved, times};
+use crate::metric::{Frame, Groups, RestoreError, Rows, check_saved, times};
 use crate::panes::{evaluate, load};
 use crate::program::{Arguments, Program};
+use crate::runs::Grouper;
 use crate::shared::Shared;
 use arrow::array::{ArrayRef, AsArray, Int64Array, RecordBatch, TimestampMicrosecondArray};
 use arrow::compute;
@@ -44,6 +45,7 @@ pub(crate) struct Sessions {
     gap: Span,
     all: Vec<Session>, // by slot
     columns: Vec<Column>,
+    grouper: Grouper,
     free: Vec<Slot>,
     newest: Vec<Slot>, // by key: the session that starts last
     due: BTreeSet<(Micros, Slot)>,
@@ -66,6 +68,7 @@ impl Sessions {
             gap,
             all: Vec::new(),
             columns: program.kinds.iter().map(|kind| kind.column()).collect(),
+            grouper: Grouper::default(),
             free: Vec::new(),
             newest: Vec::new(),
             due: BTreeSet::new(),
@@ -90,6 +93,7 @@ impl Sessions {
             + self.all.capacity() * size_of::<Session>()
             + (self.free.capacity() + self.newest.capacity()) * size_of::<Slot>()
             + self.due.len() * 24
+            + self.grouper.bytes()
     }
 
     /// As [`crate::metric::Metric::absorb`].
@@ -104,7 +108,7 @@ impl Sessions {
     ) -> Result<()> {
         let all = times(batch);
         let delay = frame.timing.max_delay;
-        let (lowest, highest) = bounds(all);
+        let (lowest, highest) = shared.bounds(all);
         // only events behind the watermark can meet a session that is final
         let watermarks: Option<Vec<Micros>> = (lowest < frontier.max(highest).minus(delay)).then(|| {
             let before = |seen: &mut Micros, &at: &i64| {
@@ -150,8 +154,10 @@ impl Sessions {
     }
 
     fn take_in(&mut self, pending: &mut Pending, arguments: &[Arguments]) -> Result<()> {
+        let labelled = pending.slots.iter().copied().zip(pending.rows.iter().copied());
+        let grouped = self.grouper.group(self.all.len(), labelled);
         for (column, arguments) in self.columns.iter_mut().zip(arguments) {
-            column.update(arguments, Some(&pending.rows), &pending.slots)?;
+            column.update(arguments, &grouped.labels, &grouped.runs)?;
         }
         pending.rows.clear();
         pending.slots.clear();

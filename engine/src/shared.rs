@@ -4,6 +4,7 @@ use crate::event::{Micros, Span};
 use crate::key::{Interned, KeyId, Keys, WeakTable};
 use crate::metric::{Frame, bounds, times};
 use crate::program::{Arguments, Program};
+use crate::runs::Grouped;
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
 use arrow::compute;
 use datafusion_common::Result;
@@ -12,8 +13,8 @@ use datafusion_physical_expr::expressions::Column;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The rows of each pane, in order of panes; `None` stands for all rows, the usual case.
-pub(crate) type Split = Vec<(Micros, Option<Vec<u32>>)>;
+/// The rows of each pane by key, in order of panes.
+pub(crate) type Split = Vec<(Micros, Grouped)>;
 
 /// Rows that a metric takes in, with what was found out about them.
 pub(crate) struct Front {
@@ -38,12 +39,14 @@ impl Front {
         program.arguments(&self.rows, &mut self.arguments)
     }
 
-    /// The rows by panes of this width.
-    pub(crate) fn split(&mut self, width: Span) -> Arc<Split> {
+    /// The rows by panes of this width; `keys` are those it was made with.
+    pub(crate) fn split(&mut self, keys: &Keys, width: Span) -> Arc<Split> {
         if let Some((_, split)) = self.splits.iter().find(|(known, _)| *known == width) {
             return split.clone();
         }
-        let split = Arc::new(split_by_pane(times(&self.rows), width));
+        let panes = split_by_pane(times(&self.rows), width);
+        let grouped = |(start, rows): (_, Option<Vec<u32>>)| (start, keys.group(self.ids(), rows.as_deref()));
+        let split = Arc::new(panes.into_iter().map(grouped).collect::<Split>());
         self.splits.push((width, split.clone()));
         split
     }
@@ -69,7 +72,10 @@ impl Computed {
 
 /// What was done with one batch so far.
 #[derive(Default)]
-pub(crate) struct Shared(Vec<Done>);
+pub(crate) struct Shared {
+    bounds: Option<(Micros, Micros)>,
+    done: Vec<Done>,
+}
 
 /// The same for metrics with one WHERE and one table of keys, and so over the same columns.
 pub(crate) struct Done {
@@ -81,19 +87,24 @@ pub(crate) struct Done {
 }
 
 impl Shared {
+    /// The earliest and latest of the batch's event times.
+    pub(crate) fn bounds(&mut self, ts: &[i64]) -> (Micros, Micros) {
+        *self.bounds.get_or_insert_with(|| bounds(ts))
+    }
+
     /// What was done with `batch` for metrics like this one.
     pub(crate) fn done(&mut self, frame: &Frame, batch: &RecordBatch) -> Result<&mut Done> {
         let (program, keys) = (&frame.program, &frame.keys);
         let filter = &program.parts.filter;
-        let at = match self.0.iter().position(|done| keys.are_of(&done.table) && done.filter == *filter) {
+        let at = match self.done.iter().position(|done| keys.are_of(&done.table) && done.filter == *filter) {
             Some(at) => at,
             None => {
                 let (table, filter, keep) = (keys.table(), filter.clone(), program.selected(batch)?);
-                self.0.push(Done { table, filter, keep, front: None });
-                self.0.len() - 1
+                self.done.push(Done { table, filter, keep, front: None });
+                self.done.len() - 1
             }
         };
-        Ok(&mut self.0[at])
+        Ok(&mut self.done[at])
     }
 }
 
@@ -111,7 +122,8 @@ impl Done {
     }
 }
 
-fn split_by_pane(ts: &[i64], width: Span) -> Split {
+/// The rows of each pane, in order of panes; `None` stands for all rows, the usual case.
+fn split_by_pane(ts: &[i64], width: Span) -> Vec<(Micros, Option<Vec<u32>>)> {
     let (low, high) = bounds(ts);
     let first = low.pane_start(width);
     if high.pane_start(width) == first {

@@ -26,7 +26,7 @@ use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use axum::http::StatusCode;
 use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
-use engine::event::WorkspaceId;
+use engine::event::{ItemName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
 use parking_lot::{Mutex, RwLock};
@@ -391,6 +391,10 @@ fn custom(name: &str, value: &str) -> String {
 }
 
 impl Outlet for Hub {
+    fn is_followed(&self, workspace: &WorkspaceId, metric: &ItemName) -> bool {
+        !self.listening(workspace, Topic::Metric(metric.clone())).is_empty()
+    }
+
     fn publish(&self, update: Update) {
         let Update { workspace, what } = update;
         self.sweep(Instant::now());

@@ -49,14 +49,16 @@ const RESERVED: [&str; 4] = ["window_start", "window_end", "final", "revision"];
 /// Plans metrics, each distinct text over one schema once for the whole process.
 #[derive(Default)]
 pub struct Planner {
-    programs: Mutex<HashMap<(String, Vec<usize>), Planned>>,
+    /// By text.
+    programs: Mutex<HashMap<String, Vec<Planned>>>,
 }
 
 /// A program that some workspace still runs.
+#[derive(Clone)]
 struct Planned {
     program: Weak<Program>,
-    /// Kept so that their addresses, which are part of the key, are not used again.
-    _inputs: Vec<SchemaRef>,
+    /// The names in FROM and what they stood for.
+    inputs: Vec<(StreamName, SchemaRef)>,
 }
 
 impl Planner {
@@ -66,6 +68,9 @@ impl Planner {
         sql: &str,
         source: impl Fn(&StreamName) -> Option<S>,
     ) -> Result<Arc<Program>, SqlError> {
+        if let Some(known) = self.known(sql, &source) {
+            return Ok(known);
+        }
         text::deep(self.planned(sql, source)).await
     }
 
@@ -97,10 +102,7 @@ impl Planner {
                 .help("the time of a row is called so: define that metric with another name for its column"));
         }
         let inputs: Vec<SchemaRef> = sources.iter().map(Source::columns).collect();
-        let key = (sql.to_owned(), inputs.iter().map(|input| Arc::as_ptr(input) as usize).collect());
-        if let Some(known) = self.programs.lock().get(&key).and_then(|known| known.program.upgrade()) {
-            return Ok(known);
-        }
+        let named: Vec<StreamName> = named.iter().map(|(name, _)| (*name).clone()).collect();
         let program = Arc::new(match (metric, &sources[0]) {
             (Parsed::Windows(metric), Source::Stream(_)) => metric.program(sql, inputs.clone()).await?,
             (Parsed::Windows(metric), Source::Metric(_)) if matches!(metric.window, Window::Session { .. }) => {
@@ -115,9 +117,24 @@ impl Planner {
             (Parsed::Rows(rows), Source::Stream(_)) => return Err(unknown(&rows.upstream).at(rows.upstream_at)),
         });
         let mut programs = self.programs.lock();
-        programs.retain(|_, known| known.program.strong_count() > 0);
-        programs.insert(key, Planned { program: Arc::downgrade(&program), _inputs: inputs });
+        programs.retain(|_, known| {
+            known.retain(|planned| planned.program.strong_count() > 0);
+            !known.is_empty()
+        });
+        let planned = Planned { program: Arc::downgrade(&program), inputs: named.into_iter().zip(inputs).collect() };
+        programs.entry(sql.to_owned()).or_default().push(planned);
         Ok(program)
+    }
+
+    /// The program of a text that was planned when the names in it stood for the same: nothing is parsed again.
+    fn known<S: Into<Source>>(&self, sql: &str, source: &impl Fn(&StreamName) -> Option<S>) -> Option<Arc<Program>> {
+        let known = self.programs.lock().get(sql)?.clone();
+        known.into_iter().find_map(|planned| {
+            let is_same = |(name, input): &(StreamName, SchemaRef)| {
+                source(name).is_some_and(|source| Arc::ptr_eq(&source.into().columns(), input))
+            };
+            planned.program.upgrade().filter(|_| planned.inputs.iter().all(is_same))
+        })
     }
 }
 
