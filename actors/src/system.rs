@@ -1575,13 +1575,12 @@ async fn catch_up(system: Weak<Inner>, behind: Vec<Arc<Tenant>>) {
 
 /// Reads the charts that were looked at most when the last process ended.
 async fn warm(system: Weak<Inner>) {
-    let Some(system) = system.upgrade().map(System) else { return };
-    let looked_at = system.store().meta(LOOKED_AT).await.ok().flatten();
+    // not the system itself, which may end meanwhile
+    let Some(store) = system.upgrade().map(|inner| inner.deps.store.clone()) else { return };
+    let looked_at = store.meta(LOOKED_AT).await.ok().flatten();
     let looked_at: Option<Vec<(WorkspaceId, ItemName)>> = looked_at.and_then(|text| serde_json::from_str(&text).ok());
-    let weak = Arc::downgrade(&system.0);
-    drop(system);
     for (id, metric) in looked_at.into_iter().flatten() {
-        let Some(system) = weak.upgrade().map(System) else { return };
+        let Some(system) = system.upgrade().map(System) else { return };
         // what is not there any more needs no reading
         let Ok((program, _, Some(frontier))) = system.live_rows(&id, &metric).await else { continue };
         let back = Span(program.window().slide().0.saturating_mul(CHART));
