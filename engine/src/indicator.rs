@@ -52,14 +52,24 @@ pub enum Indicator {
     RealizedVolatility { n: usize },
     /// `zscore(x, n)`: how many population standard deviations x is above the mean of the last n observations, its own
     /// among them. NULL where they are all equal.
+    ///
+    /// Source: NIST/SEMATECH, "e-Handbook of Statistical Methods" (2012), 1.3.5.17.
     Zscore { n: usize },
-    /// `pct_change(x, n)`: `x / x n observations before − 1`, a fraction (0.01 is one percent).
+    /// `pct_change(x, n)`: `x / x n observations before − 1`, a fraction (0.01 is one percent): the simple return.
+    ///
+    /// Source: J. Y. Campbell, A. W. Lo, A. C. MacKinlay, "The Econometrics of Financial Markets" (1997), section 1.4.
     PctChange { n: usize },
     /// `drawdown(x)`: `x / greatest x so far − 1`, a fraction from 0 down to −1, of a value above zero such as a price
     /// or an account. Its minimum is the maximum drawdown.
     ///
     /// Source: M. Magdon-Ismail, A. Atiya, "Maximum Drawdown", Risk 17 (2004).
     Drawdown,
+    /// `retention(x)`: `x / first x`, a fraction: of a cohort's users in each period, partitioned by cohort, the share
+    /// that is still there (the survivor function). NULL where the first was zero.
+    ///
+    /// Source: P. S. Fader, B. G. S. Hardie, "How to Project Customer Retention", Journal of Interactive Marketing 21
+    /// (2007).
+    Retention,
     /// `rate(x, ts)`: growth of a counter per second, from the observation before to this one. A counter that fell was
     /// reset to zero in between, so the growth is then x itself. NULL where time did not go on.
     ///
@@ -78,7 +88,7 @@ pub struct Signature {
 }
 
 /// Every indicator there is.
-pub const SIGNATURES: [Signature; 14] = [
+pub const SIGNATURES: [Signature; 15] = [
     Signature { name: "ema", values: 1, parameters: (1, 1), usage: "ema(x, n)" },
     Signature { name: "rsi", values: 1, parameters: (1, 1), usage: "rsi(x, n)" },
     Signature { name: "macd", values: 1, parameters: (2, 3), usage: "macd(x, fast, slow)" },
@@ -92,6 +102,7 @@ pub const SIGNATURES: [Signature; 14] = [
     Signature { name: "zscore", values: 1, parameters: (1, 1), usage: "zscore(x, n)" },
     Signature { name: "pct_change", values: 1, parameters: (0, 1), usage: "pct_change(x[, n])" },
     Signature { name: "drawdown", values: 1, parameters: (0, 0), usage: "drawdown(x)" },
+    Signature { name: "retention", values: 1, parameters: (0, 0), usage: "retention(x)" },
     Signature { name: "rate", values: 2, parameters: (0, 0), usage: "rate(x)" },
 ];
 
@@ -160,6 +171,7 @@ impl Indicator {
             "zscore" => Indicator::Zscore { n: length(0, 1)? },
             "pct_change" => Indicator::PctChange { n: length(0, 1)? },
             "drawdown" => Indicator::Drawdown,
+            "retention" => Indicator::Retention,
             "rate" => Indicator::Rate,
             other => return Err(IndicatorError::Unknown(other.to_owned())),
         })
@@ -201,7 +213,7 @@ impl Smoothed {
 pub struct Running {
     indicator: Indicator,
     smoothed: [Smoothed; 3],
-    /// The observation before, or the greatest so far (drawdown), or the close before (atr).
+    /// The observation before, the greatest so far (drawdown), the first (retention), or the close before (atr).
     before: Option<f64>,
     /// When the observation before was.
     before_at: f64,
@@ -278,6 +290,7 @@ impl Running {
                 self.before = Some(peak);
                 Some(x / peak - 1.0)
             }
+            Indicator::Retention => Some(x / *self.before.get_or_insert(x)),
             Indicator::Rate => {
                 let elapsed = (second - std::mem::replace(&mut self.before_at, second)) / 1e6;
                 let before = self.before.replace(x)?;
@@ -325,5 +338,19 @@ impl Running {
     /// Bytes on the heap.
     pub(crate) fn bytes(&self) -> usize {
         self.recent.capacity() * 8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_is_the_share_of_the_first() {
+        let mut running = Running::new(Indicator::new("retention", &[]).unwrap());
+        let shares: Vec<_> = [Some(40.0), Some(10.0), None, Some(20.0)].map(|x| running.push(&[x])).into();
+        assert_eq!(shares, [Some(1.0), Some(0.25), None, Some(0.5)]);
+        let mut of_none = Running::new(Indicator::Retention);
+        assert_eq!([Some(0.0), Some(3.0)].map(|x| of_none.push(&[x])), [None, None]);
     }
 }
