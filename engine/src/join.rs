@@ -5,6 +5,13 @@
 //! Two streams: a pair counts when both events are there before the left one's window is beyond its allowed lateness,
 //! by the watermark of the joined rows, which follows the slower stream. So whether a pair counts depends on the order
 //! of the log alone, as for a metric over one stream.
+//!
+//! A left join lets a left event go without a match once the watermark says that none will come. Where one comes after
+//! all, the pane of the left event is computed anew from the events of both streams, which are kept for the allowed
+//! lateness anyway, and corrects final rows like any late event. Tables that are joined too are then seen as they are
+//! known by then. Sessions have no panes, and an open one outlives the events that began it. So there a right event is
+//! late as a whole when it matches a left one that went without a match: it makes no pair and is a dead letter, and the
+//! rows are those of the other events.
 
 use crate::event::{Micros, Span, StreamName};
 use crate::key::{KeyId, KeyTable, batch_of};
@@ -13,6 +20,7 @@ use crate::metric::{Metric, RestoreError, Rows, Timing, times};
 use crate::program::Program;
 use crate::reference::{Tables, evaluate};
 use crate::shared::Shared;
+use crate::window::Window;
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int64Array, NullArray, RecordBatch, UInt32Array, new_null_array,
 };
@@ -25,6 +33,7 @@ use datafusion_physical_expr::utils::collect_columns;
 use hashbrown::{HashMap, HashSet};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What becomes of a row of the left side without a match.
@@ -82,7 +91,8 @@ impl Near {
         }
     }
 
-    /// Left events before this have all their matches once the watermark of joined rows is at `watermark`.
+    /// Left events before this have all their matches, but for late ones, once the watermark of joined rows is at
+    /// `watermark`.
     fn settled(self, watermark: Micros) -> Micros {
         match self {
             Near::Window { size } => watermark.pane_start(size),
@@ -521,11 +531,21 @@ fn absorb_with_tables(
 const LEFT: usize = 0;
 const RIGHT: usize = 1;
 
-/// An event that waits for its matches.
+/// An event that is kept for its matches.
 struct Stored {
     ts: Micros,
-    matched: bool,
+    fate: Fate,
     row: Box<[u8]>,
+}
+
+/// What became of an event so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It is in no joined row.
+    Waiting,
+    /// Of a left join: it went into the metric without a match.
+    Alone,
+    Matched,
 }
 
 /// The events of one stream that may still be part of a pair.
@@ -564,17 +584,18 @@ impl Side {
     }
 
     /// The events of a key from `first` to `last`, each with its place among those of the key.
-    fn between(&mut self, id: KeyId, (first, last): (Micros, Micros)) -> impl Iterator<Item = (usize, &mut Stored)> {
-        self.rows.get_mut(&id).into_iter().flat_map(move |rows| {
-            let from = rows.partition_point(|stored| stored.ts < first);
-            let to = rows.partition_point(|stored| stored.ts <= last).max(from);
-            rows.range_mut(from..to).enumerate().map(move |(at, stored)| (from + at, stored))
+    fn between(&self, id: KeyId, range: (Micros, Micros)) -> impl Iterator<Item = (usize, &Stored)> {
+        self.rows.get(&id).into_iter().flat_map(move |rows| {
+            let places = places(rows, range);
+            places.clone().zip(rows.range(places))
         })
     }
 
-    fn forget(&mut self, stored: &Stored) {
-        self.count -= 1;
-        self.bytes -= stored.row.len() + STORED_BYTES;
+    fn between_mut(&mut self, id: KeyId, range: (Micros, Micros)) -> impl Iterator<Item = (usize, &mut Stored)> {
+        self.rows.get_mut(&id).into_iter().flat_map(move |rows| {
+            let places = places(rows, range);
+            places.clone().zip(rows.range_mut(places))
+        })
     }
 
     /// The columns of `rows` among those of the side; what is not kept is NULL.
@@ -587,6 +608,12 @@ impl Side {
         }
         Ok(columns)
     }
+}
+
+/// Where the events from `first` to `last` stand.
+fn places(rows: &VecDeque<Stored>, (first, last): (Micros, Micros)) -> Range<usize> {
+    let from = rows.partition_point(|stored| stored.ts < first);
+    from..rows.partition_point(|stored| stored.ts <= last).max(from)
 }
 
 /// The state of a join of two streams.
@@ -627,6 +654,33 @@ impl Pairs {
     fn push_alone(&mut self, row: usize) {
         self.came.push(row as u32);
         self.waited.push(None);
+    }
+}
+
+/// Panes that are wrong since matches came for left events that had gone without one.
+#[derive(Default)]
+struct Wrong {
+    panes: BTreeSet<Micros>,
+    /// Joined rows that belong into these panes and were not given to the metric.
+    missing: Vec<RecordBatch>,
+    /// Left events that are in these panes without a match.
+    alone: Vec<Box<[u8]>>,
+}
+
+impl Wrong {
+    fn missing_rows(&self) -> usize {
+        self.missing.iter().map(RecordBatch::num_rows).sum()
+    }
+
+    /// Keeps those of `rows` that are in a wrong pane, and gives the others back.
+    fn take_from(&mut self, rows: RecordBatch, width: Span) -> Result<RecordBatch> {
+        if self.panes.is_empty() {
+            return Ok(rows);
+        }
+        let is_missing = |&at: &i64| Some(self.panes.contains(&Micros(at).pane_start(width)));
+        let is_missing: BooleanArray = times(&rows).iter().map(is_missing).collect();
+        self.missing.push(compute::filter_record_batch(&rows, &is_missing)?);
+        Ok(compute::filter_record_batch(&rows, &compute::not(&is_missing)?)?)
     }
 }
 
@@ -721,11 +775,12 @@ impl StreamJoin {
         }
         let mut from = 0;
         for (row, watermark) in cuts {
-            self.absorb_part(metric, side, &events, &keep, from..row, around.tables, out)?;
+            self.absorb_part(metric, (side, &events), &keep, from..row, around.tables, out, dropped)?;
             self.advance(metric, watermark, around.tables, out)?;
             from = row;
         }
-        self.absorb_part(metric, side, &events, &keep, from..events.num_rows(), around.tables, out)?;
+        let rest = from..events.num_rows();
+        self.absorb_part(metric, (side, &events), &keep, rest, around.tables, out, dropped)?;
         let watermark = near.frontier(seen[LEFT], seen[RIGHT]).minus(timing.max_delay);
         self.advance(metric, watermark, around.tables, out)
     }
@@ -734,18 +789,18 @@ impl StreamJoin {
     fn absorb_part(
         &mut self,
         metric: &mut Metric,
-        side: usize,
-        events: &RecordBatch,
+        (side, events): (usize, &RecordBatch),
         keep: &[bool],
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         tables: &Tables,
         out: &mut Vec<Rows>,
+        dropped: &mut Vec<u32>,
     ) -> Result<()> {
         let chosen: Vec<u32> = rows.filter(|&row| keep[row]).map(|row| row as u32).collect();
         if chosen.is_empty() {
             return Ok(());
         }
-        let events = compute::take_record_batch(events, &UInt32Array::from(chosen))?;
+        let events = compute::take_record_batch(events, &UInt32Array::from(chosen.clone()))?;
         let program = self.program.clone();
         let joins = program.joins().expect("a join has its program");
         let (step, near) = (&joins.steps[0], joins.steps[0].near.expect("the first step joins a stream"));
@@ -757,9 +812,11 @@ impl StreamJoin {
         let encoded = self.sides[side].converter.convert_columns(&kept)?;
         let settled = near.settled(metric.closed());
         let pane = program.window().pane();
-        let mut pairs = Pairs::default();
+        let is_session = matches!(program.window(), Window::Session { .. });
+        let keeps_whole_panes = self.corrects_panes(metric.timing());
+        let (mut pairs, mut wrong) = (Pairs::default(), Wrong::default());
         let mut unheld: Vec<KeyId> = Vec::new();
-        let emitted = self.emitted;
+        let mut matches = 0;
         for row in 0..events.num_rows() {
             let id = ids.next().expect("a key for each row");
             let at = Micros(ts[row]);
@@ -767,40 +824,132 @@ impl StreamJoin {
                 // NULL equals nothing
                 if side == LEFT && step.kind == JoinKind::Left {
                     pairs.push_alone(row);
+                    if keeps_whole_panes {
+                        let stored = Stored { ts: at, fate: Fate::Alone, row: encoded.row(row).as_ref().into() };
+                        self.sides[LEFT].add(id, stored, at.pane_start(pane), &mut self.keys);
+                    }
                 }
                 unheld.push(id);
                 continue;
             }
             let range = if side == LEFT { near.right_of(at) } else { near.left_of(at) };
-            let mut matched = false;
-            for (place, other) in self.sides[1 - side].between(id, range) {
-                (matched, other.matched) = (true, true);
-                pairs.push(row, id, place, other);
+            let others = &mut self.sides[1 - side];
+            if is_session && others.between(id, range).any(|(_, other)| other.fate == Fate::Alone) {
+                dropped.push(chosen[row]);
+                unheld.push(id);
+                continue;
             }
+            let mut fate = Fate::Waiting;
+            for (place, other) in others.between_mut(id, range) {
+                pairs.push(row, id, place, other);
+                if other.fate == Fate::Alone {
+                    wrong.panes.insert(other.ts.pane_start(pane));
+                    wrong.alone.push(other.row.clone());
+                }
+                (fate, other.fate) = (Fate::Matched, Fate::Matched);
+            }
+            if side == LEFT && step.kind == JoinKind::Left && fate == Fate::Waiting {
+                if at < settled {
+                    pairs.push_alone(row);
+                    fate = Fate::Alone;
+                } else {
+                    self.waiting.insert((at, id));
+                }
+            }
+            let last = if side == LEFT { at } else { near.left_of(at).1 };
+            let stored = Stored { ts: at, fate, row: encoded.row(row).as_ref().into() };
+            self.sides[side].add(id, stored, last.pane_start(pane), &mut self.keys);
             if pairs.came.len() >= PAIRS_AT_ONCE {
-                self.emit_pairs(metric, side, &events, std::mem::take(&mut pairs), tables, out)?;
+                let rows = self.joined_pairs(side, events.columns(), std::mem::take(&mut pairs), tables)?;
+                matches += rows.num_rows();
+                self.give(metric, &wrong.take_from(rows, pane)?, out)?;
+                if wrong.missing_rows() >= PAIRS_AT_ONCE {
+                    self.correct(metric, std::mem::take(&mut wrong), tables, out)?;
+                }
                 self.check(metric)?;
-                if self.emitted - emitted > MATCHES_MOST * events.num_rows().max(ROWS_AT_ONCE) {
+                if matches > MATCHES_MOST * events.num_rows().max(ROWS_AT_ONCE) {
                     return exec_err!(
                         "the events of a batch have more than {MATCHES_MOST} matches each in the other stream; compare \
                          more columns in ON or narrow the band of time"
                     );
                 }
             }
-            if side == LEFT && step.kind == JoinKind::Left && !matched {
-                if at < settled {
-                    pairs.push_alone(row);
-                    unheld.push(id);
-                    continue;
-                }
-                self.waiting.insert((at, id));
-            }
-            let last = if side == LEFT { at } else { near.left_of(at).1 };
-            let stored = Stored { ts: at, matched, row: encoded.row(row).as_ref().into() };
-            self.sides[side].add(id, stored, last.pane_start(pane), &mut self.keys);
         }
         self.keys.forget_unheld(&unheld);
-        self.emit_pairs(metric, side, &events, pairs, tables, out)
+        if !pairs.came.is_empty() {
+            let rows = self.joined_pairs(side, events.columns(), pairs, tables)?;
+            self.give(metric, &wrong.take_from(rows, pane)?, out)?;
+        }
+        self.correct(metric, wrong, tables, out)
+    }
+
+    /// Whether panes are computed anew where a match comes for a left event that went without one.
+    fn corrects_panes(&self, timing: Timing) -> bool {
+        let (step, near) = self.step();
+        // a left event in the same window waits for the window's end, and without lateness nothing comes after that
+        let comes_after = matches!(near, Near::Band { .. }) || timing.allowed_lateness > Span::ZERO;
+        step.kind == JoinKind::Left && comes_after && !matches!(self.program.window(), Window::Session { .. })
+    }
+
+    /// Computes wrong panes anew, and corrects the final rows of the keys whose joined rows came or went.
+    fn correct(&mut self, metric: &mut Metric, wrong: Wrong, tables: &Tables, out: &mut Vec<Rows>) -> Result<()> {
+        if wrong.panes.is_empty() {
+            return Ok(());
+        }
+        let program = self.program.clone();
+        let joins = program.joins().expect("a join has its program");
+        let width = program.window().pane();
+        let gone = self.joined_alone(&wrong.alone, tables)?;
+        let changed = compute::concat_batches(&joins.pruned, wrong.missing.iter().chain([&gone]))?;
+        let changed = match program.selected(&changed)? {
+            Some(keep) => compute::filter_record_batch(&changed, &keep)?,
+            None => changed,
+        };
+        let mut by_pane: BTreeMap<Micros, Vec<u32>> = BTreeMap::new();
+        for (row, &at) in times(&changed).iter().enumerate() {
+            by_pane.entry(Micros(at).pane_start(width)).or_default().push(row as u32);
+        }
+        for (pane, rows) in by_pane {
+            let before = metric.take_out(pane)?;
+            self.refill(metric, pane, tables)?;
+            let rows = compute::take_record_batch(&changed, &UInt32Array::from(rows))?;
+            metric.correct(pane, before, &rows, out)?;
+            self.check(metric)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the metric all joined rows of one pane.
+    fn refill(&mut self, metric: &mut Metric, pane: Micros, tables: &Tables) -> Result<()> {
+        let near = self.step().1;
+        let last = pane.plus(self.program.window().pane()).minus(Span(1));
+        let left = &self.sides[LEFT];
+        let keys = left.panes.get(&pane).into_iter().flatten();
+        let events = keys.flat_map(|&id| left.between(id, (pane, last)).map(move |(_, event)| (id, event)));
+        let mut events: Vec<(KeyId, &Stored)> = events.filter(|(_, event)| event.fate != Fate::Waiting).collect();
+        // an order that a restart, which numbers the keys anew, does not change
+        events.sort_by(|(_, a), (_, b)| (a.ts, &a.row).cmp(&(b.ts, &b.row)));
+        let (mut pairs, mut came) = (Pairs::default(), Vec::new());
+        let mut count = 0;
+        for (at, (id, event)) in events.iter().enumerate() {
+            let row = came.len();
+            came.push(event.row.clone());
+            match event.fate {
+                Fate::Matched => {
+                    let matches = self.sides[RIGHT].between(*id, near.right_of(event.ts));
+                    matches.for_each(|(place, other)| pairs.push(row, *id, place, other));
+                }
+                _ => pairs.push_alone(row),
+            }
+            if pairs.came.len() >= PAIRS_AT_ONCE || at + 1 == events.len() {
+                let columns = self.decode(LEFT, &std::mem::take(&mut came))?;
+                let rows = self.joined_pairs(LEFT, &columns, std::mem::take(&mut pairs), tables)?;
+                count += rows.num_rows();
+                metric.take(&rows)?;
+            }
+        }
+        self.emitted += count;
+        Ok(())
     }
 
     /// Stops in the middle of a batch whose pairs fill the metric beyond its bound.
@@ -812,23 +961,26 @@ impl StreamJoin {
         }
     }
 
-    fn emit_pairs(
-        &mut self,
-        metric: &mut Metric,
-        side: usize,
-        events: &RecordBatch,
-        pairs: Pairs,
-        tables: &Tables,
-        out: &mut Vec<Rows>,
-    ) -> Result<()> {
+    /// Pairs as joined rows; `events` are the columns of those that came.
+    fn joined_pairs(&self, side: usize, events: &[ArrayRef], pairs: Pairs, tables: &Tables) -> Result<RecordBatch> {
         let Pairs { came, waited, found, .. } = pairs;
         let count = came.len();
-        let width = self.schema_of(1 - side).fields().len();
-        let mine = take_all(events.columns(), &came.into())?;
-        let other = self.sides[1 - side].decode(found.iter().map(|row| &row[..]), found.len(), width)?;
-        let other = take_all(&other, &UInt32Array::from(waited))?;
+        let mine = take_all(events, &came.into())?;
+        let other = take_all(&self.decode(1 - side, &found)?, &UInt32Array::from(waited))?;
         let (left, right) = if side == LEFT { (mine, other) } else { (other, mine) };
-        self.emit(metric, left, right, count, tables, out)
+        self.joined(left, right, count, tables)
+    }
+
+    /// Left events as joined rows without a match.
+    fn joined_alone(&self, rows: &[Box<[u8]>], tables: &Tables) -> Result<RecordBatch> {
+        let right = take_all(&self.decode(RIGHT, &[])?, &UInt32Array::new_null(rows.len()))?;
+        self.joined(self.decode(LEFT, rows)?, right, rows.len(), tables)
+    }
+
+    /// The columns of kept events of one of the two streams.
+    fn decode(&self, side: usize, rows: &[Box<[u8]>]) -> Result<Vec<ArrayRef>> {
+        let width = self.schema_of(side).fields().len();
+        self.sides[side].decode(rows.iter().map(|row| &row[..]), rows.len(), width)
     }
 
     /// The columns of one of the two streams.
@@ -837,73 +989,53 @@ impl StreamJoin {
         if side == LEFT { &joins.stream } else { &joins.steps[0].right }
     }
 
-    /// Pairs become joined rows and go into the metric.
-    fn emit(
-        &mut self,
-        metric: &mut Metric,
-        left: Vec<ArrayRef>,
-        right: Vec<ArrayRef>,
-        count: usize,
-        tables: &Tables,
-        out: &mut Vec<Rows>,
-    ) -> Result<()> {
-        if count == 0 {
-            return Ok(());
-        }
-        let program = self.program.clone();
-        let joins = program.joins().expect("a join has its program");
+    /// Joined rows, with the tables, in order of event time.
+    fn joined(&self, left: Vec<ArrayRef>, right: Vec<ArrayRef>, count: usize, tables: &Tables) -> Result<RecordBatch> {
+        let joins = self.program.joins().expect("a join has its program");
         let columns = left.into_iter().chain([nothing(count), nothing(count)]).chain(right);
         let columns = columns.enumerate().map(|(at, column)| if joins.needed[at] { column } else { nothing(count) });
         let mut columns: Vec<ArrayRef> = columns.collect();
-        // in order of event time, so that no pair makes another one late
         let ts = columns[0].as_primitive::<TimestampMicrosecondType>().values();
         if !ts.is_sorted() {
             let mut order: Vec<u32> = (0..count as u32).collect();
             order.sort_by_key(|&row| ts[row as usize]);
             columns = take_all(&columns, &order.into())?;
         }
-        let rows = Wide::new(columns, count);
-        let (rows, _) = joins.join_tables(rows, 1, tables)?.finish(joins)?;
+        let (rows, _) = joins.join_tables(Wide::new(columns, count), 1, tables)?.finish(joins)?;
+        Ok(rows)
+    }
+
+    /// Joined rows go into the metric; in order of event time, so that no pair makes another one late.
+    fn give(&mut self, metric: &mut Metric, rows: &RecordBatch, out: &mut Vec<Rows>) -> Result<()> {
+        if rows.num_rows() == 0 {
+            return Ok(());
+        }
         self.emitted += rows.num_rows();
         let frontier = metric.closed().plus(metric.timing().max_delay);
         // pairs with an event whose window is past its lateness count no more
-        metric.absorb(&rows, frontier, &mut Shared::default(), out, &mut Vec::new())
+        metric.absorb(rows, frontier, &mut Shared::default(), out, &mut Vec::new())
     }
 
-    /// The watermark of joined rows moves on: left events that no match can come for become rows, windows close, and
+    /// The watermark of joined rows moves on: left events that no match is expected for become rows, windows close, and
     /// events that can be part of no pair any more are forgotten.
     fn advance(&mut self, metric: &mut Metric, watermark: Micros, tables: &Tables, out: &mut Vec<Rows>) -> Result<()> {
         if watermark <= metric.closed() {
             return Ok(());
         }
-        let (step, near) = self.step();
-        let width = step.right.fields().len();
-        let settled = near.settled(watermark);
-        let mut alone: Vec<Stored> = Vec::new();
+        let settled = self.step().1.settled(watermark);
+        let mut alone: Vec<Box<[u8]>> = Vec::new();
         while let Some(&(ts, id)) = self.waiting.first().filter(|(ts, _)| *ts < settled) {
             self.waiting.remove(&(ts, id));
-            let Some(rows) = self.sides[LEFT].rows.get_mut(&id) else { continue };
-            let mut at = rows.partition_point(|stored| stored.ts < ts);
-            while rows.get(at).is_some_and(|stored| stored.ts == ts) {
-                match rows[at].matched {
-                    true => at += 1,
-                    false => alone.extend(rows.remove(at)),
+            for (_, stored) in self.sides[LEFT].between_mut(id, (ts, ts)) {
+                if stored.fate == Fate::Waiting {
+                    stored.fate = Fate::Alone;
+                    alone.push(stored.row.clone());
                 }
-            }
-            if rows.is_empty() {
-                self.sides[LEFT].rows.remove(&id);
-                self.keys.release(id);
             }
         }
         if !alone.is_empty() {
-            alone.iter().for_each(|stored| self.sides[LEFT].forget(stored));
-            let fields = self.program.joins().expect("a join has its program").stream.fields().len();
-            let left = self.sides[LEFT].decode(alone.iter().map(|stored| &stored.row[..]), alone.len(), fields)?;
-            let right = take_all(
-                &self.sides[RIGHT].decode(std::iter::empty(), 0, width)?,
-                &UInt32Array::new_null(alone.len()),
-            )?;
-            self.emit(metric, left, right, alone.len(), tables, out)?;
+            let rows = self.joined_alone(&alone, tables)?;
+            self.give(metric, &rows, out)?;
         }
         metric.advance(watermark, out)?;
         self.expire(metric, watermark);
@@ -937,27 +1069,38 @@ impl StreamJoin {
         }
     }
 
-    /// The waiting events of both sides: `ts`, `matched`, and the columns kept.
+    /// The events of both sides: `ts`, `matched`, of the left side of a left join `alone`, and the columns kept.
+    ///
+    /// State without `alone` is older and lacks the events that went without a match: it is not read but made again.
     fn save(&self) -> Result<[RecordBatch; 2]> {
-        let joins = self.program.joins().expect("a join has its program");
-        let schemas = [&joins.stream, &joins.steps[0].right];
-        let batch = |side: &Side, schema: &SchemaRef| -> Result<RecordBatch> {
+        let batch = |at: usize| -> Result<RecordBatch> {
+            let (side, schema) = (&self.sides[at], self.schema_of(at));
             let mut ids: Vec<&KeyId> = side.rows.keys().collect();
             ids.sort_unstable();
             let rows: Vec<&Stored> = ids.iter().flat_map(|id| &side.rows[*id]).collect();
             let parser = side.converter.parser();
             let kept = side.converter.convert_rows(rows.iter().map(|stored| parser.parse(&stored.row)))?;
             let own = side.places.iter().map(|&at| Arc::new(schema.field(at).clone().with_nullable(true)));
-            let beside = [Field::new("ts", DataType::Int64, false), Field::new("matched", DataType::Boolean, false)];
-            let fields: Vec<FieldRef> = beside.into_iter().map(Arc::new).chain(own).collect();
-            let mut columns: Vec<ArrayRef> = vec![
-                Arc::new(Int64Array::from_iter_values(rows.iter().map(|stored| stored.ts.0))),
-                Arc::new(rows.iter().map(|stored| Some(stored.matched)).collect::<BooleanArray>()),
-            ];
-            columns.extend(kept);
+            let fields: Vec<FieldRef> = self.beside(at).into_iter().map(Arc::new).chain(own).collect();
+            let of_fate = |fate: Fate| -> ArrayRef {
+                Arc::new(rows.iter().map(|stored| Some(stored.fate == fate)).collect::<BooleanArray>())
+            };
+            let ts = Arc::new(Int64Array::from_iter_values(rows.iter().map(|stored| stored.ts.0)));
+            let beside: [ArrayRef; 3] = [ts, of_fate(Fate::Matched), of_fate(Fate::Alone)];
+            let columns = beside.into_iter().take(self.beside(at).len()).chain(kept).collect();
             batch_of(Arc::new(Schema::new(fields)), columns, rows.len())
         };
-        Ok([batch(&self.sides[LEFT], schemas[LEFT])?, batch(&self.sides[RIGHT], schemas[RIGHT])?])
+        Ok([batch(LEFT)?, batch(RIGHT)?])
+    }
+
+    /// The columns in front of those kept in the saved events of a side.
+    fn beside(&self, side: usize) -> Vec<Field> {
+        let flag = |name: &str| Field::new(name, DataType::Boolean, false);
+        let mut fields = vec![Field::new("ts", DataType::Int64, false), flag("matched")];
+        if side == LEFT && self.step().0.kind == JoinKind::Left {
+            fields.push(flag("alone"));
+        }
+        fields
     }
 
     /// Takes in what [`StreamJoin::save`] gave.
@@ -969,15 +1112,14 @@ impl StreamJoin {
         for (at, batch) in saved.into_iter().enumerate() {
             let (schema, keys) =
                 if at == LEFT { (&joins.stream, &step.left_keys) } else { (&step.right, &step.right_keys) };
+            let beside = self.beside(at);
             let side = &mut self.sides[at];
-            let types = |schema: &Schema, places: &[usize]| -> Vec<DataType> {
-                places.iter().map(|&at| schema.field(at).data_type().clone()).collect()
-            };
-            let found: Vec<usize> = (2..batch.num_columns()).collect();
-            if types(batch.schema_ref(), &found) != types(schema, &side.places) {
+            let own = side.places.iter().map(|&place| schema.field(place));
+            let wanted = beside.iter().chain(own).map(Field::data_type);
+            if !batch.schema_ref().fields().iter().map(|field| field.data_type()).eq(wanted) {
                 return Err(RestoreError::Mismatch(format!("events of a join are {:?}", batch.schema_ref())));
             }
-            let kept = &batch.columns()[2..];
+            let kept = &batch.columns()[beside.len()..];
             let mut columns = vec![nothing(batch.num_rows()); schema.fields().len()];
             side.places.iter().zip(kept).for_each(|(&place, column)| columns[place] = column.clone());
             let fields = columns.iter().zip(schema.fields());
@@ -987,13 +1129,15 @@ impl StreamJoin {
             let ids = self.keys.intern(&evaluate(keys, &events)?, batch.num_rows())?;
             let rows = side.converter.convert_columns(kept)?;
             let (ts, matched) = (batch.column(0).as_primitive::<Int64Type>(), batch.column(1).as_boolean());
+            let alone = (beside.len() > 2).then(|| batch.column(2).as_boolean());
             for (row, id) in ids.into_iter().enumerate() {
-                let stored = Stored {
-                    ts: Micros(ts.value(row)),
-                    matched: matched.value(row),
-                    row: rows.row(row).as_ref().into(),
+                let fate = match alone {
+                    _ if matched.value(row) => Fate::Matched,
+                    Some(alone) if alone.value(row) => Fate::Alone,
+                    _ => Fate::Waiting,
                 };
-                if at == LEFT && step.kind == JoinKind::Left && !stored.matched {
+                let stored = Stored { ts: Micros(ts.value(row)), fate, row: rows.row(row).as_ref().into() };
+                if at == LEFT && step.kind == JoinKind::Left && fate == Fate::Waiting {
                     self.waiting.insert((stored.ts, id));
                 }
                 let last = if at == LEFT { stored.ts } else { near.left_of(stored.ts).1 };

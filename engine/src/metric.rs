@@ -2,7 +2,7 @@
 
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, Keys, batch_of};
-use crate::panes::{Panes, Tops};
+use crate::panes::{Before, Panes, Tops};
 use crate::program::{Finished, Program};
 use crate::session::Sessions;
 use crate::shared::{Front, Shared};
@@ -173,17 +173,34 @@ impl Metric {
         corrected: &RecordBatch,
         out: &mut Vec<Rows>,
     ) -> Result<()> {
-        let before = match &mut self.state {
+        let before = self.take_out(start)?;
+        self.take(whole)?;
+        self.correct(start, before, corrected, out)
+    }
+
+    /// Takes the pane at `start` out, so that [`Metric::take`] fills it with all its rows anew; [`Metric::correct`] is
+    /// called with what this gives.
+    pub(crate) fn take_out(&mut self, start: Micros) -> Result<Before> {
+        match &mut self.state {
             State::Panes(panes) => {
                 let tops = match self.frame.program.is_top() {
                     true => panes.tops(&self.frame, std::iter::once(start))?,
                     false => Tops::new(),
                 };
-                (panes.remove(start), tops)
+                Ok((panes.remove(start), tops))
             }
-            State::Sessions(_) => return exec_err!("{NO_SESSIONS}"),
-        };
-        self.take(whole)?;
+            State::Sessions(_) => exec_err!("{NO_SESSIONS}"),
+        }
+    }
+
+    /// Corrects the final rows whose keys are in `corrected`, after the pane at `start` was computed anew.
+    pub(crate) fn correct(
+        &mut self,
+        start: Micros,
+        before: Before,
+        corrected: &RecordBatch,
+        out: &mut Vec<Rows>,
+    ) -> Result<()> {
         let corrected = self.frame.program.align(corrected)?;
         match &mut self.state {
             State::Panes(panes) => panes.correct(&mut self.frame, start, before, &corrected, out),

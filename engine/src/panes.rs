@@ -96,6 +96,9 @@ type Late = BTreeMap<Micros, Vec<(KeyId, bool)>>;
 /// The keys of all rows of windows that are final, by their end, where `ORDER BY … LIMIT` chooses them.
 pub(crate) type Tops = BTreeMap<Micros, Vec<KeyId>>;
 
+/// A pane that is computed anew, as it was, and what [`Panes::tops`] was of it.
+pub(crate) type Before = (Option<Merged>, Tops);
+
 /// The panes of one metric, and what became of its windows.
 #[derive(Default)]
 pub(crate) struct Panes {
@@ -360,13 +363,12 @@ impl Panes {
         self.panes.remove(&start).map(|pane| pane.state)
     }
 
-    /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew;
-    /// `tops`: what [`Panes::tops`] was of it.
+    /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew.
     pub(crate) fn correct(
         &mut self,
         frame: &mut Frame,
         start: Micros,
-        (before, tops): (Option<Merged>, Tops),
+        (before, tops): Before,
         corrected: &RecordBatch,
         out: &mut Vec<Rows>,
     ) -> Result<()> {

@@ -1,7 +1,9 @@
 //! The FROM of a metric: its stream, and what is joined to it.
 //!
 //! Reference tables are joined as of an event's time. One other stream may be joined, by equal columns and nearness in
-//! time: a band that ON gives, which is taken out of the text here, or else the metric's tumbling window.
+//! time: a band that ON gives, which is taken out of the text here, or else the metric's tumbling window. What ON says
+//! about the event times of both streams in another way is refused, since it would be a filter over the pairs of a
+//! window and no longer say which events are a pair.
 
 use crate::error::SqlError;
 use crate::plan::{interval, unsupported, window_of};
@@ -13,12 +15,13 @@ use datafusion::logical_expr::{Expr, ExprSchemable, Join as JoinPlan, LogicalPla
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::sql::sqlparser::ast::{
     self, BinaryOperator, Expr as SqlExpr, FunctionArg, FunctionArgExpr, FunctionArguments, JoinConstraint,
-    JoinOperator, Spanned, TableFactor, TableWithJoins,
+    JoinOperator, Spanned, TableFactor, TableWithJoins, UnaryOperator, visit_expressions,
 };
 use datafusion::sql::sqlparser::tokenizer::Location;
 use engine::event::{METRICS, StreamName};
 use engine::join::{Join, JoinKind, Joins, Near};
 use engine::window::Window;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// A stream or table that FROM names.
@@ -32,8 +35,14 @@ pub(crate) struct Relation {
 /// How close in time two events must be that ON pairs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Nearness {
-    SameWindow,
-    Band { low: i64, high: i64 },
+    /// That of the metric, which ON may write out.
+    SameWindow {
+        written: Option<Window>,
+    },
+    Band {
+        low: i64,
+        high: i64,
+    },
 }
 
 /// FROM, read: at least one relation, the first a stream.
@@ -103,13 +112,18 @@ pub(crate) fn read(select: &mut ast::Select) -> Result<FromClause, SqlError> {
             }
             let sides = [relations[0].alias.as_str(), right.alias.as_str()];
             let mut conditions = Conditions::default();
-            if let JoinConstraint::On(on) = constraint {
-                conditions.take_from(on, sides)?;
+            if let JoinConstraint::On(on) = constraint
+                && let Some(other) = conditions.take_from(on, sides)?
+            {
+                return Err(not_a_band(&other, "ON", sides, right.at));
             }
             if kind == JoinKind::Inner
                 && let Some(filter) = &mut select.selection
             {
-                conditions.take_from(filter, sides)?;
+                let other = conditions.take_from(filter, sides)?;
+                if let Some(other) = other.filter(|_| conditions.is_empty()) {
+                    return Err(not_a_band(&other, "WHERE", sides, right.at));
+                }
             }
             nearness = Some((conditions.nearness(right.at)?, right.at));
         }
@@ -170,7 +184,7 @@ impl FromClause {
             }
         }
         match (self.nearness, window) {
-            (Some((Nearness::SameWindow, at)), window) if !matches!(window, Window::Tumble { .. }) => {
+            (Some((Nearness::SameWindow { .. }, at)), window) if !matches!(window, Window::Tumble { .. }) => {
                 let other = &self.relations[1].alias;
                 Err(SqlError::new("two streams are joined within a tumbling window or a band of time").at(at).help(
                     format!(
@@ -178,6 +192,11 @@ impl FromClause {
                          + INTERVAL '5 seconds'"
                     ),
                 ))
+            }
+            (Some((Nearness::SameWindow { written: Some(written) }, at)), window) if written != window => {
+                Err(SqlError::new("the two streams are joined within another window than that of the metric")
+                    .at(at)
+                    .help(format!("compare {call} with that of the other stream, or leave it out")))
             }
             _ => Ok(()),
         }
@@ -189,7 +208,7 @@ impl FromClause {
 struct Conditions {
     low: Option<i64>,
     high: Option<i64>,
-    same_window: bool,
+    same_window: Option<Window>,
     /// Where the first of them stands.
     at: Option<Location>,
 }
@@ -198,14 +217,23 @@ const LEFT: usize = 0;
 const RIGHT: usize = 1;
 
 impl Conditions {
-    /// Takes conditions on nearness out of a conjunction.
-    fn take_from(&mut self, expr: &mut SqlExpr, sides: [&str; 2]) -> Result<(), SqlError> {
+    fn is_empty(&self) -> bool {
+        (self.low, self.high, self.same_window) == (None, None, None)
+    }
+
+    /// Takes conditions on nearness out of a conjunction; the first that asks for the event times of both sides in a
+    /// way that is none stays there and is returned.
+    fn take_from(&mut self, expr: &mut SqlExpr, sides: [&str; 2]) -> Result<Option<SqlExpr>, SqlError> {
         let mut rest: Option<SqlExpr> = None;
+        let mut other = None;
         let mut parts = Vec::new();
         split(expr, &mut parts);
         for part in parts {
             if self.take(&part, sides)? {
                 continue;
+            }
+            if other.is_none() && asks_for_both_times(&part, sides) {
+                other = Some(part.clone());
             }
             rest = Some(match rest {
                 None => part,
@@ -215,69 +243,28 @@ impl Conditions {
             });
         }
         *expr = rest.unwrap_or_else(|| SqlExpr::value(ast::Value::Boolean(true)));
-        Ok(())
+        Ok(other)
     }
 
     fn take(&mut self, expr: &SqlExpr, sides: [&str; 2]) -> Result<bool, SqlError> {
-        match expr {
-            SqlExpr::Between { expr, negated: false, low, high } => {
-                let (Some(at), Some(from), Some(to)) = (time(expr, sides)?, time(low, sides)?, time(high, sides)?)
-                else {
-                    return Ok(false);
-                };
-                if from.0 != to.0 || at.0 == from.0 {
+        let bounds = match bare(expr) {
+            SqlExpr::Between { expr, negated: false, low, high } => between(expr, low, high, sides)?,
+            SqlExpr::BinaryOp { left, op: BinaryOperator::Eq, right } if window_of(left)?.is_some() => {
+                let window = window_of(left)?.filter(|_| asks_for_both_times(expr, sides));
+                if window.is_none() || window_of(right)? != window {
                     return Ok(false);
                 }
-                // at + a between other + f and other + t
-                let (from, to) = (from.1.saturating_sub(at.1), to.1.saturating_sub(at.1));
-                let (low, high) = if at.0 == RIGHT { (from, to) } else { (to.saturating_neg(), from.saturating_neg()) };
-                self.bound(Some(low), Some(high));
-                Ok(true)
+                self.same_window = window;
+                return Ok(true);
             }
-            SqlExpr::BinaryOp { left, op: BinaryOperator::Eq, right } if window_of(left)?.is_some() => {
-                self.same_window |= window_of(left)? == window_of(right)?;
-                Ok(window_of(left)? == window_of(right)?)
-            }
-            SqlExpr::BinaryOp { left, op, right } => {
-                let (low, high) = match (difference(left, sides)?, span(right)?) {
-                    (Some((is_absolute, sign)), Some(span)) => {
-                        let exclusive = i64::from(matches!(op, BinaryOperator::Lt | BinaryOperator::Gt));
-                        match op {
-                            BinaryOperator::Lt | BinaryOperator::LtEq if is_absolute => {
-                                (Some(exclusive - span), Some(span - exclusive))
-                            }
-                            BinaryOperator::Lt | BinaryOperator::LtEq if sign > 0 => (None, Some(span - exclusive)),
-                            BinaryOperator::Lt | BinaryOperator::LtEq => (Some(exclusive - span), None),
-                            BinaryOperator::Gt | BinaryOperator::GtEq if is_absolute => return Ok(false),
-                            BinaryOperator::Gt | BinaryOperator::GtEq if sign > 0 => (Some(span + exclusive), None),
-                            BinaryOperator::Gt | BinaryOperator::GtEq => (None, Some(-span - exclusive)),
-                            _ => return Ok(false),
-                        }
-                    }
-                    _ => {
-                        let (Some(a), Some(b)) = (time(left, sides)?, time(right, sides)?) else { return Ok(false) };
-                        if a.0 == b.0 {
-                            return Ok(false);
-                        }
-                        // right + r op left + l, as right − left op l − r
-                        let flipped = a.0 == LEFT;
-                        let by = if flipped { a.1.saturating_sub(b.1) } else { b.1.saturating_sub(a.1) };
-                        match (op, flipped) {
-                            (BinaryOperator::Eq, _) => (Some(by), Some(by)),
-                            (BinaryOperator::LtEq, false) | (BinaryOperator::GtEq, true) => (None, Some(by)),
-                            (BinaryOperator::Lt, false) | (BinaryOperator::Gt, true) => (None, Some(by - 1)),
-                            (BinaryOperator::GtEq, false) | (BinaryOperator::LtEq, true) => (Some(by), None),
-                            (BinaryOperator::Gt, false) | (BinaryOperator::Lt, true) => (Some(by + 1), None),
-                            _ => return Ok(false),
-                        }
-                    }
-                };
-                self.at.get_or_insert(expr.span().start);
-                self.bound(low, high);
-                Ok(true)
-            }
-            _ => Ok(false),
+            SqlExpr::BinaryOp { left, op, right } => compared(left, op, right, sides)?,
+            _ => None,
+        };
+        if let Some((low, high)) = bounds {
+            self.at.get_or_insert(expr.span().start);
+            self.bound(low, high);
         }
+        Ok(bounds.is_some())
     }
 
     fn bound(&mut self, low: Option<i64>, high: Option<i64>) {
@@ -292,16 +279,102 @@ impl Conditions {
                     .at(at)
                     .help("make the lower bound of the band smaller than the upper one"))
             }
-            (Some(_), Some(_)) if self.same_window => {
+            (Some(_), Some(_)) if self.same_window.is_some() => {
                 Err(unsupported("a band of time beside the same window", "write one of the two").at(at))
             }
             (Some(low), Some(high)) => Ok(Nearness::Band { low, high }),
-            (None, None) => Ok(Nearness::SameWindow),
+            (None, None) => Ok(Nearness::SameWindow { written: self.same_window }),
             _ => Err(SqlError::new("the band of time has one end only, so that events would wait for ever")
                 .at(self.at.unwrap_or(at))
                 .help("write b.ts BETWEEN a.ts - INTERVAL '5 seconds' AND a.ts + INTERVAL '5 seconds'")),
         }
     }
+}
+
+/// The least and the greatest of right − left, in microseconds and both included; `None`: without an end.
+type Ends = (Option<i64>, Option<i64>);
+
+/// What `expr BETWEEN low AND high` says about right − left.
+fn between(expr: &SqlExpr, low: &SqlExpr, high: &SqlExpr, sides: [&str; 2]) -> Result<Option<Ends>, SqlError> {
+    if let (Some(difference), Some(from), Some(to)) = (difference(expr, sides)?, span(low)?, span(high)?) {
+        return Ok(match difference {
+            Difference::Absolute if from > 0 => None, // two bands
+            Difference::Absolute => Some((Some(to.saturating_neg()), Some(to))),
+            Difference::RightLeft => Some((Some(from), Some(to))),
+            Difference::LeftRight => Some((Some(to.saturating_neg()), Some(from.saturating_neg()))),
+        });
+    }
+    let (Some(at), Some(from), Some(to)) = (time(expr, sides)?, time(low, sides)?, time(high, sides)?) else {
+        return Ok(None);
+    };
+    if from.0 != to.0 || at.0 == from.0 {
+        return Ok(None);
+    }
+    // at + a between other + f and other + t
+    let (from, to) = (from.1.saturating_sub(at.1), to.1.saturating_sub(at.1));
+    let (low, high) = if at.0 == RIGHT { (from, to) } else { (to.saturating_neg(), from.saturating_neg()) };
+    Ok(Some((Some(low), Some(high))))
+}
+
+/// What a comparison says about right − left.
+fn compared(left: &SqlExpr, op: &BinaryOperator, right: &SqlExpr, sides: [&str; 2]) -> Result<Option<Ends>, SqlError> {
+    if let (Some(by), Some(difference)) = (span(left)?, difference(right, sides)?) {
+        return Ok(turned(op).and_then(|op| difference.compared(&op, by)));
+    }
+    if let (Some(difference), Some(by)) = (difference(left, sides)?, span(right)?) {
+        return Ok(difference.compared(op, by));
+    }
+    let (Some(a), Some(b)) = (time(left, sides)?, time(right, sides)?) else { return Ok(None) };
+    Ok(match (a.0, b.0) {
+        // right + r op left + l, as right − left op l − r
+        (RIGHT, LEFT) => Difference::RightLeft.compared(op, b.1.saturating_sub(a.1)),
+        (LEFT, RIGHT) => Difference::LeftRight.compared(op, b.1.saturating_sub(a.1)),
+        _ => None,
+    })
+}
+
+/// The comparison with its sides exchanged.
+fn turned(op: &BinaryOperator) -> Option<BinaryOperator> {
+    Some(match op {
+        BinaryOperator::Eq => BinaryOperator::Eq,
+        BinaryOperator::Lt => BinaryOperator::Gt,
+        BinaryOperator::LtEq => BinaryOperator::GtEq,
+        BinaryOperator::Gt => BinaryOperator::Lt,
+        BinaryOperator::GtEq => BinaryOperator::LtEq,
+        _ => return None,
+    })
+}
+
+/// Whether the event times of both sides stand in an expression.
+fn asks_for_both_times(expr: &SqlExpr, sides: [&str; 2]) -> bool {
+    let mut found = [false; 2];
+    let _: ControlFlow<()> = visit_expressions(expr, |inner| {
+        if let Some(side) = owner(inner, sides) {
+            found[side] = true;
+        }
+        ControlFlow::Continue(())
+    });
+    found == [true; 2]
+}
+
+/// Refuses a condition on the time of two events; `at` is where the other stream stands.
+fn not_a_band(condition: &SqlExpr, clause: &str, [left, right]: [&str; 2], at: Location) -> SqlError {
+    let place = Some(condition.span().start).filter(|place| place.line > 0).unwrap_or(at);
+    let rest = match clause {
+        "ON" => "put the rest in WHERE",
+        _ => "keep this beside it",
+    };
+    let what =
+        format!("`{condition}` in {clause}, which compares the times of two streams in another way than a band,");
+    unsupported(
+        &what,
+        format!(
+            "say how far apart the events may be: {right}.ts BETWEEN {left}.ts - INTERVAL '5 seconds' AND {left}.ts + \
+             INTERVAL '5 seconds', {left}.ts - {right}.ts BETWEEN INTERVAL '-5 seconds' AND INTERVAL '5 seconds' or \
+             ABS({left}.ts - {right}.ts) <= INTERVAL '5 seconds'; and {rest}"
+        ),
+    )
+    .at(place)
 }
 
 fn split(expr: &SqlExpr, into: &mut Vec<SqlExpr>) {
@@ -324,16 +397,18 @@ fn bare(mut expr: &SqlExpr) -> &SqlExpr {
     expr
 }
 
+/// The side whose event time this is.
+fn owner(expr: &SqlExpr, sides: [&str; 2]) -> Option<usize> {
+    let SqlExpr::CompoundIdentifier(parts) = expr else { return None };
+    let [.., table, column] = parts.as_slice() else { return None };
+    let side = sides.iter().position(|side| table.value.eq_ignore_ascii_case(side));
+    side.filter(|_| column.value.eq_ignore_ascii_case("ts"))
+}
+
 /// An event time of one side, moved by a constant: side and microseconds.
 fn time(expr: &SqlExpr, sides: [&str; 2]) -> Result<Option<(usize, i64)>, SqlError> {
     Ok(match bare(expr) {
-        SqlExpr::CompoundIdentifier(parts) => match parts.as_slice() {
-            [.., table, column] if column.value.eq_ignore_ascii_case("ts") => {
-                let side = sides.iter().position(|side| table.value.eq_ignore_ascii_case(side));
-                side.map(|side| (side, 0))
-            }
-            _ => None,
-        },
+        found @ SqlExpr::CompoundIdentifier(_) => owner(found, sides).map(|side| (side, 0)),
         SqlExpr::BinaryOp { left, op: op @ (BinaryOperator::Plus | BinaryOperator::Minus), right } => {
             match (time(left, sides)?, span(right)?) {
                 (Some((side, by)), Some(span)) if *op == BinaryOperator::Plus => Some((side, by.saturating_add(span))),
@@ -349,17 +424,46 @@ fn time(expr: &SqlExpr, sides: [&str; 2]) -> Result<Option<(usize, i64)>, SqlErr
 fn span(expr: &SqlExpr) -> Result<Option<i64>, SqlError> {
     match bare(expr) {
         found @ SqlExpr::Interval(_) => Ok(Some(interval(found)?.0)),
+        SqlExpr::UnaryOp { op: UnaryOperator::Minus, expr } => Ok(span(expr)?.map(i64::saturating_neg)),
         _ => Ok(None),
     }
 }
 
-/// The difference of the two event times: whether without its sign, and 1 for right − left, −1 for left − right.
-fn difference(expr: &SqlExpr, sides: [&str; 2]) -> Result<Option<(bool, i64)>, SqlError> {
+/// A difference of the two event times.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Difference {
+    RightLeft,
+    LeftRight,
+    /// Without its sign.
+    Absolute,
+}
+
+impl Difference {
+    /// What comparing it with `by` microseconds says about right − left; `None` where that is no band.
+    fn compared(self, op: &BinaryOperator, by: i64) -> Option<Ends> {
+        let (low, high) = match op {
+            BinaryOperator::Eq if self != Difference::Absolute => (Some(by), Some(by)),
+            BinaryOperator::Lt => (None, Some(by.saturating_sub(1))),
+            BinaryOperator::LtEq => (None, Some(by)),
+            BinaryOperator::Gt => (Some(by.saturating_add(1)), None),
+            BinaryOperator::GtEq => (Some(by), None),
+            _ => return None,
+        };
+        let negated = |end: Option<i64>| end.map(i64::saturating_neg);
+        match self {
+            Difference::RightLeft => Some((low, high)),
+            Difference::LeftRight => Some((negated(high), negated(low))),
+            Difference::Absolute => high.map(|high| (Some(high.saturating_neg()), Some(high))),
+        }
+    }
+}
+
+fn difference(expr: &SqlExpr, sides: [&str; 2]) -> Result<Option<Difference>, SqlError> {
     Ok(match bare(expr) {
         SqlExpr::Function(call) if call.name.to_string().eq_ignore_ascii_case("abs") => match &call.args {
             FunctionArguments::List(list) => match list.args.as_slice() {
                 [FunctionArg::Unnamed(FunctionArgExpr::Expr(inner))] => {
-                    difference(inner, sides)?.map(|(_, sign)| (true, sign))
+                    difference(inner, sides)?.map(|_| Difference::Absolute)
                 }
                 _ => None,
             },
@@ -367,8 +471,8 @@ fn difference(expr: &SqlExpr, sides: [&str; 2]) -> Result<Option<(bool, i64)>, S
         },
         SqlExpr::BinaryOp { left, op: BinaryOperator::Minus, right } => {
             match (time(left, sides)?, time(right, sides)?) {
-                (Some((RIGHT, 0)), Some((LEFT, 0))) => Some((false, 1)),
-                (Some((LEFT, 0)), Some((RIGHT, 0))) => Some((false, -1)),
+                (Some((RIGHT, 0)), Some((LEFT, 0))) => Some(Difference::RightLeft),
+                (Some((LEFT, 0)), Some((RIGHT, 0))) => Some(Difference::LeftRight),
                 _ => None,
             }
         }
@@ -408,7 +512,7 @@ pub(crate) fn joins(
         let relation = &from.relations[at + 1];
         let near = from.nearness.filter(|_| at == 0).map(|(nearness, _)| match nearness {
             Nearness::Band { low, high } => Near::Band { low, high },
-            Nearness::SameWindow => Near::Window { size: window.size() },
+            Nearness::SameWindow { .. } => Near::Window { size: window.size() },
         });
         let kind = match plan.join_type {
             JoinType::Inner => JoinKind::Inner,

@@ -93,6 +93,17 @@ enum Step {
 
 /// The engine over `steps`; saved and restored before each index in `restarts`.
 fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[Step], restarts: &[usize]) -> Rows {
+    rows_and_late(world, program, timing, steps, restarts).0
+}
+
+/// The same, and which events were late, by the step and their place in it.
+fn rows_and_late(
+    world: &World,
+    program: &Arc<Program>,
+    timing: Timing,
+    steps: &[Step],
+    restarts: &[usize],
+) -> (Rows, Vec<(usize, u32)>) {
     let fresh = || {
         let mut workspace = Workspace::default();
         workspace.define_table(world.table.schema().clone()).unwrap();
@@ -100,7 +111,7 @@ fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[S
         workspace
     };
     let mut workspace = fresh();
-    let mut rows = Rows::new();
+    let (mut rows, mut late) = (Rows::new(), Vec::new());
     for (at, step) in steps.iter().enumerate() {
         if restarts.contains(&at) {
             let bytes = workspace.save().unwrap();
@@ -108,7 +119,11 @@ fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[S
             assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
         }
         match step {
-            Step::Events(side, batch) => keep(&mut rows, workspace.step(&world.streams[*side].stream, batch), program),
+            Step::Events(side, batch) => {
+                let outputs = workspace.step(&world.streams[*side].stream, batch);
+                late.extend(outputs.late.iter().map(|event| (at, event.row)));
+                keep(&mut rows, outputs, program);
+            }
             Step::Change(batch) => workspace.change_table(world.table.name(), batch, at as u64).unwrap(),
         }
         drop(workspace.tick(&metric())); // provisional rows come and go without a trace
@@ -119,7 +134,7 @@ fn engine_rows(world: &World, program: &Arc<Program>, timing: Timing, steps: &[S
     let (_, state) = workspace.metrics().next().unwrap();
     assert_eq!(state.waiting(), 0, "events wait behind the last window");
     assert_eq!(state.bytes() / 2048, 0, "state is left behind after the last window");
-    rows
+    (rows, late)
 }
 
 fn keep(rows: &mut Rows, outputs: Outputs, program: &Program) {
@@ -284,6 +299,11 @@ fn interleaved(world: &World, events: &[(bool, Event)], most: usize) -> Vec<Step
 
 fn patient() -> Timing {
     Timing { max_delay: Span::seconds(1_000_000), allowed_lateness: Span::ZERO }
+}
+
+/// Events are late often, but never too late.
+fn forgiving(delay: i64) -> Timing {
+    Timing { max_delay: Span::seconds(delay), allowed_lateness: Span::seconds(1_000_000) }
 }
 
 fn sides(world: &World, events: &[(bool, Event)]) -> [RecordBatch; 2] {
@@ -470,6 +490,93 @@ proptest! {
         assert_same(&cut_up, &one_by_one, &format!("{sql} delay {delay} lateness {lateness}"));
     }
 
+    /// Whatever comes late but within the lateness: in the end the rows are those of batch SQL, also where a left row had
+    /// gone out without the match that came later.
+    #[test]
+    fn late_events_of_two_streams_correct_the_rows_to_those_of_batch_sql(
+        events in prop::collection::vec((any::<bool>(), event(120)), 1..100),
+        most in 1..20usize,
+        restarts in prop::collection::vec(0..40usize, 0..3),
+        (left, delay) in (prop::bool::weighted(0.8), 0..20i64),
+        kind_of_window in prop::sample::select(vec!["same", "tumble", "hop", "cumulate"]),
+        (before, after) in (-4..12i64, 0..12i64),
+        key in prop::sample::select(vec!["a.symbol", "b.symbol", "b.x"]),
+        filter in prop::sample::select(vec!["", "WHERE a.x > 30", "WHERE b.x IS NULL OR b.x < 60"]),
+        having in prop::sample::select(vec!["", "HAVING count(b.x) <> 1"]),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let after = after.max(-before);
+        let (window, slide, size) = match kind_of_window {
+            "hop" => ("hop(a.ts, INTERVAL '7 seconds', INTERVAL '20 seconds')", 7, 20),
+            "cumulate" => ("cumulate(a.ts, INTERVAL '5 seconds', INTERVAL '20 seconds')", 0, 0),
+            _ => ("tumble(a.ts, INTERVAL '10 seconds')", 10, 10),
+        };
+        let band = format!("AND a.ts - b.ts BETWEEN INTERVAL '{} seconds' AND INTERVAL '{before} seconds'", -after);
+        let near = if kind_of_window == "same" { "" } else { &band };
+        let select = format!("{key} AS k, count(*) AS n, count(b.x) AS matched, sum(a.x * b.x) AS total");
+        let from = format!("FROM a.events a {kind} b.events b ON a.symbol = b.symbol");
+        let ours = format!("SELECT {select} {from} {near} {filter} GROUP BY {window}, {key} {having}");
+        let rows = engine_rows(&world, &world.plan(&ours), forgiving(delay), &interleaved(&world, &events, most), &restarts);
+        let [a, b] = sides(&world, &events);
+        let truth = match kind_of_window {
+            "cumulate" => {
+                let joined = format!("SELECT a.ts, a.symbol, {key} AS k, a.x, b.x AS y {from} {near} {filter}");
+                let joined = query(&[(("a", "events"), a), (("b", "events"), b)], &joined);
+                let select = "count(*) AS n, count(y) AS matched, sum(x * y) AS total";
+                let mut truth = windowed_after(&joined, growing_or_session(false).1, &["k"], select);
+                truth.retain(|_, values| having.is_empty() || values[1] != Some(1.0));
+                truth
+            }
+            _ => {
+                let same = if kind_of_window == "same" { "AND a.window_start = b.window_start" } else { near };
+                let truth = format!(
+                    "SELECT a.window_start, a.window_end, {select} {from} {same} {filter} \
+                     GROUP BY a.window_start, a.window_end, {key} {having}"
+                );
+                let a = windowed(&a, slide * SECOND, size * SECOND);
+                let b = if kind_of_window == "same" { windowed(&b, slide * SECOND, size * SECOND) } else { b };
+                batch_rows(&truth, vec![("a.events", a), ("b.events", b)], 1)
+            }
+        };
+        assert_same(&rows, &truth, &format!("{ours} delay {delay}"));
+    }
+
+    /// Sessions cannot be computed anew: a match that comes too late for a left row is a dead letter, and the rows are
+    /// those of batch SQL over all other events.
+    #[test]
+    fn sessions_of_a_left_join_are_those_of_the_events_that_were_not_late(
+        events in prop::collection::vec((any::<bool>(), event(120)), 1..100),
+        most in 1..20usize,
+        restarts in prop::collection::vec(0..40usize, 0..3),
+        (left, delay) in (prop::bool::weighted(0.8), 0..20i64),
+        (before, after) in (0..8i64, 0..8i64),
+    ) {
+        let world = World::new();
+        let kind = if left { "LEFT JOIN" } else { "JOIN" };
+        let (call, window) = growing_or_session(true);
+        let from = format!(
+            "a.events a {kind} b.events b ON a.symbol = b.symbol AND b.ts BETWEEN a.ts - INTERVAL '{before} seconds' AND a.ts + INTERVAL '{after} seconds'"
+        );
+        let ours = format!("SELECT a.symbol, count(*) AS n, count(b.x) AS matched, sum(a.x * b.x) AS total FROM {from} GROUP BY {call}, a.symbol");
+        let steps = interleaved(&world, &events, most);
+        let (rows, late) = rows_and_late(&world, &world.plan(&ours), forgiving(delay), &steps, &restarts);
+        assert!(left || late.is_empty());
+        let starts = steps.iter().scan(0, |next, step| {
+            let Step::Events(_, batch) = step else { unreachable!("there are only events") };
+            Some(std::mem::replace(next, *next + batch.num_rows()))
+        });
+        let starts: Vec<usize> = starts.collect();
+        let late: Vec<usize> = late.into_iter().map(|(step, row)| starts[step] + row as usize).collect();
+        let counted: Vec<(bool, Event)> =
+            events.iter().enumerate().filter(|(at, _)| !late.contains(at)).map(|(_, event)| *event).collect();
+        let [a, b] = sides(&world, &counted);
+        let truth = format!("SELECT a.ts, a.symbol, a.x, b.x AS y FROM {from}");
+        let joined = query(&[(("a", "events"), a), (("b", "events"), b)], &truth);
+        let select = "count(*) AS n, count(y) AS matched, sum(x * y) AS total";
+        assert_same(&rows, &windowed_after(&joined, window, &["symbol"], select), &format!("{ours} delay {delay}"));
+    }
+
     /// Versions that are forgotten are those that nobody sees: tables that forget early give the same rows.
     #[test]
     fn forgotten_versions_are_seen_by_no_event(
@@ -587,6 +694,188 @@ fn a_left_row_without_a_match_comes_when_no_match_can_come_any_more() {
     assert_eq!(step(0, 99), [(30, vec![Some(1.0), Some(0.0)])]);
 }
 
+const COUNTS: &str = "count(*) AS n, count(b.x) AS matched, sum(b.x) AS total";
+const BAND: &str = "AND ABS(a.ts - b.ts) <= INTERVAL '3 seconds'";
+
+/// A left join by the minute, event by event.
+struct ByMinute {
+    world: World,
+    program: Arc<Program>,
+    workspace: Workspace,
+    timing: Timing,
+}
+
+impl ByMinute {
+    fn new(near: &str, lateness: i64) -> ByMinute {
+        let world = World::new();
+        let sql = format!(
+            "SELECT a.symbol, {COUNTS} FROM a.events a LEFT JOIN b.events b ON a.symbol = b.symbol {near} \
+             GROUP BY tumble(a.ts, INTERVAL '1 minute'), a.symbol"
+        );
+        let program = world.plan(&sql);
+        let timing = Timing { max_delay: Span::seconds(1), allowed_lateness: Span::seconds(lateness) };
+        let mut workspace = Workspace::default();
+        workspace.define(metric(), 1, program.clone(), timing).unwrap();
+        ByMinute { world, program, workspace, timing }
+    }
+
+    fn restart(&mut self) {
+        let bytes = self.workspace.save().unwrap();
+        self.workspace = Workspace::default();
+        self.workspace.define(metric(), 1, self.program.clone(), self.timing).unwrap();
+        assert_eq!(self.workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+    }
+
+    /// The final rows that an event gives: symbol, values and revision.
+    fn step(&mut self, side: usize, second: i64, symbol: &'static str, x: f64) -> Vec<(String, Vec<Option<f64>>, i64)> {
+        let batch = self.world.batch(side, &[(second * SECOND, symbol, x)]);
+        let outputs = self.workspace.step(&self.world.streams[side].stream, &batch);
+        assert!(outputs.failures.is_empty(), "{:?}", outputs.failures);
+        assert!(outputs.late.is_empty());
+        let mut found = Vec::new();
+        for part in outputs.rows.iter().map(|part| &part.rows) {
+            for (row, revision) in part.revisions.iter().flatten().enumerate() {
+                let mut rows = Rows::new();
+                collect(&mut rows, &part.batch.slice(row, 1), 1);
+                found.extend(rows.into_iter().map(|((_, _, symbol), values)| (symbol, values, *revision)));
+            }
+        }
+        found
+    }
+
+    /// Both streams go on to a second, with events of another key.
+    fn go_on(&mut self, second: i64) -> Vec<(String, Vec<Option<f64>>, i64)> {
+        let mut rows = self.step(0, second, "F", 1.0);
+        rows.extend(self.step(1, second, "F", 1.0));
+        rows
+    }
+}
+
+fn row(symbol: &str, [n, matched]: [i32; 2], total: Option<f64>, revision: i64) -> (String, Vec<Option<f64>>, i64) {
+    (symbol.to_owned(), vec![Some(f64::from(n)), Some(f64::from(matched)), total], revision)
+}
+
+#[test]
+fn a_late_match_corrects_a_final_row_that_had_none() {
+    for near in [BAND, ""] {
+        let mut metric = ByMinute::new(near, 3_600);
+        assert_eq!(metric.step(0, 30, "B", 1.0), []);
+        assert_eq!(metric.go_on(100), [row("B", [1, 0], None, 0)]);
+        assert_eq!(metric.go_on(300), [row("F", [1, 1], Some(1.0), 0)]);
+        metric.restart();
+        assert_eq!(metric.step(1, 31, "B", 9.0), [row("B", [1, 1], Some(9.0), 1)], "{near}");
+        metric.restart();
+        assert_eq!(metric.step(1, 32, "B", 5.0), [row("B", [2, 2], Some(14.0), 2)], "{near}");
+    }
+}
+
+#[test]
+fn late_matches_and_a_late_left_event_give_every_pair() {
+    let mut metric = ByMinute::new(BAND, 3_600);
+    assert_eq!(metric.step(0, 20, "B", 1.0), []);
+    assert_eq!(metric.step(0, 40, "B", 1.0), []);
+    assert_eq!(metric.step(1, 41, "B", 1.0), []);
+    assert_eq!(metric.go_on(100), [row("B", [2, 1], Some(1.0), 0)]);
+    assert_eq!(metric.step(1, 21, "B", 2.0), [row("B", [2, 2], Some(3.0), 1)]);
+    assert_eq!(metric.step(1, 22, "B", 4.0), [row("B", [3, 3], Some(7.0), 2)]);
+    assert_eq!(metric.step(0, 21, "B", 1.0), [row("B", [5, 5], Some(13.0), 3)]);
+}
+
+/// More pairs than go into the metric at once.
+#[test]
+fn many_late_matches_at_once_give_every_pair() {
+    let mut metric = ByMinute::new(BAND, 3_600);
+    let batch = |side: usize, at: i64| metric.world.batch(side, &[(at * SECOND, "B", 1.0); 300]);
+    let (left, right) = (batch(0, 30), batch(1, 31));
+    drop(metric.workspace.step(&metric.world.streams[0].stream, &left));
+    assert_eq!(metric.go_on(100), [row("B", [300, 0], None, 0)]);
+    let mut rows = Rows::new();
+    keep(&mut rows, metric.workspace.step(&metric.world.streams[1].stream, &right), &metric.program);
+    assert_eq!(rows.into_values().collect::<Vec<_>>(), [[Some(90_000.0); 3]]);
+}
+
+#[test]
+fn a_match_behind_the_watermark_counts_while_the_window_is_open() {
+    let mut metric = ByMinute::new(BAND, 0);
+    assert_eq!(metric.step(0, 30, "B", 1.0), []);
+    assert_eq!(metric.go_on(50), [], "no match for 30 is expected any more");
+    assert_eq!(metric.step(1, 31, "B", 9.0), []);
+    assert_eq!(metric.go_on(100), [row("B", [1, 1], Some(9.0), 0), row("F", [1, 1], Some(1.0), 0)]);
+}
+
+#[test]
+fn a_left_event_without_a_key_stays_when_its_pane_is_computed_anew() {
+    let world = World::new();
+    let sql = format!(
+        "SELECT {COUNTS} FROM a.events a LEFT JOIN b.events b ON a.symbol = b.symbol {BAND} \
+         GROUP BY tumble(a.ts, INTERVAL '1 minute')"
+    );
+    let at = |second: i64, symbol: &'static str| vec![(second * SECOND, symbol, 9.0)];
+    let steps = [(0, at(30, "B")), (0, at(30, "NULL")), (0, at(100, "F")), (1, at(100, "F")), (1, at(31, "B"))];
+    let steps = steps.map(|(side, events)| Step::Events(side, world.batch(side, &events)));
+    let rows = engine_rows(&world, &world.plan(&sql), forgiving(1), &steps, &[4]);
+    assert_eq!(rows.into_values().next().unwrap(), [Some(2.0), Some(1.0), Some(9.0)]);
+}
+
+#[test]
+fn a_late_match_of_a_left_join_changes_what_is_on_top_and_finds_its_row_of_a_table() {
+    let world = World::new();
+    let sql = format!(
+        "SELECT a.symbol, count(*) AS n, count(b.x) AS matched, sum(b.x * p.factor) AS total \
+         FROM a.events a LEFT JOIN b.events b ON a.symbol = b.symbol {BAND} JOIN ref.factors p ON a.symbol = p.symbol \
+         GROUP BY tumble(a.ts, INTERVAL '1 minute'), a.symbol ORDER BY matched DESC LIMIT 1"
+    );
+    let at = |second: i64, symbol: &'static str| vec![(second * SECOND, symbol, 9.0)];
+    let events = [(0, at(30, "A")), (1, at(30, "A")), (0, at(30, "B")), (0, at(30, "C")), (0, at(100, "F"))];
+    let late = [(1, at(100, "F")), (1, at(31, "B")), (1, at(32, "B"))];
+    let rows = r#"{"symbol":"A","part":"p","factor":2}
+                  {"symbol":"B","part":"p","factor":10}"#;
+    let steps = events.into_iter().chain(late).map(|(side, events)| Step::Events(side, world.batch(side, &events)));
+    let steps: Vec<Step> = std::iter::once(Step::Change(world.changes(rows, 0))).chain(steps).collect();
+    let rows = engine_rows(&world, &world.plan(&sql), forgiving(1), &steps, &[7]);
+    let rows: Vec<_> = rows.into_iter().map(|((_, _, symbol), values)| (symbol, values)).collect();
+    assert_eq!(rows, [("B".to_owned(), vec![Some(2.0), Some(2.0), Some(180.0)])]);
+}
+
+#[test]
+fn a_match_that_comes_too_late_for_a_session_is_a_dead_letter() {
+    let world = World::new();
+    let sql = format!(
+        "SELECT a.symbol, {COUNTS} FROM a.events a LEFT JOIN b.events b ON a.symbol = b.symbol {BAND} \
+         GROUP BY session(a.ts, INTERVAL '10 seconds'), a.symbol"
+    );
+    let at = |second: i64, symbol: &'static str| vec![(second * SECOND, symbol, 9.0)];
+    let steps = [(0, at(30, "B")), (0, at(100, "F")), (1, at(100, "F")), (1, at(31, "B")), (1, at(50, "B"))];
+    let steps = steps.map(|(side, events)| Step::Events(side, world.batch(side, &events)));
+    let (rows, late) = rows_and_late(&world, &world.plan(&sql), forgiving(1), &steps, &[3]);
+    assert_eq!(late, [(3, 0)]);
+    let rows: Vec<_> = rows.into_iter().map(|((_, _, symbol), values)| (symbol, values)).collect();
+    let wanted = [("B", [1.0, 0.0], None), ("F", [1.0, 1.0], Some(9.0))];
+    assert_eq!(rows, wanted.map(|(symbol, [n, m], total)| (symbol.to_owned(), vec![Some(n), Some(m), total])));
+}
+
+/// The state of an inner join has the shape that a left join's had before it kept the events without a match.
+#[test]
+fn older_state_of_a_left_join_is_not_read_but_made_again() {
+    let world = World::new();
+    let workspace = |kind: &str| {
+        let sql = format!(
+            "SELECT a.symbol, {COUNTS} FROM a.events a {kind} b.events b ON a.symbol = b.symbol {BAND} \
+             GROUP BY tumble(a.ts, INTERVAL '1 minute'), a.symbol"
+        );
+        let mut workspace = Workspace::default();
+        workspace.define(metric(), 1, world.plan(&sql), forgiving(1)).unwrap();
+        workspace
+    };
+    for (older, newer) in [("JOIN", "LEFT JOIN"), ("LEFT JOIN", "JOIN")] {
+        let mut before = workspace(older);
+        drop(before.step(&world.streams[0].stream, &world.batch(0, &[(SECOND, "A", 1.0)])));
+        let saved = before.save().unwrap();
+        assert_eq!(workspace(newer).restore(Saved::read(&saved).unwrap()).unwrap(), [metric()]);
+        assert_eq!(workspace(older).restore(Saved::read(&saved).unwrap()).unwrap(), []);
+    }
+}
+
 fn refused(sql: &str, line: u64, column: u64, message: &str) {
     let world = World::new();
     let error = futures::executor::block_on(Planner::default().program(sql, |name: &StreamName| world.schema(name)));
@@ -646,6 +935,29 @@ fn joins_that_cannot_run_are_refused_with_their_place_and_what_to_write() {
         43,
         "put the rest in WHERE",
     );
+    let on = |condition: &str| from(&format!("JOIN b.events b ON a.symbol = b.symbol AND {condition} {minute}"));
+    for (condition, column) in [
+        ("abs(extract(epoch from a.ts) - extract(epoch from b.ts)) <= 3", 76),
+        ("a.ts - b.ts NOT BETWEEN INTERVAL '-2 seconds' AND INTERVAL '5 seconds'", 76),
+        ("ABS(a.ts - b.ts) >= INTERVAL '5 seconds'", 76),
+        ("ABS(a.ts - b.ts) BETWEEN INTERVAL '1 second' AND INTERVAL '5 seconds'", 76),
+        ("(a.ts = b.ts OR a.x = b.x)", 77),
+        ("a.ts <> b.ts", 76),
+        ("date_trunc('hour', a.ts) = date_trunc('hour', b.ts)", 76),
+        ("CAST(a.ts AS DATE) = CAST(b.ts AS DATE)", 81),
+        ("b.ts BETWEEN a.ts AND b.ts + INTERVAL '1 second'", 76),
+        ("a.ts - b.ts BETWEEN a.ts - a.ts AND INTERVAL '5 seconds'", 76),
+    ] {
+        refused(&on(condition), 1, column, "a.ts - b.ts BETWEEN INTERVAL '-5 seconds'");
+    }
+    let both = "extract(epoch from a.ts) < extract(epoch from b.ts)";
+    refused(&from(&format!("LEFT JOIN b.events b ON a.symbol = b.symbol AND {both} {minute}")), 1, 100, "in ON");
+    let filtered = |near: &str| from(&format!("JOIN b.events b ON a.symbol = b.symbol {near} WHERE {both} {minute}"));
+    refused(&filtered(""), 1, 98, "in WHERE");
+    // how near they are is said: the rest is a filter
+    World::new().plan(&filtered("AND a.ts = b.ts"));
+    World::new().plan(&filtered("AND tumble(a.ts, INTERVAL '1 minute') = tumble(b.ts, INTERVAL '1 minute')"));
+    refused(&on("tumble(a.ts, INTERVAL '1 hour') = tumble(b.ts, INTERVAL '1 hour')"), 1, 38, "another window");
     refused(
         &format!("SELECT count(*) FROM ref.factors p JOIN a.events a ON a.symbol = p.symbol {minute}"),
         1,
@@ -674,9 +986,25 @@ fn a_band_may_be_written_in_every_usual_way() {
         "(a.ts - b.ts <= INTERVAL '5 seconds' AND b.ts - a.ts <= INTERVAL '5 seconds')",
         "b.ts >= a.ts - INTERVAL '5 seconds' AND b.ts <= a.ts + INTERVAL '5 seconds'",
         "a.ts + INTERVAL '5 seconds' >= b.ts AND a.ts < b.ts + INTERVAL '5.000001 seconds'",
+        "INTERVAL '5 seconds' >= ABS(a.ts - b.ts)",
+        "INTERVAL '5.000001 seconds' > ABS(b.ts - a.ts)",
+        "ABS(a.ts - b.ts) BETWEEN INTERVAL '0 seconds' AND INTERVAL '5 seconds'",
+        "a.ts - b.ts BETWEEN INTERVAL '-5 seconds' AND INTERVAL '5 seconds'",
     ] {
         assert_same(&rows(band, "AND"), &wanted, band);
         assert_same(&rows(band, "WHERE"), &wanted, band);
+    }
+    let lopsided = rows("b.ts BETWEEN a.ts - INTERVAL '5 seconds' AND a.ts + INTERVAL '2 seconds'", "AND");
+    assert_ne!(lopsided, wanted);
+    for band in [
+        "a.ts - b.ts BETWEEN INTERVAL '-2 seconds' AND INTERVAL '5 seconds'",
+        "(a.ts - b.ts) BETWEEN -INTERVAL '2 seconds' AND INTERVAL '5 seconds'",
+        "b.ts - a.ts BETWEEN INTERVAL '-5 seconds' AND INTERVAL '2 seconds'",
+        "INTERVAL '-2 seconds' <= a.ts - b.ts AND INTERVAL '5 seconds' >= a.ts - b.ts",
+        "INTERVAL '2.000001 seconds' > b.ts - a.ts AND INTERVAL '-5 seconds' <= b.ts - a.ts",
+    ] {
+        assert_same(&rows(band, "AND"), &lopsided, band);
+        assert_same(&rows(band, "WHERE"), &lopsided, band);
     }
 }
 
