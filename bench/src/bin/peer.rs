@@ -140,7 +140,7 @@ fn beside(path: &Path, name: &str) -> PathBuf {
 }
 
 /// Rows of one row group: what the writer keeps in memory.
-const ROW_GROUP: usize = 1 << 17;
+const ROW_GROUP: usize = 1 << 14;
 
 fn write(path: &Path, rows: Vec<RecordBatch>) -> Result<()> {
     let schema = rows.first().with_context(|| format!("no row for {}", path.display()))?.schema();
