@@ -526,23 +526,36 @@ fn an_integer_that_does_not_fit_stops_the_metric_with_a_clear_error_and_never_wr
 
 #[test]
 fn of_rows_at_one_instant_the_first_and_last_are_by_arrival_however_they_are_cut() {
-    let sql = "SELECT window_start, window_end, symbol, first_value(price ORDER BY ts) AS open, last_value(price ORDER BY ts) AS close, \
-        first_value(price ORDER BY ts DESC) AS newest, last_value(price ORDER BY ts DESC) AS oldest, \
-        last_value(price ORDER BY qty) AS of_most, nth_value(price, 2 ORDER BY ts) AS second, \
-        nth_value(price, -1 ORDER BY ts DESC) AS first, sum(DISTINCT qty) AS different \
-        FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    let calls = [
+        "first_value(price ORDER BY ts)",
+        "last_value(price ORDER BY ts)",
+        "first_value(price ORDER BY ts DESC)",
+        "last_value(price ORDER BY ts DESC)",
+        "last_value(price ORDER BY qty)",
+        "nth_value(price, 2 ORDER BY ts)",
+        "nth_value(price, -1 ORDER BY ts DESC)",
+        "sum(DISTINCT qty)",
+    ];
+    let sql = |call: &str| {
+        format!(
+            "SELECT window_start, window_end, symbol, {call} AS v FROM market.trades \
+             GROUP BY tumble(ts, INTERVAL '1 minute'), symbol"
+        )
+    };
     let events: Vec<(i64, &str, f64, f64)> = (0..60)
         .map(|n| ((n * 7 % 12) * 1_000_000, if n % 3 == 0 { "A" } else { "B" }, n as f64, (n * 5 % 4) as f64))
         .collect();
-    // batch SQL leaves open which of equals comes first; prices rise with arrival
-    let told = ["ts", "ts DESC", "qty"].iter().fold(sql.to_owned(), |sql, order| {
-        sql.replace(&format!("ORDER BY {order})"), &format!("ORDER BY {order}, price)"))
-    });
-    let truth = batch_rows(&told, &batch(&events));
-    for size in [1, 7, 60] {
-        let cut: Vec<RecordBatch> = events.chunks(size).map(batch).collect();
-        let ours = engine_rows(&planned(sql), timing(60, 0), &cut, &[1, 4]);
-        assert_same(&ours, &truth, &format!("requests of {size}"));
+    for call in calls {
+        // batch SQL leaves open which of equals comes first; prices rise with arrival
+        let told = ["ts", "ts DESC", "qty"].iter().fold(sql(call), |sql, order| {
+            sql.replace(&format!("ORDER BY {order})"), &format!("ORDER BY {order}, price)"))
+        });
+        let truth = batch_rows(&told, &batch(&events));
+        for size in [1, 7, 60] {
+            let cut: Vec<RecordBatch> = events.chunks(size).map(batch).collect();
+            let ours = engine_rows(&planned(&sql(call)), timing(60, 0), &cut, &[1, 4]);
+            assert_same(&ours, &truth, &format!("{call}, requests of {size}"));
+        }
     }
 }
 
