@@ -654,11 +654,13 @@ fn update_any(
         let run: Vec<ArrayRef> = values.iter().map(|values| values.slice(start, rows.len())).collect();
         let group = &mut groups[slot as usize];
         match is_sorted {
-            // it takes sorted rows only, and puts what is sorted in itself together only when merging
+            // it takes sorted rows only, and puts what is sorted in itself together only when merging: of equals, those
+            // that are merged in come first, so that is what came earlier
             true => {
                 let mut part = call.create_accumulator()?;
                 part.update_batch(&sorted(call, &run)?)?;
-                group.merge_batch(&arrays_of(&part.state()?)?)?;
+                part.merge_batch(&arrays_of(&group.state()?)?)?;
+                *group = part;
             }
             false => group.update_batch(&run)?,
         }
