@@ -654,13 +654,12 @@ fn update_any(
         let run: Vec<ArrayRef> = values.iter().map(|values| values.slice(start, rows.len())).collect();
         let group = &mut groups[slot as usize];
         match is_sorted {
-            // it takes sorted rows only, and puts what is sorted in itself together only when merging: of equals, those
-            // that are merged in come first, so that is what came earlier
+            // it takes sorted rows only, and puts what is sorted in itself together only when merging; which of equals
+            // comes first is left open, as in batch SQL
             true => {
                 let mut part = call.create_accumulator()?;
                 part.update_batch(&sorted(call, &run)?)?;
-                part.merge_batch(&arrays_of(&group.state()?)?)?;
-                *group = part;
+                group.merge_batch(&arrays_of(&part.state()?)?)?;
             }
             false => group.update_batch(&run)?,
         }

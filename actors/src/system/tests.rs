@@ -197,9 +197,16 @@ impl World {
         }
         self.system.0.root.stop(None);
         self.system.store().close().await;
+        let tenants: Vec<_> = self.system.tenants().iter().map(Arc::downgrade).collect();
         let (system, weak) = (self.system.clone(), Arc::downgrade(&self.system.0.deps.log));
         drop((self, system));
-        eventually("the log is closed", async || weak.strong_count() == 0).await;
+        eventually("the log is closed", async || {
+            // one that was just being started has its actor only now
+            let actors = tenants.iter().filter_map(|tenant| tenant.upgrade()?.actor());
+            actors.for_each(|actor| actor.kill());
+            weak.strong_count() == 0
+        })
+        .await;
     }
 }
 

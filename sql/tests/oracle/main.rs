@@ -532,8 +532,8 @@ fn of_rows_at_one_instant_the_first_and_last_are_by_arrival_however_they_are_cut
         "first_value(price ORDER BY ts DESC)",
         "last_value(price ORDER BY ts DESC)",
         "last_value(price ORDER BY qty)",
-        "nth_value(price, 2 ORDER BY ts)",
-        "nth_value(price, -1 ORDER BY ts DESC)",
+        "nth_value(price, 2 ORDER BY ts, price)",
+        "nth_value(price, -1 ORDER BY ts DESC, price)",
         "sum(DISTINCT qty)",
     ];
     let sql = |call: &str| {
