@@ -67,8 +67,7 @@ pub(crate) fn live(
     Ok(all)
 }
 
-/// Whether the key columns, as JSON, have these values.
-pub(crate) fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
+fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
     if wanted.is_empty() {
         return true;
     }
