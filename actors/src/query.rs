@@ -88,6 +88,8 @@ pub(crate) struct QueryPool(Arc<Pool>);
 
 struct Pool {
     arbiter: ArbiterHandle,
+    /// Its end is the end of the arbiter's thread.
+    _open: oneshot::Sender<()>,
     idle: Mutex<Vec<Addr<Worker>>>,
     waiting: Semaphore,
     turns: Arc<Semaphore>,
@@ -98,16 +100,18 @@ impl QueryPool {
     /// Starts the thread that starts the workers, when they are wanted.
     pub(crate) fn start() -> Result<QueryPool, Fault> {
         let (sender, receiver) = std::sync::mpsc::channel();
+        let (open, closed) = oneshot::channel();
         // SyncArbiter wants an actix system around it
         let run = move || {
             actix::System::new().block_on(async move {
                 _ = sender.send(Arbiter::current());
-                std::future::pending::<()>().await;
+                _ = closed.await; // the sender only ever goes
             });
         };
         std::thread::Builder::new().name("query".to_owned()).spawn(run).map_err(Fault::internal)?;
         Ok(QueryPool(Arc::new(Pool {
             arbiter: receiver.recv().map_err(Fault::internal)?,
+            _open: open,
             idle: Mutex::default(),
             waiting: Semaphore::new(WAITING),
             turns: Arc::new(Semaphore::new(WORKERS)),

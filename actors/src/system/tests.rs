@@ -199,9 +199,13 @@ impl World {
         let (system, weak) = (self.system.clone(), Arc::downgrade(&self.system.0.deps.log));
         drop((self, system));
         eventually("the log is closed", async || {
-            // one that was just being started has its actor only now
-            let actors = tenants.iter().filter_map(|tenant| tenant.upgrade()?.actor());
-            actors.for_each(|actor| actor.kill());
+            // one that was just being started has its actor only now, and nobody is left to say that it ended
+            for tenant in tenants.iter().filter_map(Weak::upgrade) {
+                if let Some(actor) = tenant.actor() {
+                    actor.kill();
+                    tenant.set_phase(Phase::Failed);
+                }
+            }
             weak.strong_count() == 0
         })
         .await;
