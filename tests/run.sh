@@ -17,10 +17,13 @@ need_chromium() {
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null
 }
 
-# a real PostgreSQL, which the tests of the store start themselves
-if [ -z "$(ls /usr/lib/postgresql 2>/dev/null)" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-  say "installing postgresql"
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql >/dev/null
+# a real PostgreSQL and a real Redis, which the tests start themselves
+servers=()
+[ -n "$(ls /usr/lib/postgresql 2>/dev/null)" ] || servers+=(postgresql)
+command -v redis-server >/dev/null || servers+=(redis-server)
+if [ ${#servers[@]} != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  say "installing ${servers[*]}"
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${servers[@]}" >/dev/null
 fi
 
 say "Rust"

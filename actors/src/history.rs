@@ -67,7 +67,8 @@ pub(crate) fn live(
     Ok(all)
 }
 
-fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
+/// Whether the key columns, as JSON, have these values.
+pub(crate) fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
     if wanted.is_empty() {
         return true;
     }

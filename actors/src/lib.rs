@@ -3,6 +3,7 @@
 
 pub mod agent; // AI agent sessions and the built-in analyst
 mod backtest; // which alerts a rule would have raised
+mod blocks; // history as it is kept at hand
 pub mod clock; // where the time comes from
 mod commit; // results of many workspaces in one transaction
 mod definition; // what users define in a workspace
@@ -11,7 +12,9 @@ mod fault; // why a request could not be served
 #[cfg(test)]
 mod fault_point; // where a test makes this crate fail
 mod history; // rows of store and memory as one table
+mod holdings; // portfolios and positions as the store has them
 pub mod json; // Arrow values as JSON, whatever they are
+mod looks; // which charts people look at
 mod notifier; // tells webhooks, for hours if it must
 pub mod outlet; // what actors push
 mod outward; // what connections to others are made with

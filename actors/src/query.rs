@@ -1,7 +1,11 @@
 //! The pool of query workers: CPU-bound questions run on a few threads of lower priority, never beside the live side.
 
 use crate::fault::{Fault, FaultKind};
+use crate::system::QueryAnswer;
 use actix::{Actor, Addr, Arbiter, ArbiterHandle, Handler, Message, SyncArbiter, SyncContext};
+use arrow::array::RecordBatch;
+use cache::{Kept, Tag};
+use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use serde_json::Value;
 use sql::query::{Answer, Bounds, QueryError, Question, Table};
@@ -67,6 +71,17 @@ fn fault(error: QueryError, timeout: Duration) -> Fault {
         QueryError::TooManyRows(_) => Fault::invalid("too_many_rows", error.to_string()),
         QueryError::Memory(_) => Fault::invalid("query_memory", error.to_string()),
         QueryError::Failed(_) => Fault::invalid("query_failed", error.to_string()),
+    }
+}
+
+/// What there is to ask in a workspace, and what of it was deleted: everything but what the log brings.
+pub(crate) fn of_definitions(ws: &WorkspaceId) -> Tag {
+    Tag::new(&[ws, &"definitions"])
+}
+
+impl Kept for QueryAnswer {
+    fn bytes(&self) -> usize {
+        self.batches.iter().map(RecordBatch::get_array_memory_size).sum::<usize>() + size_of::<QueryAnswer>()
     }
 }
 

@@ -1,14 +1,17 @@
 //! The whole system as the gateway sees it: every request that reaches a workspace goes through here.
 
 use crate::agent::{AgentInfo, RunHandle, RunRequest, Sessions};
+use crate::blocks::{self, Past};
 use crate::clock::Clock;
 use crate::commit::Committer;
 use crate::definition::{MetricDefinition, RuleDefinition};
 use crate::fault::{Fault, FaultKind};
 use crate::history;
+use crate::holdings::{Listed, of_portfolio, of_portfolios};
+use crate::looks::Looks;
 use crate::notifier::Notifier;
 use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
-use crate::query::QueryPool;
+use crate::query::{self, QueryPool};
 use crate::root::{RootActor, RootMsg};
 use crate::rows;
 use crate::seal::Sealer;
@@ -19,6 +22,7 @@ use crate::webhook::WebhookConfig;
 use crate::workspace::{MetricInfo, Reply, UnplannedMetric, WorkspaceMsg};
 use arrow::array::{Array, ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use cache::{Ask, Cache, Class, Standing};
 use engine::alert::Trouble;
 use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::limit::{StateLimits, StateSize};
@@ -131,6 +135,7 @@ pub(crate) struct Deps {
     pub(crate) unsaved_bytes: usize,
     state: StateLimits,
     pub(crate) committer: Arc<Committer>,
+    pub(crate) cache: Arc<Cache>,
     /// See [`Limits::rest_ms`].
     pub(crate) rest_after: Duration,
     /// See [`Limits::idle_timeout_ms`].
@@ -179,6 +184,7 @@ struct Inner {
     queries: QueryPool,
     sessions: Arc<Sessions>,
     rates: Mutex<Rates>,
+    looks: Looks,
     /// Workspaces that have something to compute since before the start.
     behind: AtomicUsize,
 }
@@ -313,6 +319,7 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     pub limits: Limits,
     pub agents: BTreeMap<ItemName, crate::agent::AgentConfig>,
+    pub cache: Arc<Cache>,
     pub webhooks: WebhookConfig,
     /// Seals the secrets of webhooks.
     pub sealer: Arc<Sealer>,
@@ -322,6 +329,10 @@ pub struct Parts {
 const FIRST_OFFSET: &str = "first_offset/";
 /// Where it keeps what is to be known of a workspace at rest.
 const RESTING: &str = "resting/";
+/// Where it keeps the metrics whose charts were looked at most.
+const LOOKED_AT: &str = "looked_at";
+/// Windows of a chart, as the console draws it.
+const CHART: i64 = 240;
 /// Workspaces that read state and log at the same time after a start.
 const CATCHING_UP: usize = 16;
 
@@ -351,7 +362,7 @@ impl System {
     /// Makes every workspace of the store known and returns at once: those that were at work when the last process
     /// ended are woken one after the other, every other when it is needed.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
-        let Parts { store, log, dedup, outlet, clock, limits, agents, webhooks, sealer } = parts;
+        let Parts { store, log, dedup, outlet, clock, limits, agents, cache, webhooks, sealer } = parts;
         let committer = Committer::start(store.clone());
         let mailbox_bytes = limits.mailbox_bytes;
         let shared = Shared { log: log.clone(), dedup, outlet: outlet.clone(), root: OnceLock::new(), mailbox_bytes };
@@ -363,6 +374,7 @@ impl System {
             unsaved_bytes: limits.unsaved_bytes,
             state: limits.state(),
             committer,
+            cache,
             rest_after: Duration::from_millis(limits.rest_ms),
             idle_timeout: Span::millis(i64::try_from(limits.idle_timeout_ms).unwrap_or(i64::MAX / 1_000)),
             notifier: Notifier::new(&webhooks).map_err(Fault::internal)?,
@@ -381,6 +393,7 @@ impl System {
             root,
             queries: QueryPool::start()?,
             rates: Mutex::default(),
+            looks: Looks::default(),
             behind: AtomicUsize::new(0),
         };
         let system = System(Arc::new(inner));
@@ -390,6 +403,7 @@ impl System {
         tokio::spawn(catch_up(Arc::downgrade(&system.0), behind));
         tokio::spawn(retain(Arc::downgrade(&system.0)));
         tokio::spawn(rouse(Arc::downgrade(&system.0)));
+        tokio::spawn(warm(Arc::downgrade(&system.0)));
         system.0.sessions.clone().recover(&system).await?;
         Ok(system)
     }
@@ -414,6 +428,9 @@ impl System {
         tokio::join!(deliveries, drains);
         if let Err(error) = self.note_resting().await {
             tracing::warn!(%error, "who rests could not be noted; those workspaces are woken at the next start");
+        }
+        if let Err(error) = self.note_looks().await {
+            tracing::warn!(%error, "which charts are looked at could not be noted; the next start does not read them first");
         }
         let (dedup, log, now) = (self.0.shared.dedup.clone(), self.0.deps.log.clone(), self.now());
         let flushed = tokio::task::spawn_blocking(move || dedup.flush(log.tail().0, now)).await;
@@ -554,6 +571,16 @@ impl System {
         Ok(self.store().put_metas(&values).await?)
     }
 
+    /// Puts into the store which charts people look at.
+    async fn note_looks(&self) -> Result<(), Fault> {
+        let most = self.0.looks.most();
+        if most.is_empty() {
+            return Ok(());
+        }
+        let most = serde_json::to_string(&most).map_err(Fault::internal)?;
+        Ok(self.store().put_meta(LOOKED_AT, &most).await?)
+    }
+
     fn tenants(&self) -> Vec<Arc<Tenant>> {
         self.0.tenants.read().values().cloned().collect()
     }
@@ -611,6 +638,11 @@ impl System {
         &self.0.deps.store
     }
 
+    /// What was read before.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.0.deps.cache
+    }
+
     /// The log, and the first offset in it that belongs to this workspace.
     pub fn log_of(&self, id: &WorkspaceId) -> Result<(Arc<dyn Log>, Offset), Fault> {
         Ok((self.0.deps.log.clone(), Offset(self.tenant(id)?.first)))
@@ -659,6 +691,7 @@ impl System {
         tenant.set_phase(Phase::Failed); // who still looks for the actor is told at once
         self.0.sessions.forget(id);
         self.store().delete_workspace(id).await?;
+        self.cache().changed(&[blocks::of_workspace(id)]);
         self.0.tenants.write().remove(id);
         Ok(())
     }
@@ -711,6 +744,7 @@ impl System {
         };
         self.store().put_stream(&row).await?;
         Arc::make_mut(&mut tenant.schemas.write()).insert(stream, Arc::new(schema));
+        self.cache().changed(&[query::of_definitions(id)]);
         Ok(())
     }
 
@@ -886,11 +920,15 @@ impl System {
         if known.len() >= self.0.limits.metrics && !known.iter().any(|metric| metric.name == name) {
             return Err(over_limit("limits.metrics", self.0.limits.metrics));
         }
-        self.ask(id, |reply| WorkspaceMsg::Define { name, definition, program, reply }).await
+        let defined = self.ask(id, |reply| WorkspaceMsg::Define { name, definition, program, reply }).await;
+        self.cache().changed(&[query::of_definitions(id)]);
+        defined
     }
 
     pub async fn remove_metric(&self, id: &WorkspaceId, name: &ItemName) -> Result<(), Fault> {
-        let existed = self.ask(id, |reply| WorkspaceMsg::Remove { name: name.clone(), reply }).await?;
+        let removed = self.ask(id, |reply| WorkspaceMsg::Remove { name: name.clone(), reply }).await;
+        self.cache().changed(&[query::of_definitions(id)]);
+        let existed = removed?;
         if existed { Ok(()) } else { Err(unknown("metric", "unknown_metric", name)) }
     }
 
@@ -904,12 +942,17 @@ impl System {
     }
 
     /// A page of rows, the store's and memory's as one table.
-    pub async fn metric_rows(
-        &self,
-        id: &WorkspaceId,
-        name: &ItemName,
-        mut query: RowsQuery,
-    ) -> Result<RowsPage, Fault> {
+    pub async fn metric_rows(&self, id: &WorkspaceId, name: &ItemName, query: RowsQuery) -> Result<RowsPage, Fault> {
+        // who draws a chart says where it begins
+        let is_chart = query.from.is_some() && query.after.is_none();
+        let page = self.read_rows(id, name, query).await?;
+        if is_chart {
+            self.0.looks.count(id, name);
+        }
+        Ok(page)
+    }
+
+    async fn read_rows(&self, id: &WorkspaceId, name: &ItemName, mut query: RowsQuery) -> Result<RowsPage, Fault> {
         if let Some(step) = query.step {
             query.from = query.from.map(|from| step.bucket(from));
             query.to = query.to.map(|to| step.bucket_after(to));
@@ -929,10 +972,15 @@ impl System {
         let limit = query.limit.max(1);
         if query.only_final != Some(false) && live_done.is_none() {
             let cursor = RowQuery { from: query.from, to: query.to, limit, after, keys: query.keys.clone() };
-            let (stored, next) = match query.step {
-                None => self.store().rows(id, name, &cursor).await?,
-                Some(step) => self.store().samples(id, name, &cursor, step).await?,
+            let past = Past {
+                cache: self.cache(),
+                store: self.store(),
+                workspace: id,
+                metric: name,
+                window: recent.program.as_ref().ok().map(|program| program.window()),
+                frontier: recent.frontier,
             };
+            let (stored, next) = past.page(&cursor, query.step).await?;
             let after = cursor.position(query.step)?;
             for row in history::merge(stored, &recent.unsaved, &query, after, next.is_some()) {
                 rows.push(rows::from_store(&row).map_err(Fault::internal)?);
@@ -959,13 +1007,38 @@ impl System {
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
-    /// together.
+    /// together. As long as the workspace stands still, the answer is that of the last time.
     pub async fn query(&self, id: &WorkspaceId, request: QueryRequest) -> Result<QueryAnswer, Fault> {
-        let limits = &self.0.limits;
-        let most = Duration::from_millis(limits.query_ms);
+        let most = Duration::from_millis(self.0.limits.query_ms);
         let timeout = request.timeout.map_or(most, |asked| asked.min(most));
         let deadline = tokio::time::Instant::now() + timeout;
         let tenant = self.tenant(id)?;
+        let question = Question::parse(&request.sql)?;
+        let Some(offset) = tenant.settled().filter(|_| question.is_repeatable()) else {
+            return self.compute(tenant, question, request.params, timeout, deadline).await;
+        };
+        // events that are too old to be kept go without a record of it
+        let first = self.0.deps.log.head().0.max(tenant.first);
+        let params = serde_json::to_string(&request.params).map_err(Fault::internal)?;
+        let ask = Ask {
+            class: Class::Queries,
+            tags: vec![blocks::of_workspace(id), query::of_definitions(id)],
+            // who may wait longer does not get the failure of who may not
+            question: format!("from {first} to {offset} within {timeout:?} of {params} {}", request.sql),
+        };
+        let answer = self.cache().get(&ask, self.compute(tenant, question, request.params, timeout, deadline)).await;
+        answer.map(|answer| answer.as_ref().clone()).map_err(Arc::unwrap_or_clone)
+    }
+
+    async fn compute(
+        &self,
+        tenant: Arc<Tenant>,
+        question: Question,
+        params: Vec<Value>,
+        timeout: Duration,
+        deadline: tokio::time::Instant,
+    ) -> Result<QueryAnswer, Fault> {
+        let limits = &self.0.limits;
         let Some(place) = Place::take(&tenant, limits.queries) else {
             let detail = format!(
                 "{} queries of this workspace run or wait already, the most of limits.queries; wait for one of them",
@@ -974,11 +1047,10 @@ impl System {
             let kind = FaultKind::Limit { retry_after: Duration::from_secs(1) };
             return Err(Fault::new(kind, "too_many_queries", detail));
         };
-        let question = Question::parse(&request.sql)?;
-        let tables = tokio::time::timeout_at(deadline, self.tables_of(id, &question));
+        let tables = tokio::time::timeout_at(deadline, self.tables_of(&tenant.id, &question));
         let tables = tables.await.map_err(|_| crate::query::too_late(timeout))??;
         let bounds = Bounds { rows: limits.query_rows, memory: limits.query_memory, until: deadline.into_std() };
-        let answer = self.0.queries.run(question, request.params, tables, bounds, timeout, place).await?;
+        let answer = self.0.queries.run(question, params, tables, bounds, timeout, place).await?;
         Ok(QueryAnswer { schema: answer.schema, batches: answer.batches })
     }
 
@@ -1142,14 +1214,41 @@ impl System {
         Ok(alert)
     }
 
+    /// The portfolios of a workspace.
+    pub async fn portfolios(&self, id: &WorkspaceId) -> Result<Vec<Portfolio>, Fault> {
+        let tags = vec![blocks::of_workspace(id), of_portfolios(id)];
+        let ask = Ask { class: Class::Portfolios, tags, question: "portfolios".to_owned() };
+        let load = async { Ok::<_, Fault>(Listed(self.store().portfolios(id).await?)) };
+        let listed = self.cache().get(&ask, load).await;
+        listed.map(|listed| listed.0.clone()).map_err(Arc::unwrap_or_clone)
+    }
+
+    /// The positions of a portfolio.
+    pub async fn positions(&self, id: &WorkspaceId, portfolio: &ItemName) -> Result<Vec<Position>, Fault> {
+        let tags = vec![blocks::of_workspace(id), of_portfolio(id, portfolio)];
+        let ask = Ask { class: Class::Portfolios, tags, question: format!("positions {portfolio}") };
+        let load = async {
+            if self.store().portfolio(id, portfolio.as_str()).await?.is_none() {
+                return Err(unknown("portfolio", "unknown_portfolio", portfolio));
+            }
+            Ok(Listed(self.store().positions(id, portfolio.as_str()).await?))
+        };
+        let listed = self.cache().get(&ask, load).await;
+        listed.map(|listed| listed.0.clone()).map_err(Arc::unwrap_or_clone)
+    }
+
     pub async fn put_portfolio(&self, id: &WorkspaceId, portfolio: Portfolio) -> Result<(), Fault> {
         let name: ItemName = portfolio.id.parse().map_err(|e| Fault::invalid("bad_name", format!("{e}")))?;
-        self.store().put_portfolio(&portfolio).await?;
+        let done = self.store().put_portfolio(&portfolio).await;
+        self.cache().changed(&[of_portfolios(id), of_portfolio(id, &name)]);
+        done?;
         self.ask(id, |reply| WorkspaceMsg::Hold { id: name, reply }).await
     }
 
     pub async fn remove_portfolio(&self, id: &WorkspaceId, portfolio: &ItemName) -> Result<(), Fault> {
-        let existed = self.store().delete_portfolio(id, portfolio.as_str()).await?;
+        let done = self.store().delete_portfolio(id, portfolio.as_str()).await;
+        self.cache().changed(&[of_portfolios(id), of_portfolio(id, portfolio)]);
+        let existed = done?;
         self.ask(id, |reply| WorkspaceMsg::Hold { id: portfolio.clone(), reply }).await?;
         if existed { Ok(()) } else { Err(unknown("portfolio", "unknown_portfolio", portfolio)) }
     }
@@ -1164,16 +1263,20 @@ impl System {
         if self.store().portfolio(id, portfolio.as_str()).await?.is_none() {
             return Err(unknown("portfolio", "unknown_portfolio", portfolio));
         }
-        if replace {
-            self.store().replace_positions(id, portfolio.as_str(), &positions).await?;
-        } else {
-            self.store().put_positions(id, portfolio.as_str(), &positions).await?;
-        }
+        let done = match replace {
+            true => self.store().replace_positions(id, portfolio.as_str(), &positions).await,
+            false => self.store().put_positions(id, portfolio.as_str(), &positions).await,
+        };
+        // also after a failure, which may be that only the answer was lost
+        self.cache().changed(&[of_portfolio(id, portfolio)]);
+        done?;
         self.ask(id, |reply| WorkspaceMsg::Hold { id: portfolio.clone(), reply }).await
     }
 
     pub async fn remove_position(&self, id: &WorkspaceId, portfolio: &ItemName, symbol: &str) -> Result<(), Fault> {
-        let existed = self.store().delete_position(id, portfolio.as_str(), symbol).await?;
+        let done = self.store().delete_position(id, portfolio.as_str(), symbol).await;
+        self.cache().changed(&[of_portfolio(id, portfolio)]);
+        let existed = done?;
         self.ask(id, |reply| WorkspaceMsg::Hold { id: portfolio.clone(), reply }).await?;
         if existed { Ok(()) } else { Err(unknown("position", "unknown_position", symbol)) }
     }
@@ -1335,7 +1438,12 @@ impl System {
             n if n < tenants.len() => Ok(format!("{n} of {} workspaces are restarting", tenants.len())),
             n => Err(format!("all {n} workspaces are restarting")),
         };
-        vec![part("log", disk), part("store", store), part("actors", actors)]
+        let redis = match self.cache().redis() {
+            Standing::NotConfigured => Ok("not configured".to_owned()),
+            Standing::Connected => Ok("connected".to_owned()),
+            Standing::Gone(reason) => Err(reason),
+        };
+        vec![part("log", disk), part("store", store), part("redis", redis), part("actors", actors)]
     }
 }
 
@@ -1431,6 +1539,9 @@ async fn retain(system: Weak<Inner>) {
         if let Err(error) = system.note_resting().await {
             tracing::warn!(%error, "who rests could not be noted; trying again");
         }
+        if second.is_multiple_of(600) && system.note_looks().await.is_err() {
+            tracing::debug!("which charts are looked at could not be noted; trying again later");
+        }
         let now = system.now();
         drop(system);
         let work = move || {
@@ -1460,6 +1571,24 @@ async fn catch_up(system: Weak<Inner>, behind: Vec<Arc<Tenant>>) {
         }
     };
     futures::stream::iter(behind).for_each_concurrent(CATCHING_UP, one).await;
+}
+
+/// Reads the charts that were looked at most when the last process ended.
+async fn warm(system: Weak<Inner>) {
+    // not the system itself, which may end meanwhile
+    let Some(store) = system.upgrade().map(|inner| inner.deps.store.clone()) else { return };
+    let looked_at = store.meta(LOOKED_AT).await.ok().flatten();
+    let looked_at: Option<Vec<(WorkspaceId, ItemName)>> = looked_at.and_then(|text| serde_json::from_str(&text).ok());
+    for (id, metric) in looked_at.into_iter().flatten() {
+        let Some(system) = system.upgrade().map(System) else { return };
+        // what is not there any more needs no reading
+        let Ok((program, _, Some(frontier))) = system.live_rows(&id, &metric).await else { continue };
+        let back = Span(program.window().slide().0.saturating_mul(CHART));
+        let query = RowsQuery { from: Some(frontier.minus(back)), limit: CHART as usize, ..RowsQuery::default() };
+        if let Err(error) = system.read_rows(&id, &metric, query).await {
+            tracing::debug!(workspace = %id, %metric, %error, "a chart could not be read beforehand");
+        }
+    }
 }
 
 /// Wakes workspaces at rest whose time has come to close a window.

@@ -6,7 +6,7 @@ use crate::root::RootMsg;
 use crate::workspace::WorkspaceMsg;
 use arrow::array::{Array, AsArray, BooleanArray, RecordBatch};
 use arrow::compute::filter_record_batch;
-use engine::event::{Micros, StreamName, WorkspaceId};
+use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use parking_lot::{Mutex, RwLock};
 use ractor::{ActorId, ActorRef};
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,8 @@ pub(crate) struct Tenant {
     /// Queries that run or wait.
     pub(crate) queries: AtomicUsize,
     pub(crate) silences: RwLock<Vec<Silence>>,
+    /// Up to when old rows of a metric were deleted since the start.
+    pub(crate) pruned: Mutex<HashMap<ItemName, Micros>>,
     /// Callers that have the actor or look for it.
     asked: AtomicUsize,
     suspect: Mutex<Suspect>,
@@ -195,6 +197,7 @@ impl Tenant {
             gone: AtomicBool::new(false),
             queries: AtomicUsize::new(0),
             silences: RwLock::default(),
+            pruned: Mutex::default(),
             asked: AtomicUsize::new(0),
             suspect: Mutex::default(),
             committing: Arc::new(Semaphore::new(1)),
@@ -370,6 +373,14 @@ impl Tenant {
         order.lane = None;
         *self.resting.lock() = Some(resting);
         true
+    }
+
+    /// Where the log ends for this workspace, if all of it has been computed: what it shows is then the same until the
+    /// next record.
+    pub(crate) fn settled(&self) -> Option<u64> {
+        let appended = self.counters.appended.load(SeqCst);
+        let done = self.counters.pushed.load(SeqCst).max(self.counters.saved.load(SeqCst));
+        (done >= appended).then_some(appended)
     }
 
     pub(crate) fn mailbox_used(&self) -> u64 {

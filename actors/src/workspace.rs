@@ -3,16 +3,19 @@
 //! The engine's state, the rows and the offset they stand for are committed together; a restart loads
 //! them and replays the log from that offset, and rows it repeats are no-ops in the store.
 
+use crate::blocks::{self, Width};
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
 use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
+use crate::query;
 use crate::rows;
 use crate::system::Deps;
 use crate::table::{Positions, StoredTable};
 use crate::tenant::{Phase as Life, Resting, Tenant};
 use crate::webhook::notice;
 use arrow::array::RecordBatch;
+use cache::Tag;
 use engine::alert::{Change, Phase, Rule, Trouble};
 use engine::cost::Cost;
 use engine::event::{ItemName, Micros, Span, StreamName};
@@ -20,6 +23,7 @@ use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
 use engine::reference::{TableSchema, TableSize};
+use engine::window::Window;
 use engine::workspace::{Failure, Outputs, Saved, Stop, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
@@ -1249,8 +1253,11 @@ impl State {
         let one = one.expect("one commit at a time, and none of the actor before this one");
         self.saving = true;
         let (deps, tenant, myself) = (self.deps.clone(), self.tenant.clone(), myself.clone());
+        let changed = self.changed_by(&commit);
         tokio::spawn(async move {
             let Some((commit, result)) = deps.committer.commit(commit).await else { return };
+            // before the actor lets the rows go, and also after a failure, which may be that only the answer was lost
+            deps.cache.changed(&changed);
             drop(one);
             let result = match result {
                 Ok(()) => {
@@ -1304,6 +1311,12 @@ impl State {
         Some((Commit { workspace, offset, state, rows, alerts: stored, notices, dead_letters }, alerts))
     }
 
+    /// What of the cached history is not as it was once this is in the store.
+    fn changed_by(&self, commit: &Commit) -> Vec<Tag> {
+        let width = |metric: &ItemName| self.metrics.get(metric).map(|defined| Width::of(defined.program.window()));
+        blocks::changed_by(&self.tenant.id, &commit.rows, width)
+    }
+
     fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, result: Result<u64, Unsaved>) {
         self.saving = false;
         self.in_store = Arc::new([]);
@@ -1333,22 +1346,32 @@ impl State {
 
     /// Deletes rows that are older than their metric keeps them.
     fn expired(&self) -> Option<impl Future<Output = ()> + use<>> {
-        let limits: Vec<(ItemName, Micros)> = self
+        let limits: Vec<(ItemName, Window, Micros)> = self
             .metrics
             .iter()
             .filter_map(|(name, metric)| {
                 let frontier = self.engine.reached(name)?;
-                Some((name.clone(), frontier.minus(metric.definition.retain?)))
+                Some((name.clone(), metric.program.window(), frontier.minus(metric.definition.retain?)))
             })
             .collect();
         if limits.is_empty() {
             return None;
         }
-        let (store, workspace) = (self.deps.store.clone(), self.tenant.id.clone());
+        let (store, tenant, cache) = (self.deps.store.clone(), self.tenant.clone(), self.deps.cache.clone());
         Some(async move {
-            for (metric, before) in limits {
-                if let Err(error) = store.prune_rows(&workspace, &metric, before).await {
-                    tracing::warn!(%workspace, %metric, %error, "old rows could not be deleted; trying again later");
+            let workspace = &tenant.id;
+            for (metric, window, until) in limits {
+                match store.prune_rows(workspace, &metric, until).await {
+                    Ok(count) => {
+                        let before = tenant.pruned.lock().insert(metric.clone(), until);
+                        if count > 0 {
+                            blocks::pruned(&cache, workspace, &metric, window, before, until);
+                            cache.changed(&[query::of_definitions(workspace)]);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%workspace, %metric, %error, "old rows could not be deleted; trying again later");
+                    }
                 }
             }
         })
@@ -1357,7 +1380,10 @@ impl State {
     async fn drain(&mut self) {
         (self.next_state, self.next_alerts) = (Instant::now(), Instant::now());
         if let Some((commit, alerts)) = self.commit() {
-            match self.deps.committer.commit(commit).await {
+            let changed = self.changed_by(&commit);
+            let committed = self.deps.committer.commit(commit).await;
+            self.deps.cache.changed(&changed);
+            match committed {
                 Some((commit, Ok(()))) => {
                     self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
                     tell(&self.deps, &self.tenant, alerts);
@@ -1404,6 +1430,7 @@ impl State {
         if is_known && !is_again {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
+            blocks::forget(&self.deps.cache, &workspace, &name);
         }
         let row = store.put_metric(&workspace, &name, &stored, since, now).await?;
         let defined = self.defined(definition, program, row.version, since);
@@ -1546,6 +1573,7 @@ impl State {
         self.unplanned.remove(name);
         self.unsaved.rows.retain(|row| row.metric != *name);
         let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
+        blocks::forget(&self.deps.cache, &self.tenant.id, name);
         self.publish(What::MetricRemoved { metric: name.clone() });
         self.dirty = true;
         Ok(existed)

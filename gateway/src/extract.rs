@@ -120,8 +120,12 @@ fn bearer(parts: &Parts) -> Option<&str> {
 }
 
 /// Takes one request from a quota, and tells how it stands then.
-fn count(state: &AppState, told: Option<&Told>, of: Of, rate: Rate, now: Micros) -> Result<(), Problem> {
-    let (standing, refused) = match state.quotas.request(of, rate, now) {
+async fn count(state: &AppState, told: Option<&Told>, of: Of, rate: Rate, now: Micros) -> Result<(), Problem> {
+    let shared = match of.shared() {
+        Some(name) => state.system.cache().take(&name, rate.shared(), 1.0).await,
+        None => None,
+    };
+    let (standing, refused) = match state.quotas.request(of, rate, shared, now) {
         Ok(standing) => (standing, None),
         Err(refused) => (refused.standing, Some(refused)),
     };
@@ -149,7 +153,7 @@ impl FromRequestParts<AppState> for Caller {
         let caller = state.auth.authenticate(state.system.store(), token, now).await?;
         let told = parts.extensions.get::<Told>();
         let rate = Rate::per_minute(state.config.limits.user_requests_per_minute);
-        count(state, told, Of::User(caller.id.clone()), rate, now)?;
+        count(state, told, Of::User(caller.id.clone()), rate, now).await?;
         if let Some(seen) = parts.extensions.get::<Seen>() {
             seen.tell(caller.name.clone());
         }
@@ -202,7 +206,7 @@ impl Member {
     /// Counts a run of an agent.
     pub(crate) async fn count_run(&self, state: &AppState) -> Result<(), Problem> {
         if let Some(most) = state.tier(&self.workspace).await?.agent_runs_per_hour {
-            count(state, None, Of::Runs(self.workspace.clone()), Rate::per_hour(most), state.system.now())?;
+            count(state, None, Of::Runs(self.workspace.clone()), Rate::per_hour(most), state.system.now()).await?;
         }
         Ok(())
     }
@@ -318,7 +322,7 @@ impl FromRequestParts<AppState> for Member {
         let tier = state.tier(&member.workspace).await?;
         if let Some(most) = tier.requests_per_hour.filter(|_| is_counted(&caller.by, &parts.method, route)) {
             let of = Of::Requests(member.workspace.clone(), member.user.clone());
-            count(state, parts.extensions.get::<Told>(), of, Rate::per_hour(most), state.system.now())?;
+            count(state, parts.extensions.get::<Told>(), of, Rate::per_hour(most), state.system.now()).await?;
         }
         Ok(member)
     }

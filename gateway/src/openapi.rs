@@ -93,7 +93,7 @@ const BEFORE: (&str, &str) = ("before", "The `next` of the page before.");
 
 const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/health", "health", "Whether the process lives.").gives(200, "Health"),
-    Operation::new("get", "/ready", "health", "Whether the parts can serve; 503 with the reasons where they cannot.")
+    Operation::new("get", "/ready", "health", "Whether the parts can serve; 503 with the reasons where they cannot. Without store or Redis it serves on, `degraded`.")
         .gives(200, "Ready"),
     Operation::new("get", "/metrics", "health", "Figures of the process for Prometheus, unless they have their own listener.")
         .gives_as(200, TEXT, "Text"),

@@ -1,8 +1,10 @@
 //! How much a workspace and a user may ask for: token buckets, filled as time goes by. What each tier has is
-//! configured; what a tier does not name is bounded by `limits` alone.
+//! configured; what a tier does not name is bounded by `limits` alone. What a tier gives an hour is one bucket for all
+//! nodes where there is Redis; each node keeps its own beside it, which counts on while Redis is gone.
 
 use crate::problem::Problem;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use cache::Level;
 use engine::event::{Micros, WorkspaceId};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -84,6 +86,11 @@ impl Rate {
         Rate { burst: f64::from(most), per_second: f64::from(most) / 60.0, window: 60 }
     }
 
+    /// As all nodes share it.
+    pub(crate) fn shared(self) -> cache::Rate {
+        cache::Rate { burst: self.burst, per_second: self.per_second }
+    }
+
     /// Ten seconds' worth may come at once.
     fn of_events(per_second: u32) -> Rate {
         Rate { burst: f64::from(per_second) * 10.0, per_second: f64::from(per_second), window: 10 }
@@ -113,22 +120,33 @@ impl Bucket {
         if is_open {
             self.tokens -= n;
         }
-        let standing = self.standing(rate);
+        let standing = Standing::of(self.tokens, rate);
         if is_open { Ok(standing) } else { Err(standing) }
     }
+}
 
-    fn standing(&self, rate: Rate) -> Standing {
+impl Standing {
+    /// Of a bucket with so many tokens.
+    fn of(tokens: f64, rate: Rate) -> Standing {
         // a rate of zero never fills: one window is as good an answer as any
-        let until = |tokens: f64| match (tokens - self.tokens).max(0.0) / rate.per_second {
+        let until = |wanted: f64| match (wanted - tokens).max(0.0) / rate.per_second {
             seconds if seconds.is_finite() => Duration::from_secs_f64(seconds.min(86_400.0)),
             _ => Duration::from_secs(rate.window),
         };
         Standing {
             limit: rate.burst as u64,
-            remaining: self.tokens.max(0.0) as u64,
+            remaining: tokens.max(0.0) as u64,
             window: rate.window,
-            wait: if self.tokens >= 1.0 { Duration::ZERO } else { until(1.0) },
+            wait: if tokens >= 1.0 { Duration::ZERO } else { until(1.0) },
             reset: until(rate.burst),
+        }
+    }
+
+    /// The one of this bucket and the shared one that has less left.
+    fn or_stricter(self, shared: Option<Level>, rate: Rate) -> Standing {
+        match shared.map(|level| Standing::of(level.tokens, rate)) {
+            Some(shared) if shared.reset > self.reset => shared,
+            _ => self,
         }
     }
 }
@@ -142,6 +160,18 @@ pub(crate) enum Of {
     Requests(WorkspaceId, String),
     Runs(WorkspaceId),
     Events(WorkspaceId),
+}
+
+impl Of {
+    /// What the bucket is called that all nodes share. A user's requests a minute protect each node by itself, and the
+    /// events of a workspace all go through one.
+    pub(crate) fn shared(&self) -> Option<String> {
+        match self {
+            Of::Requests(workspace, user) => Some(format!("requests/{workspace}/{user}")),
+            Of::Runs(workspace) => Some(format!("runs/{workspace}")),
+            Of::User(_) | Of::Events(_) => None,
+        }
+    }
 }
 
 /// Buckets kept; full ones are forgotten beyond that.
@@ -170,25 +200,37 @@ impl Quotas {
         bucket.take(rate, n, now)
     }
 
-    /// How a bucket stands, without taking from it.
-    pub(crate) fn standing(&self, of: Of, rate: Rate, now: Micros) -> Standing {
-        self.take(of, rate, 0.0, now).unwrap_or_else(|standing| standing)
+    /// How a bucket stands, without taking from it. `shared` is how the one of all nodes does.
+    pub(crate) fn standing(&self, of: Of, rate: Rate, shared: Option<Level>, now: Micros) -> Standing {
+        let own = self.take(of, rate, 0.0, now).unwrap_or_else(|standing| standing);
+        own.or_stricter(shared, rate)
     }
 
-    /// One request.
-    pub(crate) fn request(&self, of: Of, rate: Rate, now: Micros) -> Result<Standing, Box<Refused>> {
+    /// One request, which `shared`, the bucket of all nodes, has counted where there is one.
+    pub(crate) fn request(
+        &self,
+        of: Of,
+        rate: Rate,
+        shared: Option<Level>,
+        now: Micros,
+    ) -> Result<Standing, Box<Refused>> {
         let name = match &of {
             Of::User(_) => "limits.user_requests_per_minute",
             Of::Runs(_) => "agent_runs_per_hour of its tier",
             Of::Requests(..) | Of::Events(_) => "requests_per_hour of its tier",
         };
-        self.take(of, rate, 1.0, now).map_err(|standing| Box::new(Refused { name, standing }))
+        if let Some(level) = shared.filter(|level| !level.is_open) {
+            let standing = Standing::of(level.tokens, rate);
+            return Err(Box::new(Refused { name, standing }));
+        }
+        let own = self.take(of, rate, 1.0, now).map_err(|standing| Box::new(Refused { name, standing }))?;
+        Ok(own.or_stricter(shared, rate))
     }
 
     /// Whether events may come now; asked before they are read.
     pub(crate) fn may_ingest(&self, id: &WorkspaceId, tier: &Tier, now: Micros) -> Result<(), Problem> {
         let Some(most) = tier.events_per_second else { return Ok(()) };
-        let standing = self.standing(Of::Events(id.clone()), Rate::of_events(most), now);
+        let standing = self.standing(Of::Events(id.clone()), Rate::of_events(most), None, now);
         if standing.wait.is_zero() {
             return Ok(());
         }
@@ -252,7 +294,7 @@ mod tests {
     #[test]
     fn after_thirty_requests_the_next_one_waits_two_minutes() {
         let (quotas, rate) = (Quotas::default(), Rate::per_hour(30));
-        let ask = |now| quotas.request(Of::Requests(ws(), "ann".into()), rate, now);
+        let ask = |now| quotas.request(Of::Requests(ws(), "ann".into()), rate, None, now);
         for left in (0..30).rev() {
             assert_eq!(ask(NOW).map_err(drop).unwrap().remaining, left);
         }
@@ -260,7 +302,22 @@ mod tests {
         assert_eq!((refused.standing.wait.as_secs_f64().round(), refused.standing.limit), (120.0, 30));
         assert!(ask(NOW.plus(Span::seconds(119))).is_err() && ask(NOW.plus(Span::seconds(121))).is_ok());
         // others have quotas of their own
-        assert!(quotas.request(Of::Requests(ws(), "bob".into()), rate, NOW).is_ok());
+        assert!(quotas.request(Of::Requests(ws(), "bob".into()), rate, None, NOW).is_ok());
+    }
+
+    #[test]
+    fn of_this_nodes_bucket_and_the_shared_one_the_stricter_counts() {
+        let (quotas, rate) = (Quotas::default(), Rate::per_hour(30));
+        let ask = |shared| quotas.request(Of::Runs(ws()), rate, shared, NOW);
+        let level = |tokens| Some(Level { is_open: tokens >= 1.0, tokens });
+        assert_eq!(ask(level(7.0)).map_err(drop).unwrap().remaining, 7); // others took from it too
+        assert_eq!(ask(level(30.0)).map_err(drop).unwrap().remaining, 28); // Redis had forgotten
+        for _ in 0..50 {
+            let refused = ask(level(0.5)).err().unwrap();
+            assert_eq!((refused.standing.remaining, refused.standing.wait), (0, Duration::from_secs(60)));
+        }
+        // what was refused cost nothing here, so that this node goes on where Redis left off
+        assert_eq!(ask(None).map_err(drop).unwrap().remaining, 27);
     }
 
     #[test]
@@ -281,9 +338,9 @@ mod tests {
         let quotas = Quotas::default();
         let of = || Of::Requests(ws(), "ann".into());
         for _ in 0..30 {
-            assert!(quotas.request(of(), Rate::per_hour(30), NOW).is_ok());
+            assert!(quotas.request(of(), Rate::per_hour(30), None, NOW).is_ok());
         }
-        let standing = quotas.request(of(), Rate::per_hour(100), NOW).map_err(drop).unwrap();
+        let standing = quotas.request(of(), Rate::per_hour(100), None, NOW).map_err(drop).unwrap();
         assert_eq!(standing.remaining, 69);
         let mut headers = HeaderMap::new();
         standing.tell(&mut headers);
@@ -303,7 +360,7 @@ mod tests {
     #[test]
     fn time_that_goes_back_gives_nothing() {
         let quotas = Quotas::default();
-        let ask = |now| quotas.request(Of::User("ann".into()), Rate::per_minute(1), now).is_ok();
+        let ask = |now| quotas.request(Of::User("ann".into()), Rate::per_minute(1), None, now).is_ok();
         assert!(ask(NOW) && !ask(NOW.minus(Span::seconds(600))) && !ask(NOW.plus(Span::seconds(1))));
         assert!(ask(NOW.plus(Span::seconds(61))));
     }

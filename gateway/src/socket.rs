@@ -135,6 +135,7 @@ mod tests {
                 clock: Arc::new(actors::clock::SystemClock),
                 limits: actors::Limits::default(),
                 agents: Default::default(),
+                cache: cache::Cache::new(&cache::Config::default()),
                 webhooks: Default::default(),
                 sealer: auth.sealer(),
             };

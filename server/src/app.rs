@@ -5,9 +5,11 @@ use actors::clock::{Clock, SystemClock};
 use actors::pack::Packs;
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail};
+use cache::Cache;
 use gateway::{AppState, Auth, Hub, SECRET_BYTES_MIN};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
 use sql::store::Store;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -43,7 +45,10 @@ impl App {
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
-        let store = Store::open_with(&config.store_url()?, &config.store_options()).await?;
+        let store_url = config.store_url()?;
+        let store = Store::open_with(&store_url, &config.store_options()).await?;
+        let installation = installation(&store, &store_url).await?;
+        let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let clock = Arc::new(SystemClock);
         auth.bootstrap(&store, clock.now()).await?;
         let resealed = auth.reseal(&store).await?;
@@ -60,6 +65,7 @@ impl App {
             clock,
             limits: config.limits.system(),
             agents: config.agents.clone(),
+            cache,
             webhooks: config.webhooks.clone(),
             sealer: auth.sealer(),
         })
@@ -93,10 +99,28 @@ impl App {
         gateway::serve(self.listener, self.state, &config, stop).await?;
         tracing::info!("draining");
         system.stop(DRAIN).await;
+        system.cache().stop().await;
         system.store().close().await;
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// Where the store keeps what its installation is called.
+const INSTALLATION: &str = "installation";
+
+/// What the nodes of one store have in common, and no others: neither another store, nor a copy of this one elsewhere.
+async fn installation(store: &Store, url: &str) -> Result<String> {
+    let name = match store.meta(INSTALLATION).await? {
+        Some(name) => name,
+        None => {
+            let name = uuid::Uuid::new_v4().simple().to_string();
+            store.put_meta(INSTALLATION, &name).await?;
+            name
+        }
+    };
+    let digest = Sha256::digest(format!("{name} {url}"));
+    Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What [`App::build`] refuses before it touches anything.
@@ -107,6 +131,7 @@ fn checked(config: &Config) -> Result<Auth> {
         bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);
     }
     sql::store::kind(&config.store_url()?)?;
+    config.redis.check()?;
     if config.listen_tls.is_some() {
         config.tls.check()?;
     }

@@ -30,6 +30,9 @@ pub struct Config {
     /// How repeats of events are found.
     pub dedup: streams::dedup::Config,
     pub store: StoreConfig,
+    /// What is remembered of what was read.
+    pub cache: cache::Config,
+    pub redis: cache::RedisConfig,
     pub auth: gateway::AuthConfig,
     pub limits: Limits,
     /// What channels keep for clients that come back, by class.
@@ -53,6 +56,8 @@ impl Default for Config {
             log: LogConfig::default(),
             dedup: streams::dedup::Config::default(),
             store: StoreConfig::default(),
+            cache: cache::Config::default(),
+            redis: cache::RedisConfig::default(),
             auth: gateway::AuthConfig::default(),
             limits: Limits::default(),
             history: gateway::History::default(),

@@ -12,13 +12,17 @@ use datafusion::common::{DataFusionError, ParamValues, ScalarValue};
 use datafusion::execution::context::{SQLOptions, SessionContext};
 use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::logical_expr::Volatility;
 use datafusion::physical_plan::execute_stream;
 use datafusion::prelude::SessionConfig;
 use datafusion::sql::parser::Statement as DfStatement;
-use datafusion::sql::sqlparser::ast::Statement;
+use datafusion::sql::sqlparser::ast::{Expr, Statement, visit_expressions, visit_relations};
+use engine::reference::TABLES;
 use futures::StreamExt;
 use serde_json::Value;
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 /// What a question may cost.
@@ -79,6 +83,24 @@ impl Question {
             Ok(_) => Err(SqlError::new("only queries are allowed here: write a SELECT")),
             Err(many) => Err(SqlError::new(format!("one statement at a time, this text has {}", many.len()))),
         }
+    }
+
+    /// Whether it has the same answer as long as the same events and rows are there: it asks neither for the time nor for
+    /// chance, and reads no reference table, whose rows become valid with time.
+    pub fn is_repeatable(&self) -> bool {
+        let dated = visit_relations(&self.statement, |name| match name.0.first().and_then(|part| part.as_ident()) {
+            Some(schema) if schema.value.eq_ignore_ascii_case(TABLES) => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        });
+        let changing = visit_expressions(&self.statement, |expr| match expr {
+            Expr::Function(call)
+                if call.name.0.last().and_then(|part| part.as_ident()).is_none_or(|name| is_changing(&name.value)) =>
+            {
+                ControlFlow::Break(())
+            }
+            _ => ControlFlow::Continue(()),
+        });
+        dated.is_continue() && changing.is_continue()
     }
 
     /// The tables it names, each as its parts.
@@ -168,6 +190,17 @@ impl Question {
     }
 }
 
+/// Whether a function of this name may answer differently when it is asked again.
+fn is_changing(name: &str) -> bool {
+    static CHANGING: LazyLock<HashSet<String>> = LazyLock::new(|| {
+        let state = sandbox::context(SessionConfig::new(), Arc::default()).state();
+        let all = state.scalar_functions().iter();
+        let changing = all.filter(|(_, function)| function.signature().volatility != Volatility::Immutable);
+        changing.map(|(name, _)| name.to_lowercase()).collect()
+    });
+    CHANGING.contains(&name.to_lowercase())
+}
+
 fn scalar(value: &Value) -> Result<ScalarValue, SqlError> {
     Ok(match value {
         Value::Null => ScalarValue::Null,
@@ -180,4 +213,33 @@ fn scalar(value: &Value) -> Result<ScalarValue, SqlError> {
         },
         other => return Err(SqlError::new(format!("parameter {other} is neither text, number, boolean nor null"))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_about_time_chance_or_dated_rows_has_no_answer_to_keep() {
+        let is_repeatable = |sql: &str| Question::parse(sql).unwrap().is_repeatable();
+        for sql in [
+            "SELECT symbol, round(avg(price), 2) FROM market.trades WHERE ts > '2026-01-01' GROUP BY symbol",
+            "SELECT date_trunc('hour', ts), count(DISTINCT symbol) FROM market.trades GROUP BY 1",
+            "WITH bars AS (SELECT * FROM vwap_1m) SELECT ema(vwap, 20) OVER (ORDER BY window_start) FROM bars",
+        ] {
+            assert!(is_repeatable(sql), "{sql}");
+        }
+        for sql in [
+            "SELECT now()",
+            "SELECT count(*) FROM market.trades WHERE ts > NOW() - INTERVAL '1 minute'",
+            "SELECT * FROM market.trades WHERE ts > (SELECT current_timestamp)",
+            "SELECT CURRENT_DATE",
+            "SELECT \"now\"()",
+            "SELECT uuid(), random()",
+            "SELECT * FROM ref.companies",
+            "SELECT * FROM market.trades WHERE symbol IN (SELECT symbol FROM REF.companies)",
+        ] {
+            assert!(!is_repeatable(sql), "{sql}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! End to end: the whole system on a port and in a directory of its own, spoken to as a client does.
 
 mod bad_input; // each kind of bad input: its problem, its code, and the process stays up
+mod cached; // what was read before, in memory and in Redis
 mod chain; // metrics over metrics, live, in history and after a restart
 mod command; // the commands of the binary against a real server
 #[path = "../support/database.rs"]
@@ -12,5 +13,7 @@ mod journey; // from an event to a live row, an alert, a portfolio, and on after
 mod kill; // the real binary killed under load: nothing acknowledged is lost, nothing counts twice
 mod pack; // workspaces made from packs
 mod push; // WebSocket and SSE at their edges: resuming, presence, limits, bad frames, draining
+#[path = "../support/redis.rs"]
+mod redis; // a Redis of its own
 mod stores; // the binary over PostgreSQL: killed, without its database, backed up and restored
 mod webhook; // alerts told to a receiver that is away, slow, gone or well, and by a server that is killed

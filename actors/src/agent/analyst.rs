@@ -86,10 +86,11 @@ async fn vocabulary(run: &Run) -> Result<Vocabulary, Failure> {
         MetricWords { name: metric.name.to_string(), keys: keys.to_vec(), values: values.to_vec() }
     });
     let metrics = metrics.collect();
-    let portfolios = system.store().portfolios(ws).await.map_err(crate::fault::Fault::from)?;
+    let portfolios = system.portfolios(ws).await?;
     let mut symbols = BTreeSet::new();
     for portfolio in &portfolios {
-        let held = system.store().positions(ws, &portfolio.id).await.map_err(crate::fault::Fault::from)?;
+        let id: ItemName = portfolio.id.parse().map_err(crate::fault::Fault::internal)?;
+        let held = system.positions(ws, &id).await?;
         symbols.extend(held.into_iter().map(|position| position.symbol));
     }
     let tools = run.request.tools.iter().filter_map(|tool| tool["name"].as_str());

@@ -59,6 +59,7 @@ async fn world() -> World {
         clock: Arc::new(SystemClock),
         limits: Limits::default(),
         agents: BTreeMap::new(),
+        cache: cache::Cache::new(&cache::Config::default()),
         webhooks: Default::default(),
         sealer: Arc::new(crate::Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };

@@ -219,7 +219,7 @@ struct PortfolioArguments {
 async fn portfolio_summary(system: &System, ws: &WorkspaceId, wanted: PortfolioArguments) -> Result<Value, Fault> {
     let ids = match wanted.portfolio {
         Some(id) => vec![id],
-        None => system.store().portfolios(ws).await?.into_iter().map(|portfolio| portfolio.id).collect(),
+        None => system.portfolios(ws).await?.into_iter().map(|portfolio| portfolio.id).collect(),
     };
     let mut portfolios = Vec::new();
     for id in ids {

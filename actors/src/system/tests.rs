@@ -4,6 +4,7 @@ use super::*;
 use crate::fault_point;
 use crate::webhook::WebhookChange;
 use arrow::array::AsArray;
+use cache::Warmth;
 use engine::event::Span;
 use sql::store::User;
 use std::path::Path;
@@ -92,6 +93,7 @@ impl World {
             clock: clock.clone(),
             limits,
             agents: BTreeMap::new(),
+            cache: cache::Cache::new(&cache::Config::default()),
             webhooks: WebhookConfig { allow_private: true, ..WebhookConfig::default() },
             sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
         };
@@ -602,6 +604,7 @@ async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
         clock: Arc::new(crate::clock::SystemClock),
         limits: Limits::default(),
         agents: BTreeMap::new(),
+        cache: cache::Cache::new(&cache::Config::default()),
         webhooks: WebhookConfig::default(),
         sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
     };
@@ -695,4 +698,248 @@ async fn a_restart_of_many_workspaces_is_ready_soon() {
     }
     waits.sort_unstable();
     println!("waking and asking one: median {:?}, p99 {:?}", waits[waits.len() / 2], waits[waits.len() * 99 / 100]);
+}
+
+impl World {
+    /// Events that `metric` has counted of a symbol, from the beginning on.
+    async fn counted_by(&self, name: &str, metric: &str, symbol: &str) -> i64 {
+        let mut query = RowsQuery {
+            from: Some(Micros(START)),
+            limit: 100,
+            keys: vec![("symbol".to_owned(), Some(symbol.to_owned()))],
+            ..RowsQuery::default()
+        };
+        let mut sum = 0;
+        loop {
+            let page = self.system.metric_rows(&name.parse().unwrap(), &metric.parse().unwrap(), query.clone()).await;
+            let page = page.unwrap();
+            sum += page.rows.iter().map(|row| row["n"].as_i64().unwrap()).sum::<i64>();
+            match page.next {
+                Some(next) => query.after = Some(next),
+                None => return sum,
+            }
+        }
+    }
+
+    async fn ask(&self, name: &str, sql: &str) -> Value {
+        let request = QueryRequest { sql: sql.to_owned(), params: Vec::new(), timeout: None };
+        let answer = self.system.query(&name.parse().unwrap(), request).await.unwrap();
+        let rows: usize = answer.batches.iter().map(RecordBatch::num_rows).sum();
+        match answer.batches.iter().find(|batch| batch.num_rows() > 0) {
+            Some(batch) => serde_json::from_str(&rows::json_lines(batch).unwrap()[0]).unwrap(),
+            None => rows.into(),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn history_from_the_cache_has_every_event_that_was_acknowledged_late_ones_too() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let definition = serde_json::json!({
+        "sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol",
+        "max_delay": Span::ZERO, "allowed_lateness": Span::seconds(100_000),
+    });
+    let definition = serde_json::from_value(definition).unwrap();
+    world.system.define_metric(&"acme".parse().unwrap(), "late".parse().unwrap(), definition).await.unwrap();
+    let mut sent = 0;
+    for round in 0..80 {
+        world.trades("acme", "A", round * 40, 5, &format!("a{round}")).await.unwrap();
+        world.trades("acme", "B", round * 40, 1, &format!("b{round}")).await.unwrap();
+        sent += 5;
+        if round % 10 == 9 {
+            world.trades("acme", "A", round * 17, 1, &format!("late{round}")).await.unwrap();
+            sent += 1;
+        }
+        assert_eq!(world.counted_by("acme", "late", "A").await, sent, "round {round}");
+        assert_eq!(world.counted_by("acme", "late", "B").await, round + 1);
+        // some commits come while this goes on
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    eventually("all is in the store", async || {
+        let (metric, query) = ("late".parse().unwrap(), RowQuery { limit: 1_000, ..RowQuery::default() });
+        world.system.store().rows(&"acme".parse().unwrap(), &metric, &query).await.unwrap().0.len() >= 158
+    })
+    .await;
+    assert_eq!(world.counted_by("acme", "late", "A").await, sent);
+    let warmth = world.system.cache().warmth(Class::History);
+    println!("history while rows come: {warmth:?}, {:.1} % hits", warmth.hit_rate() * 100.0);
+    assert!(warmth.hit_rate() > 0.7, "{warmth:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_metric_or_workspace_that_is_made_anew_has_nothing_of_the_one_before() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let acme: WorkspaceId = "acme".parse().unwrap();
+    let stored = async || {
+        let query = RowQuery { limit: 100, ..RowQuery::default() };
+        world.system.store().rows(&acme, &"sums".parse().unwrap(), &query).await.unwrap().0.len()
+    };
+    world.trades("acme", "A", 0, 30, "a").await.unwrap();
+    eventually("final rows are stored", async || stored().await == 2).await;
+    assert_eq!(world.counted_by("acme", "sums", "A").await, 30);
+    let sql = "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '20 seconds'), symbol";
+    world.define("acme", "sums", sql).await;
+    assert_eq!(world.counted_by("acme", "sums", "A").await, 0);
+
+    world.trades("acme", "A", 100, 60, "b").await.unwrap();
+    eventually("final rows are stored", async || stored().await >= 2).await;
+    assert_eq!(world.counted_by("acme", "sums", "A").await, 60);
+    world.system.delete_workspace(&acme).await.unwrap();
+    world.create("acme").await;
+    world.define("acme", "sums", sql).await;
+    world.trades("acme", "A", 100, 1, "c").await.unwrap();
+    assert_eq!(world.counted_by("acme", "sums", "A").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_is_answered_once_until_something_happens_in_its_workspace() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme", "other"]).await;
+    let sql = "SELECT count(*) AS n FROM market.trades";
+    let computed = || world.system.cache().warmth(Class::Queries).loaded;
+    let settled = async || {
+        let tenant = world.system.tenant(&"acme".parse().unwrap()).unwrap();
+        eventually("all is computed", async || tenant.settled().is_some()).await;
+    };
+    for round in 1..=3 {
+        world.trades("acme", "A", 0, 1, &format!("a{round}")).await.unwrap();
+        settled().await;
+        for _ in 0..5 {
+            assert_eq!(world.ask("acme", sql).await["n"], round);
+            assert_eq!(world.ask("other", sql).await["n"], 0);
+        }
+        // once after each event, and once in the other workspace
+        assert_eq!(computed(), round + 1);
+    }
+    // what is defined counts as well
+    world
+        .define(
+            "acme",
+            "more",
+            "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour'), symbol",
+        )
+        .await;
+    assert_eq!(world.ask("acme", "SELECT count(*) AS n FROM sums").await["n"], 1);
+    // and time does not stand still
+    let before = computed();
+    for _ in 0..2 {
+        world.ask("acme", "SELECT now() AS n").await;
+        world.ask("acme", "SELECT count(*) AS n FROM ref.companies").await;
+    }
+    assert_eq!(computed(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn positions_are_those_that_were_set_last_and_read_from_the_store_once() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let (acme, main): (WorkspaceId, ItemName) = ("acme".parse().unwrap(), "main".parse().unwrap());
+    let portfolio = |id: &str| Portfolio {
+        workspace: acme.clone(),
+        id: id.to_owned(),
+        name: id.to_owned(),
+        currency: "USD".into(),
+        created_at: Micros(1),
+    };
+    let position = |qty| Position { symbol: "A".into(), qty, cost: 1.0, sector: None };
+    let system = &world.system;
+    assert_eq!(system.portfolios(&acme).await.unwrap(), []);
+    assert_eq!(system.positions(&acme, &main).await.unwrap_err().code, "unknown_portfolio");
+    system.put_portfolio(&acme, portfolio("main")).await.unwrap();
+    assert_eq!(system.portfolios(&acme).await.unwrap(), [portfolio("main")]);
+    for qty in [1.0, 2.0, 3.0] {
+        system.put_positions(&acme, &main, vec![position(qty)], qty == 2.0).await.unwrap();
+        for _ in 0..10 {
+            assert_eq!(system.positions(&acme, &main).await.unwrap(), [position(qty)]);
+        }
+    }
+    assert_eq!(system.cache().warmth(Class::Portfolios), Warmth { memory: 27, redis: 0, loaded: 6 });
+    system.remove_position(&acme, &main, "A").await.unwrap();
+    assert_eq!(system.positions(&acme, &main).await.unwrap(), []);
+    system.remove_portfolio(&acme, &main).await.unwrap();
+    assert_eq!(system.portfolios(&acme).await.unwrap(), []);
+    assert_eq!(system.positions(&acme, &main).await.unwrap_err().code, "unknown_portfolio");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_reads_the_charts_that_were_looked_at_before_somebody_asks() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["seen", "unseen"]).await;
+    for name in ["seen", "unseen"] {
+        world.trades(name, "A", 0, 100, "a").await.unwrap();
+    }
+    assert_eq!(world.counted_by("seen", "sums", "A").await, 100);
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+
+    let world = World::start(directory.path()).await;
+    let loaded = || world.system.cache().warmth(Class::History).loaded;
+    eventually("the chart is read", async || loaded() > 0).await;
+    eventually("nothing more is read", async || {
+        let before = loaded();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        loaded() == before
+    })
+    .await;
+    let before = loaded();
+    assert_eq!(world.counted_by("seen", "sums", "A").await, 100);
+    assert_eq!(loaded(), before);
+    assert!(matches!(world.phase("unseen"), Phase::Resting));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_corrected_or_withdrawn_is_so_in_kept_history_and_answers_down_the_chain() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let acme: WorkspaceId = "acme".parse().unwrap();
+    let calm = serde_json::json!({
+        "sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol HAVING count(*) < 4",
+        "max_delay": Span::ZERO, "allowed_lateness": Span::seconds(100_000),
+    });
+    let calm = serde_json::from_value(calm).unwrap();
+    world.system.define_metric(&acme, "calm".parse().unwrap(), calm).await.unwrap();
+    let minutes = "SELECT symbol, sum(n) AS n FROM metrics.calm GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    world.define("acme", "minutes", minutes).await;
+    // what the history tells of both metrics, then what SQL does, each twice: read, and kept
+    let told = async |late: &str| {
+        let mut told = Vec::new();
+        for _ in 0..2 {
+            let history = [world.counted_by("acme", "calm", "A").await, world.counted_by("acme", "minutes", "A").await];
+            let mut asked = Vec::new();
+            for table in ["calm", "minutes"] {
+                asked.push(world.ask("acme", &format!("SELECT count(*) AS rows, sum(n) AS n FROM {table}")).await);
+            }
+            told.push((history, asked));
+        }
+        assert_eq!(told[0], told[1], "{late}");
+        told.remove(0)
+    };
+    // two a window of ten seconds, twelve windows, and one that closes them
+    for window in 0..12 {
+        world.trades("acme", "A", window * 10, 2, &format!("a{window}")).await.unwrap();
+    }
+    world.trades("acme", "B", 1_000, 1, "b").await.unwrap();
+    let stored = async || {
+        let query = RowQuery { limit: 100, ..RowQuery::default() };
+        world.system.store().rows(&acme, &"calm".parse().unwrap(), &query).await.unwrap().0.len()
+    };
+    let sums = |rows: [i64; 2], n: i64, open: i64| {
+        let row = |rows: i64, n: i64| serde_json::json!({"rows": rows, "n": n});
+        ([n, n], vec![row(rows[0] + open, n + open), row(rows[1], n)])
+    };
+    assert_eq!(told("before").await, sums([12, 2], 24, 1));
+    eventually("all is in the store", async || stored().await == 12).await;
+    assert_eq!(told("stored").await, sums([12, 2], 24, 1));
+    world.trades("acme", "A", 30, 1, "corrected").await.unwrap();
+    assert_eq!(told("corrected").await, sums([12, 2], 25, 1));
+    world.trades("acme", "A", 30, 1, "withdrawn").await.unwrap();
+    assert_eq!(told("withdrawn").await, sums([11, 2], 22, 1));
+    // every row of the second minute goes, and the minute with it
+    for window in 6..12 {
+        world.trades("acme", "A", window * 10, 2, &format!("more{window}")).await.unwrap();
+    }
+    assert_eq!(told("the minute").await, sums([5, 1], 10, 1));
+    world.kill().await;
 }

@@ -33,7 +33,7 @@ async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Jso
     let see = [Permission::PortfolioRead, Permission::FundPerformanceRead];
     let seen = |id: &str| see.iter().any(|permission| member.sees(*permission, "portfolio", id));
     member.may_somewhere(see[0]).or_else(|problem| member.may_somewhere(see[1]).map_err(|_| problem))?;
-    let portfolios = state.system.store().portfolios(&member.workspace).await?;
+    let portfolios = state.system.portfolios(&member.workspace).await?;
     let portfolios = portfolios.iter().filter(|portfolio| seen(&portfolio.id));
     Ok(axum::Json(json!({"portfolios": portfolios.map(shown).collect::<Vec<Value>>()})))
 }
@@ -156,12 +156,7 @@ async fn positions(
     Path((_, id)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may_on(Permission::PortfolioRead, &format!("portfolio/{id}"))?;
-    let id: ItemName = id.parse()?;
-    let store = state.system.store();
-    if store.portfolio(&member.workspace, id.as_str()).await?.is_none() {
-        return Err(Problem::not_found("unknown_portfolio", format!("there is no portfolio `{id}`")));
-    }
-    let positions = store.positions(&member.workspace, id.as_str()).await?;
+    let positions = state.system.positions(&member.workspace, &id.parse()?).await?;
     let position =
         |held: &Position| json!({"symbol": held.symbol, "qty": held.qty, "cost": held.cost, "sector": held.sector});
     Ok(axum::Json(json!({"positions": positions.iter().map(position).collect::<Vec<Value>>()})))

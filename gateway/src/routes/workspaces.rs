@@ -156,9 +156,10 @@ async fn usage(State(state): State<AppState>, member: Member) -> Result<axum::Js
     let (id, now) = (&member.workspace, state.system.now());
     let name = state.auth.tier(state.system.store(), id, now).await?;
     let tier = state.config.tier(&name);
-    let rate = |of: Of, most: Option<u32>| {
-        let most = most?;
-        let standing = state.quotas.standing(of, Rate::per_hour(most), now);
+    let rate = async |of: Of, most: Option<u32>| {
+        let rate = Rate::per_hour(most?);
+        let shared = state.system.cache().take(&of.shared()?, rate.shared(), 0.0).await;
+        let standing = state.quotas.standing(of, rate, shared, now);
         let reset = standing.reset.as_secs_f64().ceil() as u64;
         Some(json!({"limit": standing.limit, "remaining": standing.remaining, "reset_seconds": reset}))
     };
@@ -168,8 +169,8 @@ async fn usage(State(state): State<AppState>, member: Member) -> Result<axum::Js
     let own = streams.iter().filter(|info| !is_built_in(&info.schema.stream)).count();
     Ok(axum::Json(json!({
         "tier": name,
-        "requests": rate(Of::Requests(id.clone(), member.user.clone()), tier.requests_per_hour),
-        "agent_runs": rate(Of::Runs(id.clone()), tier.agent_runs_per_hour),
+        "requests": rate(Of::Requests(id.clone(), member.user.clone()), tier.requests_per_hour).await,
+        "agent_runs": rate(Of::Runs(id.clone()), tier.agent_runs_per_hour).await,
         "events": {"accepted": events, "limit_per_second": tier.events_per_second},
         "metrics": {"used": metrics, "limit": tier.metrics},
         "streams": {"used": own, "limit": tier.streams},

@@ -21,7 +21,6 @@ use engine::event::ItemName;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -174,12 +173,12 @@ impl Talk for Chat {
         &self.state
     }
 
-    fn end(&self) -> Option<Option<Instant>> {
-        self.signed_in.as_ref().map(|signed_in| signed_in.caller.ends(&self.state))
+    fn caller(&self) -> Option<&Caller> {
+        self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
     }
 
-    fn has_changed(&mut self) -> bool {
-        self.seats.have_changed()
+    fn seats(&mut self) -> &mut Seats {
+        &mut self.seats
     }
 
     fn leave(&mut self) {

@@ -4,7 +4,8 @@
 use super::frame::{self, Message, Opcode, Reader, Violation};
 use super::io::Io;
 use crate::AppState;
-use crate::hub::{Cut, Hub, Outbox, Taken};
+use crate::auth::Caller;
+use crate::hub::{Cut, Hub, Outbox, Seats, Taken};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -49,11 +50,11 @@ pub(super) trait Talk: Send + 'static {
 
     fn state(&self) -> &AppState;
 
-    /// When the client's credentials end; `None` inside for those that do not. Nothing before it signed in.
-    fn end(&self) -> Option<Option<Instant>>;
+    /// Whose connection it is, once they signed in.
+    fn caller(&self) -> Option<&Caller>;
 
-    /// Whether what the client may do has changed since this was last asked.
-    fn has_changed(&mut self) -> bool;
+    /// What the connection counts as.
+    fn seats(&mut self) -> &mut Seats;
 
     /// The connection ends: nothing more is sent.
     fn leave(&mut self);
@@ -220,7 +221,7 @@ impl<T: Talk> Peer<T> {
         self.outbox.register(context);
         let now = Instant::now();
         loop {
-            if self.session.as_mut().is_some_and(|session| session.has_changed()) {
+            if self.session.as_mut().is_some_and(|session| session.seats().have_changed()) {
                 self.is_checking = true;
                 self.check();
             }
@@ -311,7 +312,9 @@ impl<T: Talk> Peer<T> {
             self.work = None;
             self.is_checking = false;
             has_worked = true;
-            self.end = session.end().map_or((self.end.0, self.end.1), |end| (end, true));
+            if let Some(caller) = session.caller() {
+                self.end = (caller.ends(session.state()), true);
+            }
             self.session = Some(session);
             if let Some(pending) = done? {
                 self.pending.get_or_insert_default().push(pending);

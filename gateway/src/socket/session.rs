@@ -22,7 +22,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use streams::span;
 
 /// Live queries of one connection.
@@ -293,12 +293,12 @@ impl Talk for Session {
         &self.state
     }
 
-    fn end(&self) -> Option<Option<Instant>> {
-        self.signed_in.as_ref().map(|signed_in| signed_in.caller.ends(&self.state))
+    fn caller(&self) -> Option<&Caller> {
+        self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
     }
 
-    fn has_changed(&mut self) -> bool {
-        self.seats.have_changed()
+    fn seats(&mut self) -> &mut Seats {
+        &mut self.seats
     }
 
     fn leave(&mut self) {

@@ -42,7 +42,7 @@ pub use grants::Grant;
 pub use keys::ApiKey;
 pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};
-pub use rows::{FinalRow, Place, RowQuery, WITHDRAWN};
+pub use rows::{FinalRow, Place, RowQuery, WITHDRAWN, cut_rows};
 pub use samples::Step;
 pub use threads::{Message, Run, Thread};
 pub use users::{RefreshToken, Spent, User};

@@ -4,9 +4,10 @@ use super::db::{FromRow, Row, Tx, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Store, StoreError, bulk, failed};
 use engine::event::{Micros, WorkspaceId};
+use serde::{Deserialize, Serialize};
 
 /// A named set of positions, valued in one currency.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Portfolio {
     pub workspace: WorkspaceId,
     pub id: String,
@@ -16,7 +17,7 @@ pub struct Portfolio {
 }
 
 /// What a portfolio holds of one symbol. The numbers are finite: the database has no NaN.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Position {
     pub symbol: String,
     /// Units held, negative when short.

@@ -5,9 +5,10 @@ use super::page;
 use super::record::Columns;
 use super::{Step, Store, StoreError, bulk, failed};
 use engine::event::{ItemName, Micros, WorkspaceId};
+use serde::{Deserialize, Serialize};
 
 /// A metric's row for one window and key, after the window was closed.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FinalRow {
     pub metric: ItemName,
     pub window_start: Micros,
@@ -59,6 +60,11 @@ impl Place {
         };
         Place { start, end, key: row.key.clone() }
     }
+
+    /// Window start, or the hour or day it is in.
+    pub fn start(&self) -> Micros {
+        self.start
+    }
 }
 
 impl RowQuery {
@@ -79,6 +85,11 @@ impl RowQuery {
             }),
         })
     }
+}
+
+/// The first `limit` of rows in the order of [`Store::rows`], and the cursor of the next page where there are more.
+pub fn cut_rows(rows: Vec<FinalRow>, limit: usize) -> (Vec<FinalRow>, Option<String>) {
+    page::cut(rows, limit, |row| (row.window_start.0, row.window_end.0, row.key.clone()))
 }
 
 /// Where a page of rows ended: window start, window end, key.
@@ -127,7 +138,7 @@ impl Store {
         sql.push(" ORDER BY window_start, window_end, key_json LIMIT ").push_bind(page::rows_to_read(wanted.limit));
         let rows: Vec<FinalRow> =
             sql.build_as().fetch_all(self.read(workspace)).await.map_err(failed("read final rows"))?;
-        Ok(page::cut(rows, wanted.limit, |row| (row.window_start.0, row.window_end.0, row.key.clone())))
+        Ok(cut_rows(rows, wanted.limit))
     }
 
     /// Deletes a metric's rows whose windows ended at `before` or earlier: how many. With [`Micros::MAX`], all.

@@ -64,6 +64,11 @@ impl FromRow for Sample {
 type Position = (i64, String);
 
 impl Store {
+    /// Whether [`Store::samples`] reads continuous aggregates.
+    pub fn has_rollups(&self) -> bool {
+        self.rollups
+    }
+
     /// A page of the last rows of each hour or day by bucket and key, and the cursor of the next page if there is one.
     /// The range is widened to whole buckets. [`StoreError::Cursor`] for an `after` that no page gave.
     ///
