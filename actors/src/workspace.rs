@@ -269,6 +269,10 @@ const ALERTS_SHARE: u32 = 4;
 /// But a restart shall not have to compute more than this again.
 const REPLAY_MOST: Duration = Duration::from_secs(5);
 
+/// A workspace that worked longer than this on one batch lets others have the thread before its next one: a runtime's
+/// thread else stays with an actor for as many messages as wait for it.
+const SLICE: Duration = Duration::from_micros(200);
+
 /// A batch at which the actor failed so often is searched for the events that do it.
 const POISON_AFTER: u32 = 2;
 
@@ -351,12 +355,17 @@ impl Actor for WorkspaceActor {
         match message {
             WorkspaceMsg::Events { offset, stream, batch, permit } => {
                 state.tenant.counters.queued_batches.fetch_sub(1, Relaxed);
+                let began = Instant::now();
                 if offset >= state.applied {
                     state.on_events(&myself, offset, &stream, &batch)?;
                 }
+                let is_long = began.elapsed() > SLICE;
                 match state.overfull {
                     true => state.withheld.push(permit), // until the store takes what waits for it
                     false => drop(permit),               // the mailbox has room again only now
+                }
+                if is_long {
+                    tokio::task::yield_now().await;
                 }
             }
             WorkspaceMsg::Advance { offset, stream, frontier } if offset >= state.applied => {

@@ -28,6 +28,8 @@ pub use hub::Hub;
 pub use oidc::OidcConfig;
 pub use quota::{Tier, default_tiers};
 pub use serve::serve;
+#[cfg(fuzzing)]
+pub use socket::frame::fuzz;
 pub use tls::TlsConfig;
 
 use actors::System;
@@ -69,7 +71,7 @@ pub struct AppState {
 }
 
 impl AppState {
-    /// The state of a server that is not draining.
+    /// The state of a server that is not draining. Fails when the machine has no threads to give.
     pub fn new(
         system: System,
         auth: Arc<Auth>,
@@ -77,8 +79,8 @@ impl AppState {
         config: Arc<Config>,
         packs: Arc<Packs>,
         metrics: PrometheusHandle,
-    ) -> Self {
-        Self {
+    ) -> std::io::Result<Self> {
+        Ok(Self {
             system,
             auth,
             hub,
@@ -86,9 +88,9 @@ impl AppState {
             packs,
             metrics,
             closing: CancellationToken::new(),
-            intake: Arc::default(),
+            intake: Arc::new(Intake::start()?),
             quotas: Arc::default(),
-        }
+        })
     }
 
     /// Some rights of a group were taken from it, or its sign-ins ended: nothing that was looked up before counts any

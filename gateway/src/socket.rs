@@ -145,7 +145,7 @@ mod tests {
                 auth.login(system.store(), "root@example.com", password, None, None, system.now()).await.unwrap();
             let token = json!(tokens)["access_token"].as_str().unwrap().to_owned();
             let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
-            let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics);
+            let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics).unwrap();
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("ws://{}/api/v1/ws", listener.local_addr().unwrap());
             let serving = state.clone();

@@ -97,7 +97,7 @@ impl Server {
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics).unwrap();
         Server { router: router(state.clone()), state, _dir: dir }
     }
 

@@ -74,7 +74,7 @@ impl App {
         let listener = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), packs, metrics);
+        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), packs, metrics)?;
         Ok(App { state, listener })
     }
 

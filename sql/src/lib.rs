@@ -13,4 +13,7 @@ mod sandbox; // the functions that SQL of users may call
 mod text; // SQL as text, parsed within bounds
 pub mod store; // what outlives the process: users, definitions, results, checkpoints
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz; // texts of strangers, and what holds for any of them
+
 pub use error::SqlError;

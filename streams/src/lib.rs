@@ -10,3 +10,6 @@ pub mod log; // records of all workspaces in one durable order: the seam, and th
 pub mod reader; // files as events: CSV, JSON, Parquet, Excel, compressed or not
 pub mod feed; // live trades of exchanges over WebSocket
 pub mod simulate; // worlds from a seed, for demonstrations and tests
+
+#[cfg(any(test, fuzzing))]
+pub mod fuzz; // inputs of strangers, and what holds for any of them

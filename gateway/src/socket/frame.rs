@@ -338,5 +338,7 @@ fn inflate(mut payload: Vec<u8>, bytes_max: usize) -> Result<Vec<u8>, Violation>
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -327,3 +327,26 @@ fn headers_are_as_long_as_they_say() {
         assert_eq!((header_bytes(&out), payload_bytes(&out)), (header, payload));
     }
 }
+
+#[path = "../../../../tests/support/smoke.rs"]
+mod smoke;
+
+#[test]
+fn any_bytes_of_a_client_give_messages_or_the_code_for_what_is_wrong() {
+    let sent = |how: u8, frames: &[Frame]| [vec![how], frames.iter().flat_map(masked).collect()].concat();
+    let long = "long, ".repeat(60);
+    let seeds = [
+        sent(
+            3 << 1,
+            &[
+                whole(TEXT, b"{\"op\":\"ping\"}"),
+                vec![(PING, b"p".to_vec())],
+                parts(TEXT, &["ä".as_bytes(), b"b", b"c"]),
+            ]
+            .concat(),
+        ),
+        sent(1, &[vec![(LAST | COMPRESSED | TEXT, compressed(long.as_bytes()))], whole(BINARY, &[0; 130])].concat()),
+        sent(5 << 1, &[parts(BINARY, &[b"1", b"2"]), vec![(PONG, Vec::new()), close(1000, "bye".as_bytes())]].concat()),
+    ];
+    smoke::smoke("frames", &seeds, &["\u{80}", "\u{ff}\u{ff}"], 100_000, fuzz::frames);
+}

@@ -1,0 +1,78 @@
+//! What holds for any input of a stranger: the targets of `fuzz/`, run for a while by the tests below.
+
+use crate::decode::{Bounds, Format, TsUnit, decode};
+use crate::log::{Body, Config, EmbeddedLog, Filter, Log, Offset, Record};
+use crate::schema::built_in;
+use arrow::array::AsArray;
+use arrow::datatypes::TimestampMicrosecondType;
+use engine::event::Micros;
+use std::fs;
+use tempfile::TempDir;
+
+const NOW: Micros = Micros(1_800_000_000_000_000);
+/// The name of a log's first file.
+const FIRST_FILE: &str = "00000000000000000000.log";
+
+/// A body with events: its first byte says how it is sent.
+pub fn events(data: &[u8]) {
+    let Some((how, body)) = data.split_first() else { return };
+    let how = usize::from(*how);
+    let format = [Format::Ndjson, Format::Json, Format::Arrow][how % 3];
+    let unit = [TsUnit::Seconds, TsUnit::Millis, TsUnit::Micros, TsUnit::Nanos][how / 3 % 4];
+    let schema = &built_in()[how / 12 % built_in().len()];
+    let bounds = Bounds { event_bytes: 4096, described: 3, ..Bounds::default() };
+    let Ok(decoded) = decode(schema, body, format, unit, &bounds, NOW) else { return };
+    assert_eq!(decoded.batch.schema_ref(), schema.arrow());
+    assert!(decoded.errors.len() == decoded.rejected.min(bounds.described), "each is told, up to the bound");
+    if format == Format::Ndjson {
+        let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+        let lines = body.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).count();
+        assert_eq!(decoded.batch.num_rows() + decoded.rejected, lines, "no line is lost");
+    }
+    let ts = decoded.batch.column_by_name("ts").unwrap().as_primitive::<TimestampMicrosecondType>();
+    let latest = NOW.0 + 86_400_000_000;
+    assert!(ts.values().iter().all(|ts| (bounds.ts_min.0..=latest).contains(ts)), "{ts:?}");
+}
+
+/// A file of the log, as it may be found after anything happened to it.
+pub fn log_file(data: &[u8]) {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join(FIRST_FILE), data).unwrap();
+    let read = || -> Option<(Vec<Record>, bool)> {
+        let log = EmbeddedLog::open(directory.path(), &Config::default()).ok()?;
+        let (mut records, mut whole) = (Vec::new(), true);
+        for (at, item) in log.scan(log.head(), Filter::default()).ok()?.enumerate() {
+            match item {
+                Ok((offset, record)) => {
+                    assert_eq!(offset, Offset(log.head().0 + at as u64), "none is left out in silence");
+                    records.push(record);
+                }
+                Err(_) => whole = false,
+            }
+        }
+        assert!(!whole || records.len() as u64 == log.tail().0 - log.head().0, "an end before the tail is told");
+        Some((records, whole))
+    };
+    let Some((before, whole)) = read() else { return };
+    assert_eq!(read().map(|(records, whole)| (records.len(), whole)), Some((before.len(), whole)));
+    if whole {
+        let log = EmbeddedLog::open(directory.path(), &Config::default()).unwrap();
+        futures::executor::block_on(log.append(record(7))).unwrap();
+        drop(log);
+        let (after, whole) = read().unwrap();
+        assert!(whole && after.len() == before.len() + 1 && after.last() == Some(&record(7)), "it goes on as a log");
+    }
+}
+
+/// A record of two trades.
+fn record(at: i64) -> Record {
+    let line = |id: i64| format!(r#"{{"id":"t{id}","ts":{},"symbol":"A","price":{id}.5,"qty":1}}"#, NOW.0 / 1_000 + id);
+    let body = format!("{}\n{}", line(at), line(at + 1));
+    let trades = &built_in()[0];
+    let decoded = decode(trades, body.as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap();
+    let body = Body::Events { stream: trades.stream.clone(), batch: decoded.batch };
+    Record { workspace: format!("w{}", at % 3).parse().unwrap(), body }
+}
+
+#[cfg(test)]
+mod tests;
