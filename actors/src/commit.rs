@@ -19,6 +19,8 @@ const GROUP_MAX: usize = 512;
 pub(crate) struct Committer {
     waiting: Mutex<Vec<Waiting>>,
     wake: Notify,
+    /// Why the last transaction failed, if it did.
+    failing: Mutex<Option<Arc<StoreError>>>,
 }
 
 struct Waiting {
@@ -31,7 +33,8 @@ type Answer = (Commit, Result<(), Arc<StoreError>>);
 impl Committer {
     /// Writes to `store` for as long as somebody holds the answer.
     pub(crate) fn start(store: Store) -> Arc<Committer> {
-        let committer = Arc::new(Committer { waiting: Mutex::default(), wake: Notify::new() });
+        let committer =
+            Arc::new(Committer { waiting: Mutex::default(), wake: Notify::new(), failing: Mutex::default() });
         tokio::spawn(run(Arc::downgrade(&committer), store));
         committer
     }
@@ -43,6 +46,11 @@ impl Committer {
         self.waiting.lock().push(Waiting { commit, done });
         self.wake.notify_one();
         answer.await.ok()
+    }
+
+    /// Why results are not stored at the moment.
+    pub(crate) fn failing(&self) -> Option<Arc<StoreError>> {
+        self.failing.lock().clone()
     }
 
     fn take(&self) -> Vec<Waiting> {
@@ -70,6 +78,15 @@ async fn run(committer: Weak<Committer>, store: Store) {
         drop(strong);
         let (commits, answers): (Vec<Commit>, Vec<_>) = group.into_iter().map(|w| (w.commit, w.done)).unzip();
         let result = write(&store, &commits).await;
+        if let Some(committer) = committer.upgrade() {
+            let is_stores = |error: &&Arc<StoreError>| {
+                matches!(
+                    ***error,
+                    StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Database { .. }
+                )
+            };
+            *committer.failing.lock() = result.as_ref().err().filter(is_stores).cloned();
+        }
         let alone = commits.len() == 1;
         for (commit, done) in commits.into_iter().zip(answers) {
             let result = match &result {

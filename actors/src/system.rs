@@ -530,6 +530,13 @@ impl System {
     /// Reads the ids that only the log has, so that a repeat is known as one also after a restart.
     async fn remember_ids(&self) -> Result<(), Fault> {
         let (log, dedup, system) = (self.0.deps.log.clone(), self.0.shared.dedup.clone(), self.clone());
+        let (covered, head) = (dedup.covered(), log.head().0);
+        if covered < head {
+            tracing::warn!(
+                "the index of event ids reaches up to log offset {covered} and the log begins at {head}: a repeat of an \
+                 event from before that counts as new; restore the folder `ids` with the log from a backup"
+            );
+        }
         let read = move || -> Result<(), Fault> {
             let filter = Filter { with_ids: true, ..Filter::default() };
             let from = Offset(dedup.covered()).max(log.head());
@@ -1415,14 +1422,20 @@ impl System {
         let Deps { store, log, .. } = self.0.deps.as_ref();
         let store = async {
             match tokio::time::timeout(PATIENCE, store.ping()).await {
-                Ok(Ok(())) => Ok(store.mode().to_owned()),
+                Ok(Ok(())) => match self.0.deps.committer.failing() {
+                    Some(error) => Err(format!("results wait to be stored: {error}")),
+                    None => Ok(store.mode().to_owned()),
+                },
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err(format!("no answer within {PATIENCE:?}")),
             }
         };
         let disk = async {
             match tokio::time::timeout(PATIENCE, log.barrier()).await {
-                Ok(Ok(())) => Ok(format!("embedded, tail {}", log.tail())),
+                Ok(Ok(())) => match log.room() {
+                    Ok(()) => Ok(format!("embedded, tail {}", log.tail())),
+                    Err(error) => Err(error.to_string()),
+                },
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err(format!("no answer within {PATIENCE:?}")),
             }

@@ -856,10 +856,12 @@ impl Workspace {
         }
         let header = Header { streams: self.streams.clone(), metrics, tables, prices: self.prices.clone() };
         let header = serde_json::to_vec(&header).expect("plain data becomes JSON");
-        let mut bytes = MAGIC.to_vec();
+        let mut bytes = [MAGIC.as_slice(), &[0; 4]].concat();
         bytes.extend((header.len() as u32).to_le_bytes());
         bytes.extend(header);
         blobs.iter().for_each(|blob| bytes.extend(blob));
+        let (head, rest) = bytes.split_at_mut(MAGIC.len() + 4);
+        head[MAGIC.len()..].copy_from_slice(&crc32c::crc32c(rest).to_le_bytes());
         Ok(bytes)
     }
 
@@ -1043,8 +1045,11 @@ pub fn in_a_circle(cycle: &[ItemName]) -> String {
     format!("metrics would read their own rows: {}", path.join(" reads "))
 }
 
-/// Format of saved state; a change that cannot read the old one takes a new number.
-const MAGIC: &[u8; 8] = b"TWSTATE1";
+/// Format of saved state; a change that cannot read the old one takes a new number. Behind it stands the CRC-32C of all
+/// that follows, four bytes, little-endian.
+const MAGIC: &[u8; 8] = b"TWSTATE2";
+/// The same without a checksum.
+const MAGIC_1: &[u8; 8] = b"TWSTATE1";
 
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -1085,7 +1090,14 @@ impl Saved {
     /// Reads what [`Workspace::save`] wrote; an error means another version or damage, never a guess.
     pub fn read(bytes: &[u8]) -> Result<Saved, RestoreError> {
         let damaged = |what: &str| RestoreError::Mismatch(what.to_owned());
-        let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("another format version"))?;
+        let rest = match (bytes.strip_prefix(MAGIC), bytes.strip_prefix(MAGIC_1)) {
+            (Some(summed), _) => match summed.split_first_chunk() {
+                Some((sum, rest)) if *sum == crc32c::crc32c(rest).to_le_bytes() => rest,
+                _ => return Err(damaged("its checksum does not fit")),
+            },
+            (None, Some(rest)) => rest,
+            (None, None) => return Err(damaged("another format version")),
+        };
         let (length, rest) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("cut short in its header"))?;
         let (header, mut rest) = rest
             .split_at_checked(u32::from_le_bytes(*length) as usize)
@@ -1121,3 +1133,20 @@ fn from_ipc(bytes: &[u8]) -> Result<RecordBatch, RestoreError> {
 
 /// How long event time may run ahead when a stream idles: the default of `idle_timeout`.
 pub const IDLE_TIMEOUT: Span = Span::seconds(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_byte_of_saved_state_is_never_taken_for_state() {
+        let whole = Workspace::default().save().unwrap();
+        assert!(Saved::read(&whole).is_ok());
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            assert!(Saved::read(&changed).is_err(), "byte {at}");
+        }
+        assert!(Saved::read(&[MAGIC_1.as_slice(), &whole[12..]].concat()).is_ok(), "that of the version before");
+    }
+}

@@ -4,7 +4,7 @@ use crate::config::{Backend, Config};
 use actors::clock::{Clock, SystemClock};
 use actors::pack::Packs;
 use actors::{Parts, System};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use cache::Cache;
 use gateway::{AppState, Auth, Hub, SECRET_BYTES_MIN};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use sql::store::Store;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use streams::dedup::Dedup;
@@ -43,10 +44,11 @@ impl App {
             }
         };
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
-        let log: Arc<dyn Log> = Arc::new(log);
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
         let store_url = config.store_url()?;
         let store = Store::open_with(&store_url, &config.store_options()).await?;
+        belong_together(&store, &log, &config.data_dir).await?;
+        let log: Arc<dyn Log> = Arc::new(log);
         let installation = installation(&store, &store_url).await?;
         let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let clock = Arc::new(SystemClock);
@@ -104,6 +106,34 @@ impl App {
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// Where the store keeps which log its results come from.
+const LOG: &str = "log";
+
+/// Refuses a log and a store of which the one is not the other's: results of one log would be taken for those of another.
+async fn belong_together(store: &Store, log: &EmbeddedLog, data_dir: &Path) -> Result<()> {
+    let records = log.tail().0;
+    match store.meta(LOG).await? {
+        Some(id) if id == log.id() => return Ok(()),
+        Some(_) => {
+            let reached = store.checkpoints_offsets().await?.into_iter().map(|(_, offset)| offset).max().unwrap_or(0);
+            ensure!(
+                records == 0 && reached == 0,
+                "the store belongs to another log than the one in `{}`: another server uses it, or log and store were not \
+                 restored together; give each server a store of its own, or restore both from one backup",
+                data_dir.display()
+            );
+        }
+        // one that an earlier version wrote does not say
+        None if records > 0 && store.all_workspaces().await?.is_empty() => bail!(
+            "the log in `{}` holds {records} records and the store knows nothing of them: it was lost, or store.url names \
+             another one; restore both from one backup, or name an empty data_dir to begin anew",
+            data_dir.display()
+        ),
+        None => {}
+    }
+    Ok(store.put_meta(LOG, log.id()).await?)
 }
 
 /// Where the store keeps what its installation is called.
@@ -165,5 +195,53 @@ pub async fn shutdown_signal() {
     tokio::select! {
         () = wait(SignalKind::terminate()) => {}
         () = wait(SignalKind::interrupt()) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::event::Micros;
+    use futures::executor::block_on;
+    use sql::store::{User, Workspace};
+    use streams::log::{Body, Config as LogConfig, Record};
+
+    #[tokio::test]
+    async fn a_log_and_a_store_that_do_not_belong_together_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = |name: &str| EmbeddedLog::open(&directory.path().join(name), &LogConfig::default()).unwrap();
+        let store =
+            async |name: &str| Store::open(&format!("sqlite:{}/{name}.db", directory.path().display())).await.unwrap();
+        let check = async |store: &Store, log: &EmbeddedLog| {
+            belong_together(store, log, directory.path()).await.map_err(|error| error.to_string())
+        };
+        let (log, first) = (open("a"), store("first").await);
+        check(&first, &log).await.unwrap();
+        let ann = User {
+            id: "ann".into(),
+            email: "ann@example.com".into(),
+            password_hash: "none".into(),
+            admin: false,
+            created_at: Micros(1),
+        };
+        first.create_user(&ann).await.unwrap();
+        let (id, name, tier) = ("acme".parse().unwrap(), "Acme".into(), "free".into());
+        let acme = Workspace { id, name, pack: None, tier, created_at: Micros(1) };
+        first.create_workspace(&acme, &ann.id).await.unwrap();
+        let body = Body::Advance { stream: "market.trades".parse().unwrap(), frontier: Micros(1) };
+        block_on(log.append(Record { workspace: acme.id.clone(), body })).unwrap();
+        check(&first, &log).await.unwrap();
+
+        let lost = check(&store("second").await, &log).await.unwrap_err();
+        assert!(lost.contains("the store knows nothing of them"), "{lost}");
+        let other = open("b");
+        check(&first, &other).await.unwrap(); // neither has anything of the other
+        block_on(other.append(Record {
+            workspace: acme.id,
+            body: Body::Advance { stream: "market.trades".parse().unwrap(), frontier: Micros(2) },
+        }))
+        .unwrap();
+        let foreign = check(&first, &log).await.unwrap_err();
+        assert!(foreign.contains("belongs to another log"), "{foreign}");
     }
 }

@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use streams::log::{EmbeddedLog, Log};
+use streams::log::{EmbeddedLog, Filter, Log};
 
 /// What a backup holds, beside its files.
 #[derive(Serialize, Deserialize)]
@@ -186,10 +186,13 @@ fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
     File::open(to)?.sync_all()
 }
 
-/// Opens the copied log, which cuts a record that was being written: its first offset and its tail.
+/// Opens the copied log, which cuts a record that was being written, and reads all of it: its first offset and its tail.
 fn check_log(folder: &Path, config: &LogConfig) -> Result<(u64, u64)> {
     let log = EmbeddedLog::open(folder, &config.embedded()).context("the copy of the log cannot be opened")?;
     let reaches = (log.head().0, log.tail().0);
+    for record in log.scan(log.head(), Filter::default())? {
+        record.context("the log is not whole, nor would a restored one be")?;
+    }
     drop(log);
     fs::remove_file(folder.join(LOCK))?;
     Ok(reaches)

@@ -69,6 +69,10 @@ impl Log for Faulty {
         self.log.barrier().await
     }
 
+    fn room(&self) -> Result<(), AppendError> {
+        self.log.room()
+    }
+
     fn tail(&self) -> Offset {
         self.log.tail()
     }

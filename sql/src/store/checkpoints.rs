@@ -233,6 +233,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_disk_that_was_full_is_written_again_once_it_has_room() {
+        let (store, _dir) = store().await;
+        let crate::store::db::Db::Sqlite { writer, .. } = &store.db else { return };
+        let acme = add_workspace(&store, "acme").await;
+        // no page more than there are; for this connection, which the failure costs
+        sqlx::query("PRAGMA max_page_count = 1").execute(writer).await.unwrap();
+        let large = Commit { state: Some(vec![7; 1 << 20]), ..full(&acme, 3) };
+        let refused = store.commit(std::slice::from_ref(&large)).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Unreachable { .. }), "{refused}");
+        store.commit(std::slice::from_ref(&large)).await.unwrap();
+        assert_eq!(rows(&store, &acme).await, large.rows);
+    }
+
+    #[tokio::test]
     async fn a_commit_that_fails_in_the_middle_leaves_nothing() {
         let (store, _dir) = store().await;
         let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);

@@ -103,8 +103,9 @@ pub enum StoreError {
     Cursor { cursor: String },
     #[error("cannot {operation}: the store is busy; try again")]
     Busy { operation: &'static str },
-    /// The database cannot be reached, is starting or is shutting down. What was asked may have been done.
-    #[error("cannot {operation}: the store cannot be reached ({source}); try again")]
+    /// The database cannot be reached, is starting or is shutting down, or its disk is full or fails. What was asked may
+    /// have been done.
+    #[error("cannot {operation}: the store cannot be reached or written ({source}); try again")]
     Unreachable { operation: &'static str, source: sqlx::Error },
     #[error("cannot {operation}: {source}")]
     Database { operation: &'static str, source: sqlx::Error },
@@ -139,8 +140,12 @@ fn cause(error: &sqlx::Error) -> Cause {
             _ => Cause::Other,
         };
     }
-    // SQLITE_BUSY and SQLITE_LOCKED; the low byte of an extended code is its primary code.
-    if code.parse::<i32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6)) { Cause::Busy } else { Cause::Other }
+    // the low byte of an extended code is its primary code
+    match code.parse::<i32>().map(|code| code & 0xff) {
+        Ok(5 | 6) => Cause::Busy,          // SQLITE_BUSY, SQLITE_LOCKED
+        Ok(10 | 13) => Cause::Unreachable, // SQLITE_IOERR, SQLITE_FULL
+        _ => Cause::Other,
+    }
 }
 
 /// Turns what the database says about `operation` into what the caller can act on.

@@ -208,6 +208,11 @@ async fn open_writer(path: &Path, options: &Options) -> Result<SqlitePool, Store
     let writer = SqlitePoolOptions::new()
         .max_connections(1)
         .acquire_timeout(Duration::from_millis(options.acquire_ms))
+        .before_acquire(|connection, _| {
+            // SQLite ends a transaction by itself when the disk is full, which sqlx counts as still open
+            let is_open = connection.is_in_transaction();
+            Box::pin(async move { Ok(!is_open) })
+        })
         .connect_with(connection)
         .await
         .map_err(unopened)?;

@@ -41,8 +41,9 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum DedupError {
     #[error(
-        "index of event ids `{file}` is corrupt at byte {position}; remove the folder `{}`, and the index is made \
-         again from the log at the next start", folder(.file)
+        "index of event ids `{file}` is missing or corrupt at byte {position}; restore the folder `{}` with the log from a \
+         backup, or remove it, and the index is made again from the log at the next start: ids of events that retention \
+         took from the log are forgotten then, and such an event sent again counts again", folder(.file)
     )]
     Corrupt { file: PathBuf, position: u64 },
     #[error("cannot use `{file}`: {source}")]
@@ -325,15 +326,25 @@ impl Dedup {
     }
 }
 
+/// The key of the hashes and behind it its checksum, which the first version did not write.
 fn secret(directory: &Path) -> Result<[u8; 16], DedupError> {
     let path = directory.join(SECRET_FILE);
     let io = |source| DedupError::Io { file: path.clone(), source };
     match fs::read(&path) {
-        Ok(bytes) => bytes.try_into().map_err(|_| DedupError::Corrupt { file: path.clone(), position: 0 }),
+        Ok(bytes) => match bytes.split_first_chunk() {
+            Some((secret, sum)) if sum.is_empty() || sum == crc32c::crc32c(secret).to_le_bytes() => Ok(*secret),
+            _ => Err(DedupError::Corrupt { file: path.clone(), position: 0 }),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            for entry in fs::read_dir(directory).map_err(io)? {
+                if entry.map_err(io)?.path().extension().is_some_and(|extension| extension == "ids") {
+                    return Err(DedupError::Corrupt { file: path.clone(), position: 0 }); // what is there, it was made with
+                }
+            }
             let secret: [u8; 16] = rand::random();
             let unfinished = directory.join(UNFINISHED);
-            fs::write(&unfinished, secret).map_err(io)?;
+            let bytes = [secret.as_slice(), &crc32c::crc32c(&secret).to_le_bytes()].concat();
+            fs::write(&unfinished, bytes).map_err(io)?;
             File::open(&unfinished).and_then(|file| file.sync_all()).map_err(io)?;
             fs::rename(&unfinished, &path).map_err(io)?;
             File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)?;

@@ -201,3 +201,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn without_the_key_that_its_files_were_made_with_the_index_is_refused() {
+    let directory = TempDir::new().unwrap();
+    let dedup = open(directory.path());
+    remember(&dedup, 0..50);
+    dedup.flush(50, Micros(1)).unwrap();
+    drop(dedup);
+    let secret = directory.path().join(SECRET_FILE);
+    let whole = fs::read(&secret).unwrap();
+    for at in 0..whole.len() {
+        let mut changed = whole.clone();
+        changed[at] ^= 4;
+        fs::write(&secret, changed).unwrap();
+        assert!(Dedup::open(directory.path(), &config()).is_err(), "byte {at}");
+    }
+    fs::remove_file(&secret).unwrap();
+    assert!(Dedup::open(directory.path(), &config()).is_err(), "another key would take each id for a new one");
+    fs::write(&secret, &whole).unwrap();
+    assert!(known(&open(directory.path()), 7));
+    fs::write(&secret, &whole[..16]).unwrap();
+    assert!(known(&open(directory.path()), 7), "as the first version wrote it");
+}

@@ -4,6 +4,7 @@
 //! and answers everybody: under load the cost of the disk is shared, when idle nothing is delayed.
 
 use super::batch::EncodedSchema;
+use super::begin::Begin;
 use super::places::Walk;
 use super::record::{Draft, workspace_in};
 use super::segment::{HEADER, Header, Reader, Segment, VERSION, Verified, file_name};
@@ -32,6 +33,8 @@ const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 const SCHEMAS_MAX: usize = 1 << 12;
 /// Held locked by the process that has the log open.
 const LOCK_FILE: &str = "LOCK";
+/// A disk that was full counts as having room again only with so many bytes more than were wanted.
+const DISK_SPARE: u64 = 64 << 10;
 /// Name of a file of records until its header is durable.
 const UNFINISHED: &str = "next.tmp";
 
@@ -43,7 +46,10 @@ const UNFINISHED: &str = "next.tmp";
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
     queue_limit: usize,
+    max_bytes: Option<u64>,
     retention: Retention,
+    /// What it is called.
+    id: String,
     /// Encoding a schema costs more than encoding a small batch.
     schemas: RwLock<HashMap<SchemaRef, Arc<EncodedSchema>>>,
     writer: Option<JoinHandle<()>>,
@@ -67,6 +73,8 @@ struct Shared {
     tail: AtomicU64,
     /// Durable bytes of all files.
     used: AtomicU64,
+    /// Bytes for which there was no room at the last append; 0 where there was.
+    lacking: AtomicU64,
 }
 
 #[derive(Default)]
@@ -92,6 +100,11 @@ impl EmbeddedLog {
         Self::open_on(Box::new(Os), directory, config)
     }
 
+    /// What the log is called: itself and its copies, and no other.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     fn open_on(disk: Box<dyn Disk>, directory: &Path, config: &Config) -> Result<EmbeddedLog, OpenError> {
         let (mut log, writer) = Self::prepare(disk, directory, config)?;
         let writer = thread::Builder::new()
@@ -110,6 +123,20 @@ impl EmbeddedLog {
         fs::create_dir_all(directory).and_then(|()| sync_parent(directory)).map_err(|e| open_io(directory, e))?;
         let lock = lock(directory)?;
         let mut segments = list(directory)?;
+        let head = segments.first().map(|segment| Offset(segment.header.first));
+        let begin = match (Begin::read(directory)?, head) {
+            (Some(begin), head) if head.map_or(begin.first.0 > 0, |head| head > begin.first) => {
+                let file = directory.join(file_name(begin.first.0));
+                let reason = "the file is missing, and retention did not remove it".to_owned();
+                return Err(OpenError::Corrupt { file, position: 0, reason });
+            }
+            (Some(begin), _) => begin,
+            (None, head) => {
+                let begin = Begin::at(head.unwrap_or_default());
+                begin.write(directory).map_err(|error| open_io(directory, error))?;
+                begin
+            }
+        };
         let (active, next, sealed) = match segments.last() {
             Some(newest) => reopen(disk.as_mut(), newest)?,
             None => {
@@ -126,6 +153,7 @@ impl EmbeddedLog {
             wake: Condvar::new(),
             tail: AtomicU64::new(next),
             used: AtomicU64::new(segments.iter().map(|segment| segment.length.load(Ordering::Relaxed)).sum()),
+            lacking: AtomicU64::new(0),
             segments: RwLock::new(segments),
         });
         let mut writer = Writer {
@@ -146,6 +174,8 @@ impl EmbeddedLog {
         let log = EmbeddedLog {
             shared,
             queue_limit: config.queue_bytes,
+            max_bytes: config.max_bytes,
+            id: begin.log,
             retention: Retention {
                 bytes: config.retain_bytes,
                 age_micros: hours.map(|hours| hours.saturating_mul(3_600_000_000)),
@@ -222,6 +252,23 @@ impl Log for EmbeddedLog {
         self.push(None)?.await.map(drop)
     }
 
+    fn room(&self) -> Result<(), AppendError> {
+        let Shared { directory, used, lacking, .. } = self.shared.as_ref();
+        let (used, lacking) = (used.load(Ordering::Relaxed), lacking.load(Ordering::Relaxed));
+        if lacking == 0 {
+            return Ok(());
+        }
+        let room = match self.max_bytes.filter(|most| used + lacking > *most) {
+            Some(most) => Room::Configured(most),
+            None => match rustix::fs::statvfs(directory) {
+                // where the file system does not say, the next append will
+                Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < lacking + DISK_SPARE => Room::Disk,
+                _ => return Ok(()),
+            },
+        };
+        Err(AppendError::Full { directory: directory.clone(), used, room })
+    }
+
     fn tail(&self) -> Offset {
         Offset(self.shared.tail.load(Ordering::Acquire))
     }
@@ -236,6 +283,12 @@ impl Log for EmbeddedLog {
         while let [oldest, next, ..] = segments.as_slice() {
             let used = self.shared.used.load(Ordering::Relaxed);
             if next.header.first > from.0 || !self.retention.lets_go(oldest, used, now) {
+                return;
+            }
+            let begin = Begin { log: self.id.clone(), first: Offset(next.header.first) };
+            if let Err(error) = begin.write(&self.shared.directory) {
+                let directory = self.shared.directory.display();
+                tracing::warn!(%directory, %error, "a log file that is no longer needed stays");
                 return;
             }
             if let Err(error) = oldest.remove() {
@@ -365,6 +418,10 @@ impl Writer {
         let (drafts, answers): (Vec<_>, Vec<_>) = group.into_iter().map(|entry| (entry.draft, entry.answer)).unzip();
         let is_record: Vec<bool> = drafts.iter().map(Option::is_some).collect();
         let result = self.commit(drafts.into_iter().flatten().collect());
+        if bytes > 0 {
+            let lacking = if matches!(result, Err(AppendError::Full { .. })) { bytes as u64 } else { 0 };
+            self.shared.lacking.store(lacking, Ordering::Relaxed);
+        }
         let mut queue = self.shared.queue.lock();
         queue.bytes -= bytes;
         if let Err(error @ AppendError::Failed { .. }) = &result {

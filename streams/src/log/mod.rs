@@ -2,6 +2,7 @@
 //!
 //! [`Log`] is the seam and its doc comment the contract; [`EmbeddedLog`] keeps it in files of this machine.
 
+mod begin; // what a log is called and where it begins
 mod batch; // Arrow batches as bytes, without what their schema already says
 mod embedded; // one writer thread, group commit, retention, scans
 mod places; // where each workspace's records are in a file
@@ -92,6 +93,9 @@ pub trait Log: Send + Sync {
 
     /// Returns once every record enqueued before the call is durable or its refusal has been told.
     async fn barrier(&self) -> Result<(), AppendError>;
+
+    /// Whether there is room again after an append was refused as [`Full`](AppendError::Full); `Ok` where none was.
+    fn room(&self) -> Result<(), AppendError>;
 
     /// The offset after the newest durable record.
     fn tail(&self) -> Offset;
@@ -187,12 +191,13 @@ pub enum OpenError {
     #[error("log `{directory}` is in use by another process; stop that one or set another `data_dir`")]
     Locked { directory: PathBuf },
     #[error(
-        "log file `{file}` has format {found}, this version reads up to {supported}; run the version that wrote it"
+        "log file `{file}` has format {found}, this version reads up to {supported}; run the version that wrote it, or \
+         restore the file from a copy if none did"
     )]
     Newer { file: PathBuf, found: u32, supported: u32 },
     #[error(
-        "log file `{file}` is corrupt at byte {position}: {reason}; restore the file from a copy, or move the whole \
-         directory away to start with an empty log"
+        "log file `{file}` is corrupt at byte {position}: {reason}; restore the file from a copy, or log and store \
+         together from a backup (`tidewatch restore`)"
     )]
     Corrupt { file: PathBuf, position: u64, reason: String },
     #[error("`log.segment_bytes` is {asked} and can be {limit} at most; lower it")]

@@ -351,8 +351,10 @@ fn over_max_bytes_a_record_is_refused_until_old_files_may_go() {
         }
     };
     assert!(matches!(full, AppendError::Full { room: Room::Configured(1_000), .. }), "{full}");
+    assert!(matches!(log.room(), Err(AppendError::Full { room: Room::Configured(1_000), .. })), "whoever asks is told");
     log.protect(log.tail(), Micros::ZERO);
     assert!(log.head() > Offset(0));
+    log.room().unwrap();
     append(&log, advance(1));
 }
 
@@ -480,6 +482,23 @@ fn a_missing_or_shortened_earlier_file_is_refused_when_the_log_is_opened() {
     check(&shorten, "00000000000000000001.log` is corrupt at byte 60");
     check(&|d| fs::write(d.join(file_name(3)), "").unwrap(), "shorter than its header");
     check(&|d| fs::rename(d.join(file_name(3)), d.join(file_name(9))).unwrap(), "the file's name says another");
+}
+
+#[test]
+fn a_first_file_that_retention_did_not_take_is_missed() {
+    let directory = TempDir::new().unwrap();
+    let config = Config { retain_bytes: Some(0), ..one_record_files() };
+    let log = EmbeddedLog::open(directory.path(), &config).unwrap();
+    append_all(&log, (0..4).map(advance));
+    log.protect(Offset(1), Micros::ZERO);
+    let id = log.id().to_owned();
+    drop(log);
+    let log = open(directory.path());
+    assert_eq!((log.head(), log.id()), (Offset(1), id.as_str()), "what was let go is not missed");
+    drop(log);
+    fs::remove_file(directory.path().join(file_name(1))).unwrap();
+    let refused = EmbeddedLog::open(directory.path(), &Config::default()).err().unwrap().to_string();
+    assert!(refused.contains("00000000000000000001.log") && refused.contains("missing"), "{refused}");
 }
 
 #[test]
