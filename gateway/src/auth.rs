@@ -136,6 +136,15 @@ pub struct Tokens {
     expires_in: i64,
 }
 
+/// What became of a sign-in whose refresh token was sent.
+pub(crate) enum Refreshed {
+    Tokens(Tokens),
+    /// The token was spent before: whoever sends it again may have stolen it, so all of the sign-in is over.
+    Ended {
+        user: String,
+    },
+}
+
 #[derive(Serialize, Deserialize)]
 struct Claims {
     iss: String,
@@ -480,13 +489,13 @@ impl Auth {
     }
 
     /// Spends a refresh token for a new pair. Reuse of a spent one revokes the family.
-    pub(crate) async fn refresh(&self, store: &Store, refresh_token: &str, now: Micros) -> Result<Tokens, Problem> {
+    pub(crate) async fn refresh(&self, store: &Store, refresh_token: &str, now: Micros) -> Result<Refreshed, Problem> {
         match store.spend_refresh(&digest_text(refresh_token), now).await? {
-            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await,
+            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await.map(Refreshed::Tokens),
             Spent::Reused { family, user } => {
                 tracing::warn!(user, "a spent refresh token came again; its family is revoked");
                 self.revoke(store, &family).await?;
-                Err(Problem::unauthorized("this refresh token was used before; sign in again"))
+                Ok(Refreshed::Ended { user })
             }
             Spent::Expired => Err(Problem::unauthorized("this refresh token has expired; sign in again")),
             Spent::Unknown => Err(Problem::unauthorized("this refresh token is not valid; sign in again")),

@@ -1,7 +1,7 @@
 //! Signing in and out, users, and who am I.
 
 use crate::AppState;
-use crate::auth::{By, Caller, Tokens};
+use crate::auth::{By, Caller, Refreshed, Tokens};
 use crate::extract::{Address, Json, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::Role;
@@ -131,7 +131,13 @@ struct Refresh {
 
 async fn refresh(State(state): State<AppState>, Json(body): Json<Refresh>) -> Result<axum::Json<Tokens>, Problem> {
     let (store, now) = (state.system.store(), state.system.now());
-    Ok(axum::Json(state.auth.refresh(store, &body.refresh_token, now).await?))
+    match state.auth.refresh(store, &body.refresh_token, now).await? {
+        Refreshed::Tokens(tokens) => Ok(axum::Json(tokens)),
+        Refreshed::Ended { user } => {
+            state.took_from(&Group::User(user.into()));
+            Err(Problem::unauthorized("this refresh token was used before; sign in again"))
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -280,6 +280,28 @@ async fn what_is_withdrawn_ends_before_the_next_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refresh_token_that_comes_twice_ends_what_is_connected_by_its_sign_in() {
+    let (listening, root, _) = workspace().await;
+    let tokens = listening.server.sign_in("root@example.com").await.body;
+    let access = tokens["access_token"].as_str().unwrap();
+    let mut socket = signed_in(&listening, access).await;
+    assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+    let mut events = Events::follow(&listening, access, "streams/market.trades").await.map_err(drop).unwrap();
+    let mut other = signed_in(&listening, &root).await;
+    let refresh = async || {
+        let body = json!({"refresh_token": tokens["refresh_token"]});
+        listening.server.call("POST", "/api/v1/auth/refresh", "", body).await.status
+    };
+    assert_eq!((refresh().await, refresh().await), (200, 401));
+    tell(&mut socket, publish("market.trades", trade())).await;
+    assert_eq!(closed(&mut socket).await, 4001);
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(listening.server.call("POST", at, &root, trade()).await.status, 200);
+    assert_eq!(events.next().await, None, "nothing of what came behind the reuse");
+    assert_eq!(ask(&mut other, json!({"type": "ping"})).await["type"], "ok", "the user's other sign-in goes on");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_ends_with_its_credentials_however_busy_it_is() {
     let (listening, root, _) = workspace().await;
     let end = engine::event::Micros(actors::clock::Clock::now(&SystemClock).0 + 2_500_000);
