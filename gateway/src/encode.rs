@@ -232,6 +232,18 @@ pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
     })
 }
 
+/// A portfolio's value for those who may not see its positions: nothing that names one of them.
+pub(crate) fn portfolio_value(portfolio: &PortfolioSummary) -> Value {
+    let mut shown = self::portfolio(portfolio);
+    if let Value::Object(members) = &mut shown {
+        members.retain(|name, _| !matches!(name.as_str(), "positions" | "unpriced"));
+    }
+    if let Some(Value::Object(allocation)) = shown.get_mut("allocation") {
+        allocation.remove("symbol");
+    }
+    shown
+}
+
 /// Live rates, over HTTP and in their channel.
 pub(crate) fn throughput(rates: &Throughput) -> Value {
     let workspaces: Vec<Value> =

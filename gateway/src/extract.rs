@@ -236,13 +236,25 @@ impl Member {
     pub(crate) fn may_listen(&self, topic: &Topic) -> Result<(), Problem> {
         match topic {
             Topic::Metric(name) => self.may_on(Permission::MetricRead, &format!("metrics/{name}")),
-            Topic::Portfolio(id) => self.may_see_value(id),
+            Topic::Portfolio(id) => self.may_on(Permission::PortfolioRead, &format!("portfolio/{id}")),
+            Topic::Value(id) => self.may_see_value(id),
             Topic::Stream(name) => self.may_on(Permission::StreamRead, &format!("streams/{name}")),
             Topic::Alerts => self.may(Permission::AlertRead),
             Topic::Thread(id) => self.may_on(Permission::AiUse, &format!("thread/{id}")),
             Topic::Query { .. } => self.may(Permission::QueryRun),
-            Topic::Presence(watched) => self.may_listen(watched).and_then(|()| self.may_see_people()),
+            Topic::Presence(watched) => {
+                let watched = self.may_listen(&self.shown((**watched).clone()));
+                watched.and_then(|()| self.may_see_people())
+            }
             Topic::Throughput | Topic::Actors => Err(Problem::forbidden("only admins may listen to this")),
+        }
+    }
+
+    /// What of a topic this member is told: of a portfolio whose positions they may not see, its value.
+    pub(crate) fn shown(&self, topic: Topic) -> Topic {
+        match topic {
+            Topic::Portfolio(id) if !self.sees(Permission::PortfolioRead, "portfolio", &id) => Topic::Value(id),
+            other => other,
         }
     }
 

@@ -264,7 +264,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Positions")
         .gives(200, "PositionCount"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position.").needs(Permission::PortfolioUpdate),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation of the positions that have a price, at the last one by event time of `market.trades`, `market.quotes` (the middle of bid and ask) and `market.bars` (close). `unrealised_pct` is 100 · (value − cost) / |cost|; `unpriced` are the symbols left out.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation of the positions that have a price, at the last one by event time of `market.trades`, `market.quotes` (the middle of bid and ask) and `market.bars` (close). `unrealised_pct` is 100 · (value − cost) / |cost|; `unpriced` are the symbols left out. Without `portfolio:read` for it neither `positions` nor `unpriced` nor the allocation by symbol.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to.").needs(Permission::AiUse)
@@ -413,7 +413,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("PositionCount", "positions integer"),
     (
         "Summary",
-        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[], unpriced_count integer",
+        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions? array, allocation Object, unpriced? string[], unpriced_count integer",
     ),
     (
         "RunAgentInput",

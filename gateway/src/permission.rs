@@ -25,7 +25,7 @@ permissions! {
     DealDelete "deal:delete" "Delete deals.",
     PortfolioRead "portfolio:read" "See portfolios, their positions and their value.",
     PortfolioUpdate "portfolio:update" "Change portfolios and their positions.",
-    FundPerformanceRead "fund:performance:read" "See the value of portfolios, without their positions one by one.",
+    FundPerformanceRead "fund:performance:read" "See the value of portfolios and their allocation to sectors, without positions: no symbols.",
     FundSettingsUpdate "fund:settings:update" "Change the workspace's name.",
     AiUse "ai:use" "Read conversations with agents, and talk to them; that takes the permissions to read all that they read, too.",
     AiAdmin "ai:admin" "Cancel runs that others started.",

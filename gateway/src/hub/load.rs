@@ -4,7 +4,7 @@
 use super::channel::{Body, Channel, Meanwhile, Missed, Page};
 use super::name::{ChannelName, Topic};
 use super::state::{Place, State};
-use super::{Hub, Live, RowChange, members, place, stream_events};
+use super::{Hub, Live, RowChange, members, place, portfolio_members, stream_events};
 use crate::agui::{self, Dialect};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
@@ -53,7 +53,9 @@ pub(super) async fn load(
 ) -> Result<(), Problem> {
     let (name, workspace) = (&channel.name, channel.workspace.as_ref());
     match (&name.topic, workspace) {
-        (Topic::Metric(_) | Topic::Portfolio(_), Some(workspace)) => read_state(system, workspace, channel).await,
+        (Topic::Metric(_) | Topic::Portfolio(_) | Topic::Value(_), Some(workspace)) => {
+            read_state(system, workspace, channel).await
+        }
         (Topic::Presence(watched), Some(workspace)) => {
             take_presence(hub, workspace, watched, channel);
             tokio::spawn(poll_presence(Arc::downgrade(channel), Arc::downgrade(hub)));
@@ -94,11 +96,13 @@ async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel)
                 }
                 state
             }
-            Topic::Portfolio(id) => {
+            Topic::Portfolio(id) | Topic::Value(id) => {
                 let mut state = State::new(Place::Root);
                 let summary = system.portfolio_summary(workspace, id).await?;
-                let members = members(encode::portfolio(&summary));
-                state.replace(members).into_iter().for_each(|op| state.apply(op, 0));
+                state
+                    .replace(portfolio_members(&channel.name.topic, &summary))
+                    .into_iter()
+                    .for_each(|op| state.apply(op, 0));
                 state
             }
             _ => return Ok(()),
@@ -137,7 +141,7 @@ fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
                 Vec::new()
             }
         },
-        What::Portfolio { summary, .. } => state.replace(members(encode::portfolio(summary))),
+        What::Portfolio { summary, .. } => state.replace(portfolio_members(&name.topic, summary)),
         What::MetricRemoved { .. } => {
             state.clear(0);
             Vec::new()

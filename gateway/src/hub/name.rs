@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub(crate) enum Topic {
     Metric(ItemName),
     Portfolio(ItemName),
+    /// A portfolio without its positions, which goes by the same name: for those who may see no more of it.
+    Value(ItemName),
     Stream(StreamName),
     Alerts,
     /// A conversation with agents.

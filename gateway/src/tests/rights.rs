@@ -200,6 +200,74 @@ async fn a_grant_opens_one_channel_and_a_scope_leaves_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_may_see_the_value_of_a_portfolio_gets_none_of_its_positions() {
+    let (listening, root, bob) = workspace().await;
+    grant(&listening, &root, "fund:performance:read@portfolio/main").await;
+    let hold = async |qty: u32| {
+        let positions = json!([
+            {"symbol": "HIDDEN", "qty": qty, "cost": 10, "sector": "tech"}, {"symbol": "UNPRICED", "qty": 1, "cost": 1},
+        ]);
+        let at = "/api/v1/workspaces/acme/portfolios/main/positions";
+        assert_eq!(listening.server.call("PUT", at, &root, positions).await.status, 200);
+    };
+    hold(2).await;
+    let price = json!([{"symbol": "HIDDEN", "price": 30, "qty": 1}]);
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(listening.server.call("POST", at, &root, price).await.status, 200);
+    let summary =
+        async |token: &str| listening.server.get("/api/v1/workspaces/acme/portfolios/main/summary", token).await.body;
+    // the owner first: what is kept of it is the same for all
+    while summary(&root).await["value"] != 60.0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(summary(&root).await["positions"].to_string().contains("HIDDEN"));
+    let value = summary(&bob).await;
+    assert_eq!((&value["value"], &value["unpriced_count"]), (&json!(60.0), &json!(1)), "{value}");
+    assert!(value["allocation"]["sector"]["tech"].is_number(), "{value}");
+    let names_none =
+        |told: &Value| !["HIDDEN", "UNPRICED", "positions"].iter().any(|name| told.to_string().contains(name));
+    assert!(names_none(&value), "{value}");
+
+    let (mut mine, mut his) = (signed_in(&listening, &root).await, signed_in(&listening, &bob).await);
+    let full = answer(&mut mine, subscribe("portfolio/main")).await;
+    let cut = answer(&mut his, subscribe("portfolio/main")).await;
+    let mut events = Events::follow(&listening, &bob, "portfolio/main").await.map_err(drop).unwrap();
+    assert!(hear(&mut mine).await.to_string().contains("HIDDEN"));
+    let snapshot = hear(&mut his).await;
+    assert_eq!(snapshot["event"]["snapshot"]["value"], 60.0, "{snapshot}");
+    assert!(names_none(&snapshot), "{snapshot}");
+    // the changes too, in all ways
+    hold(3).await;
+    assert!(hear(&mut mine).await.to_string().contains("HIDDEN"));
+    let delta = hear(&mut his).await;
+    assert_eq!((&delta["event"]["type"], names_none(&delta)), (&json!("STATE_DELTA"), true), "{delta}");
+    loop {
+        let told = events.next().await.unwrap();
+        assert!(names_none(&told), "{told}");
+        if told["event"]["type"] == "STATE_DELTA" || told["event"]["snapshot"]["value"] == 90.0 {
+            break;
+        }
+    }
+    // a place in the one form is none in the other
+    let mut back = subscribe("portfolio/main");
+    back["since"] = json!({"epoch": full["epoch"], "offset": full["offset"]});
+    let again = answer(&mut his, back).await;
+    assert_eq!((&again["recovered"], &again["epoch"]), (&json!(false), &cut["epoch"]), "{again}");
+
+    // whoever loses the positions while they follow them is told so, and gets the value when they come again
+    grant(&listening, &root, "portfolio:read@portfolio/main").await;
+    let mut reader = signed_in(&listening, &bob).await;
+    assert_eq!(answer(&mut reader, subscribe("portfolio/main")).await["epoch"], full["epoch"]);
+    assert!(hear(&mut reader).await.to_string().contains("HIDDEN"));
+    let at = "/api/v1/workspaces/acme/grants?email=bob@example.com&scope=portfolio:read@portfolio/main";
+    assert_eq!(listening.server.call("DELETE", at, &root, Value::Null).await.status, 204);
+    hold(4).await;
+    assert_eq!(hear(&mut reader).await["code"], "forbidden");
+    assert_eq!(answer(&mut reader, subscribe("portfolio/main")).await["epoch"], cut["epoch"]);
+    assert!(names_none(&hear(&mut reader).await));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_metric_shows_nobody_what_they_may_not_read() {
     let (listening, root, bob) = workspace().await;
     for scope in ["metric:define@metrics/mine", "metric:read@metrics/mine", "stream:read@streams/market.trades"] {
