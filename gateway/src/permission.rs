@@ -34,7 +34,7 @@ permissions! {
     AlertRead "alert:read" "See alert rules, alerts and silences.",
     AlertDefine "alert:define" "Define and remove alert rules and webhooks.",
     AlertRespond "alert:respond" "Acknowledge alerts and silence them.",
-    StreamRead "stream:read" "See streams and their events.",
+    StreamRead "stream:read" "See streams and their events; those of `agent.events` take what running agents takes, too.",
     StreamIngest "stream:ingest" "Send events.",
     StreamDefine "stream:define" "Define streams.",
     QueryRun "query:run" "Ask in SQL, over what else one may read.",

@@ -154,6 +154,8 @@ async fn backtest(
         return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
     }
     let metric = body.rule.metric.clone();
+    // what it would have told are rows of the metric
+    member.may_on(Permission::MetricRead, &format!("metrics/{metric}"))?;
     let tested = state.system.backtest(&member.workspace, body.rule.definition()?, from..to).await?;
     let alerts = tested.episodes.iter().map(|episode| {
         json!({

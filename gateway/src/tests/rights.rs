@@ -284,6 +284,49 @@ async fn a_metric_shows_nobody_what_they_may_not_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_agents_did_is_read_by_those_alone_who_may_run_them() {
+    let (listening, root, _) = workspace().await;
+    let all = ["stream:read", "query:run", "metric:read", "metric:define", "portfolio:read", "alert:read"];
+    let with = |more: &[&str]| json!({"name": "k", "role": "member", "scopes": [&all[..], more].concat()});
+    let (reader, asker) = (key(&listening, &root, with(&[])).await, key(&listening, &root, with(&["ai:use"])).await);
+    let narrow = json!({"name": "k", "role": "member", "scopes": ["query:run", "metric:read"]});
+    let narrow = key(&listening, &root, narrow).await;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    for (token, may) in [(&root, true), (&asker, true), (&reader, false)] {
+        let mut socket = signed_in(&listening, token).await;
+        for channel in ["streams/agent.events", "streams/agent.events?run=r"] {
+            assert_eq!(answer(&mut socket, subscribe(channel)).await["type"] == "ok", may, "{channel}");
+            assert_eq!(Events::follow(&listening, token, channel).await.is_ok(), may, "{channel}");
+        }
+        for table in ["agent.events", "AGENT.Events", "\"agent\".\"events\"", "\"agent.events\""] {
+            let sql = format!("SELECT count(*) AS n FROM market.trades t, {table} e");
+            let asked = listening.server.call("POST", &at("query"), token, json!({"sql": sql})).await;
+            assert_eq!(asked.status != 403, may, "{table}: {}", asked.body);
+            let mut live = subscribe("query/q");
+            live["sql"] = sql.into();
+            assert_eq!(answer(&mut socket, live).await["code"] != "forbidden", may, "{table}");
+        }
+        let sql = "SELECT count(*) AS n FROM agent.events GROUP BY tumble(ts, INTERVAL '1 minute')";
+        let defined = listening.server.call("PUT", &at("metrics/runs"), token, json!({"sql": sql})).await;
+        assert_eq!(defined.status == 200, may, "{}", defined.body);
+        let letters = listening.server.get(&at("dead-letters?stream=agent.events"), token).await;
+        assert_eq!(letters.status == 200, may, "{}", letters.body);
+        // every other stream stays open
+        assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+        assert_eq!(listening.server.get(&at("dead-letters"), token).await.status, 200);
+    }
+    // a stream is one by whatever way its name is written
+    for table in ["\"market.trades\"", "\"ref.positions\""] {
+        let sql = format!("SELECT count(*) AS n FROM {table}");
+        assert_eq!(
+            listening.server.call("POST", &at("query"), &narrow, json!({"sql": sql})).await.status,
+            403,
+            "{table}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_withdrawn_ends_before_the_next_message() {
     let (listening, root, bob) = workspace().await;
     let scope = "stream:read@streams/market.trades";
