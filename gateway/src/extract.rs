@@ -250,7 +250,7 @@ impl Member {
             Topic::Value(id) => self.may_see_value(id),
             Topic::Stream(name) => self.may_read_stream(name),
             Topic::Alerts => self.may(Permission::AlertRead),
-            Topic::Thread(id) => self.may_on(Permission::AiUse, &format!("thread/{id}")),
+            Topic::Thread(id) => self.may_read_thread(id),
             Topic::Query { .. } => self.may(Permission::QueryRun),
             Topic::Presence(watched) => {
                 let watched = self.may_listen(&self.shown((**watched).clone()));
@@ -278,12 +278,22 @@ impl Member {
     /// Refuses a member who may not run agents. They read the whole workspace: so must whoever asks them be able to.
     pub(crate) fn may_run_agents(&self) -> Result<(), Problem> {
         self.may(Permission::AiUse)?;
-        READ_BY_AGENTS.into_iter().try_for_each(|permission| self.may(permission))
+        self.may_read_all()
     }
 
     /// Refuses a member who may not read a conversation. It holds what agents have read.
     pub(crate) fn may_read_thread(&self, thread: &str) -> Result<(), Problem> {
         self.may_on(Permission::AiUse, &format!("thread/{thread}"))?;
+        self.may_read_all()
+    }
+
+    /// Refuses a member who may read no conversation; a list of them is then cut to those of [`Member::sees`].
+    pub(crate) fn may_read_threads(&self) -> Result<(), Problem> {
+        self.may_somewhere(Permission::AiUse)?;
+        self.may_read_all()
+    }
+
+    fn may_read_all(&self) -> Result<(), Problem> {
         READ_BY_AGENTS.into_iter().try_for_each(|permission| self.may(permission))
     }
 

@@ -27,7 +27,7 @@ permissions! {
     PortfolioUpdate "portfolio:update" "Change portfolios and their positions.",
     FundPerformanceRead "fund:performance:read" "See the value of portfolios and their allocation to sectors, without positions: no symbols.",
     FundSettingsUpdate "fund:settings:update" "Change the workspace's name.",
-    AiUse "ai:use" "Read conversations with agents, and talk to them; that takes the permissions to read all that they read, too.",
+    AiUse "ai:use" "Talk to agents, and read conversations with them; both take the permissions to read all that agents read, too.",
     AiAdmin "ai:admin" "Cancel runs that others started.",
     MetricRead "metric:read" "See metrics and their rows.",
     MetricDefine "metric:define" "Define and remove metrics.",

@@ -287,7 +287,10 @@ async fn a_metric_shows_nobody_what_they_may_not_read() {
 async fn what_agents_did_is_read_by_those_alone_who_may_run_them() {
     let (listening, root, _) = workspace().await;
     let all = ["stream:read", "query:run", "metric:read", "metric:define", "portfolio:read", "alert:read"];
-    let with = |more: &[&str]| json!({"name": "k", "role": "member", "scopes": [&all[..], more].concat()});
+    let with = |more: &[&str]| {
+        let scopes = [&all[..], more].concat();
+        json!({"name": "k", "role": "member", "scopes": scopes})
+    };
     let (reader, asker) = (key(&listening, &root, with(&[])).await, key(&listening, &root, with(&["ai:use"])).await);
     let narrow = json!({"name": "k", "role": "member", "scopes": ["query:run", "metric:read"]});
     let narrow = key(&listening, &root, narrow).await;
@@ -323,6 +326,32 @@ async fn what_agents_did_is_read_by_those_alone_who_may_run_them() {
             403,
             "{table}"
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conversation_is_read_by_those_who_may_read_what_agents_read() {
+    let (listening, root, _) = workspace().await;
+    let mut socket = signed_in(&listening, &root).await;
+    let input = json!({
+        "threadId": "t", "runId": "r", "protocolVersion": "1.0",
+        "messages": [{"id": "m", "role": "user", "content": "How many alerts are there?"}],
+    });
+    tell(&mut socket, ask_agent(input)).await;
+    end_of_run(&mut socket).await;
+    let all = ["ai:use", "metric:read", "stream:read", "portfolio:read", "alert:read", "query:run"];
+    let narrow = key(&listening, &root, json!({"name": "k", "role": "member", "scopes": ["ai:use"]})).await;
+    let wide = key(&listening, &root, json!({"name": "k", "role": "member", "scopes": all})).await;
+    for (token, may) in [(&narrow, false), (&wide, true)] {
+        for path in ["threads", "threads/t/messages", "runs/r/events"] {
+            let read = listening.server.get(&format!("/api/v1/workspaces/acme/{path}"), token).await;
+            assert_eq!(read.status, if may { 200 } else { 403 }, "{path}: {}", read.body);
+        }
+        let mut socket = signed_in(&listening, token).await;
+        assert_eq!(answer(&mut socket, subscribe("thread/t")).await["type"] == "ok", may);
+        assert_eq!(Events::follow(&listening, token, "thread/t").await.is_ok(), may);
+        // which agents there are is told to both
+        assert_eq!(listening.server.get("/api/v1/workspaces/acme/agents", token).await.status, 200);
     }
 }
 
