@@ -385,6 +385,33 @@ impl Auth {
         }
     }
 
+    /// Whether `code` is one of the user's second factor, where there is one: their password alone changes nothing about
+    /// it. Wrong ones count and wait as those of sign-ins do.
+    pub(crate) async fn confirm_code(
+        &self,
+        store: &Store,
+        user: &User,
+        code: Option<&str>,
+        from: Option<IpAddr>,
+        now: Micros,
+    ) -> Result<(), Problem> {
+        let Some(sealed) = store.totp(&user.id).await?.secret else { return Ok(()) };
+        let missing = "this account has a second factor: send a code of your authenticator as `code`";
+        let code = code.ok_or_else(|| Problem::forbidden(missing).code("otp_required"))?;
+        self.count_try(&user.email, from, now)?;
+        let spent = self.spend_code(store, user, &sealed, code, now).await;
+        if !matches!(spent, Ok(false)) {
+            self.take_back_try(&user.email, from);
+        }
+        match spent? {
+            true => Ok(()),
+            false => {
+                let detail = "`code` is wrong or was used before; wait for the next one";
+                Err(Problem::forbidden(detail).code(WRONG_CODE))
+            }
+        }
+    }
+
     /// Gives a user another password and ends every sign-in.
     pub(crate) async fn change_password(&self, store: &Store, user: &User, password: String) -> Result<(), Problem> {
         check_password(&password)?;

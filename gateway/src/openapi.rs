@@ -117,12 +117,12 @@ const OPERATIONS: &[Operation] = &[
         .gives(200, "Tokens"),
     Operation::new("put", "/api/v1/me/password", "sign-in", "Another password. Ends every sign-in, this one too.")
         .takes("PasswordChange"),
-    Operation::new("post", "/api/v1/me/totp", "sign-in", "Makes the secret of a second factor, in force once it is confirmed.")
-        .takes("Password")
+    Operation::new("post", "/api/v1/me/totp", "sign-in", "Makes the secret of a second factor, in force once it is confirmed. Where one is in force, `code` is a code of it.")
+        .takes("Factor")
         .gives(200, "TotpSecret"),
     Operation::new("post", "/api/v1/me/totp/confirm", "sign-in", "Proves a code of the new secret: sign-ins ask for one from now on.")
         .takes("Code"),
-    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more.").takes("Password"),
+    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more; `code` is a last one.").takes("Factor"),
     Operation::new("get", "/api/v1/permissions", "sign-in", "Every permission, every role and what it may do.")
         .gives(200, "Permissions"),
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
@@ -293,7 +293,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Issuers", "issuers string[]"),
     ("Fetch", "code string"),
     ("PasswordChange", "password string, new_password string"),
-    ("Password", "password string"),
+    ("Factor", "password string, code? string"),
     ("Code", "otp string"),
     ("TotpSecret", "secret string, url string"),
     ("Permission", "name string, allows string"),
@@ -446,7 +446,7 @@ fn example(schema: &str) -> Option<Value> {
         "Refresh" => json!({"refresh_token": "…"}),
         "Logout" => json!({"everywhere": false}),
         "PasswordChange" => json!({"password": "correct horse", "new_password": "correct horse battery"}),
-        "Password" => json!({"password": "correct horse battery"}),
+        "Factor" => json!({"password": "correct horse battery", "code": "123456"}),
         "Code" => json!({"otp": "123456"}),
         "NewUser" => json!({"email": "ada@example.com", "password": "correct horse battery", "admin": false}),
         "NewWorkspace" => json!({"id": "acme", "name": "Acme"}),

@@ -392,8 +392,16 @@ async fn a_second_factor_is_asked_for_once_it_is_confirmed_and_a_code_is_good_on
     let user = store.user_by_email("root@example.com").await.unwrap().unwrap();
     let stored = store.totp(&user.id).await.unwrap().secret.unwrap();
     assert!(stored.starts_with("v1.") && !stored.contains(secret));
-    let off = server.call("POST", "/api/v1/me/totp/disable", &root, json!({"password": PASSWORD})).await;
-    assert_eq!(off.status, 204);
+    // the password alone neither replaces nor ends it
+    for (path, wrong) in [("/api/v1/me/totp", "000"), ("/api/v1/me/totp/disable", now.as_str())] {
+        for (code, told) in [(Value::Null, "otp_required"), (json!(wrong), "bad_otp")] {
+            let body = json!({"password": PASSWORD, "code": code});
+            let refused = server.call("POST", path, &root, body).await;
+            assert_eq!((refused.status, refused.code()), (403, told), "{path}: {}", refused.body);
+        }
+    }
+    let off = json!({"password": PASSWORD, "code": code(secret, 1)});
+    assert_eq!(server.call("POST", "/api/v1/me/totp/disable", &root, off).await.status, 204);
     assert_eq!(login(Value::Null).await.status, 200);
 }
 
