@@ -3,7 +3,7 @@
 pub(crate) use actors::alert_json as alert;
 use actors::json::AnyValue;
 use actors::rows::rfc3339;
-use actors::{PortfolioSummary, Throughput};
+use actors::{PortfolioSummary, System, Throughput};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, FieldRef, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
@@ -13,6 +13,7 @@ use engine::event::Micros;
 use engine::metric::Rows;
 use engine::program::Program;
 use serde_json::{Map, Value, json};
+use sql::store::Alert;
 use std::sync::Arc;
 
 /// A metric's row as clients see it.
@@ -218,6 +219,16 @@ pub(crate) fn objects(
             text(out)
         })
         .collect()
+}
+
+/// An alert among others, with whether it is silenced.
+pub(crate) fn listed_alert(system: &System, one: &Alert) -> Value {
+    let mut shown = alert(one);
+    // resolved alerts are told no more, silenced or not
+    let by = system.silenced_by(one).filter(|_| one.resolved_at.is_none());
+    shown["silenced"] = by.is_some().into();
+    shown["silenced_by"] = by.into();
+    shown
 }
 
 /// A portfolio's value, over HTTP and in its channel.

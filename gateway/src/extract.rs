@@ -248,7 +248,7 @@ impl Member {
             Topic::Metric(name) => self.may_on(Permission::MetricRead, &format!("metrics/{name}")),
             Topic::Portfolio(id) => self.may_on(Permission::PortfolioRead, &format!("portfolio/{id}")),
             Topic::Value(id) => self.may_see_value(id),
-            Topic::Stream(name) => self.may_read_stream(name),
+            Topic::Stream(name) => self.may_read_stream(name.as_str()),
             Topic::Alerts => self.may(Permission::AlertRead),
             Topic::Thread(id) => self.may_read_thread(id),
             Topic::Query { .. } => self.may(Permission::QueryRun),

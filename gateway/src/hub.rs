@@ -146,11 +146,16 @@ impl Hub {
         // only runs have dialects: all others share their frames
         let dialect = if matches!(name.topic, Topic::Thread(_)) { dialect } else { Dialect::Current };
         let run_id = run.as_ref().map(|run| run.run.clone());
-        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None };
+        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None, instead: None };
         // a run that is over is shown again; one that goes on is in its channel
         let mut rest = None;
         if let Some(run) = run.filter(RunHandle::is_over) {
             (wish.missed, rest) = load::again(run, dialect).unzip();
+        }
+        // read once it listens: what fires meanwhile comes behind it
+        if let (Topic::Alerts, Some(workspace), Some(_)) = (&name.topic, &workspace, &wish.since) {
+            let (asks, firing) = load::firing(system, workspace);
+            (wish.instead, rest) = (Some(asks), Some(firing));
         }
         self.sweep(Instant::now());
         let live = match (&name.topic, &workspace) {

@@ -13,6 +13,7 @@ use actors::{QueryRequest, RowsQuery, System, What};
 use axum::http::StatusCode;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use serde_json::json;
+use sql::store::StoreError;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ const QUERY_REST: u32 = 4;
 /// What a client that comes back is given at a time: about so many bytes of messages, from no more records than these.
 const PAGE_BYTES: usize = 256 << 10;
 const PAGE_RECORDS: usize = 100_000;
+/// How long until a store that was away is asked again for the alerts that are firing.
+const FIRING_AGAIN: Duration = Duration::from_secs(1);
 /// Where the store keeps the epoch of the log.
 const LOG_EPOCH: &str = "log_epoch";
 
@@ -289,6 +292,8 @@ pub(super) async fn log_epoch(system: &System) -> Result<Arc<str>, Problem> {
 enum Source {
     Log(System),
     Run(Box<RunHandle>, Dialect),
+    /// What is firing, of a workspace.
+    Firing(System, WorkspaceId),
 }
 
 /// The rest of what a subscriber gets from elsewhere.
@@ -304,6 +309,14 @@ impl Rest {
         while self.asked.recv().await.is_some() {
             let page = match &mut self.source {
                 Source::Run(run, dialect) => Some(page_of_run(run, *dialect)),
+                Source::Firing(system, workspace) => loop {
+                    match firing_alerts(system, workspace).await {
+                        Ok(page) => break Some(page),
+                        Err(_) if channel.position(id).is_none() => return,
+                        // the store is away: what happens meanwhile waits behind this
+                        Err(_) => tokio::time::sleep(FIRING_AGAIN).await,
+                    }
+                },
                 Source::Log(system) => match channel.position(id) {
                     Some((since, until)) => page_of_log(system, &channel, since, until).await,
                     None => return,
@@ -322,6 +335,27 @@ pub(super) fn again(mut run: RunHandle, dialect: Dialect) -> Option<(Missed, Res
     let repeated = Some(run.length()).filter(|events| *events > 0)?;
     let page = page_of_run(&mut run, dialect);
     Some(begun(page, Some(repeated), Source::Run(Box::new(run), dialect)))
+}
+
+/// The alerts that are firing when they are asked for, as a snapshot.
+pub(super) fn firing(system: &System, workspace: &WorkspaceId) -> (mpsc::Sender<()>, Rest) {
+    let (asks, asked) = mpsc::channel(1);
+    (asks, Rest { source: Source::Firing(system.clone(), workspace.clone()), asked })
+}
+
+/// As `GET …/alerts?state=firing` lists them; of very many the newest.
+async fn firing_alerts(system: &System, workspace: &WorkspaceId) -> Result<Page, StoreError> {
+    let (mut alerts, mut before) = (Vec::new(), None);
+    for _ in 0..PAGES_MAX {
+        let (page, next) = system.store().alerts(workspace, Some("firing"), PAGE, before.as_deref()).await?;
+        alerts.extend(page.iter().map(|alert| encode::listed_alert(system, alert)));
+        before = next;
+        if before.is_none() {
+            break;
+        }
+    }
+    let snapshot = json!({"type": "STATE_SNAPSHOT", "snapshot": {"alerts": alerts}}).to_string();
+    Ok(Page { until: 0, messages: vec![(0, snapshot)], has_more: false })
 }
 
 /// The messages of a stream's channel behind `since` up to `until`, from the log; nothing where they are not there any

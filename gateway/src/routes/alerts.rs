@@ -196,14 +196,7 @@ async fn alerts(
     }
     let store = state.system.store();
     let (alerts, next) = store.alerts(&member.workspace, wanted.as_deref(), limit, before.as_deref()).await?;
-    let shown = |alert: &Alert| {
-        let mut shown = encode::alert(alert);
-        // resolved alerts are told no more, silenced or not
-        let by = state.system.silenced_by(alert).filter(|_| alert.resolved_at.is_none());
-        shown["silenced"] = by.is_some().into();
-        shown["silenced_by"] = by.into();
-        shown
-    };
+    let shown = |alert: &Alert| encode::listed_alert(&state.system, alert);
     let mut answer = json!({"alerts": alerts.iter().map(shown).collect::<Vec<Value>>()});
     if let Some(next) = next {
         answer["next"] = next.into();
