@@ -303,11 +303,11 @@ impl Member {
         if stream == AGENT_EVENTS { self.may_run_agents() } else { Ok(()) }
     }
 
-    /// Everybody sees with whom they share a workspace, but for guests.
+    /// Everybody sees with whom they share a workspace, but for guests, and for keys that are there for something else.
     pub(crate) fn may_see_people(&self) -> Result<(), Problem> {
-        match self.access.role {
-            Role::Guest => self.may(Permission::WorkspaceManage),
-            _ => Ok(()),
+        match self.access.role == Role::Guest || self.access.is_scoped() {
+            true => self.may(Permission::WorkspaceManage),
+            false => Ok(()),
         }
     }
 

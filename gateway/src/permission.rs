@@ -39,7 +39,7 @@ permissions! {
     StreamDefine "stream:define" "Define streams.",
     QueryRun "query:run" "Ask in SQL, over what else one may read.",
     AuditRead "audit:read" "Read the audit log.",
-    WorkspaceManage "workspace:manage" "Members, grants and API keys.",
+    WorkspaceManage "workspace:manage" "Members, grants and API keys. All but guests and keys with scopes see the members and the usage without it.",
     WorkspaceDelete "workspace:delete" "Delete the workspace with all that is in it.",
 }
 
@@ -342,6 +342,11 @@ impl Access {
     /// A key's: the role within the scopes.
     pub(crate) fn of_key(role: Role, scopes: Option<Vec<Scope>>) -> Access {
         Access { role, scopes, grants: Vec::new() }
+    }
+
+    /// Whether it is cut to some permissions: what no permission stands for is then not in it.
+    pub(crate) fn is_scoped(&self) -> bool {
+        self.scopes.is_some()
     }
 
     /// Whether `permission` is held on `resource`; without one, in the whole workspace.

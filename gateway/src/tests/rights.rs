@@ -356,6 +356,24 @@ async fn a_conversation_is_read_by_those_who_may_read_what_agents_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_with_scopes_sees_people_and_usage_only_if_it_manages_them() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "viewer").await;
+    let scoped = |scope: &str| json!({"name": "k", "role": "owner", "scopes": [scope, "stream:read"]});
+    let collector = key(&listening, &root, scoped("stream:ingest")).await;
+    let manager = key(&listening, &root, scoped("workspace:manage")).await;
+    let whole = key(&listening, &root, json!({"name": "k", "role": "viewer"})).await;
+    for (token, may) in [(&collector, false), (&manager, true), (&whole, true), (&bob, true)] {
+        for path in ["members", "usage"] {
+            let read = listening.server.get(&format!("/api/v1/workspaces/acme/{path}"), token).await;
+            assert_eq!(read.status, if may { 200 } else { 403 }, "{path}: {}", read.body);
+        }
+        let followed = Events::follow(&listening, token, "presence/streams/market.trades").await;
+        assert_eq!(followed.is_ok(), may);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_withdrawn_ends_before_the_next_message() {
     let (listening, root, bob) = workspace().await;
     let scope = "stream:read@streams/market.trades";
