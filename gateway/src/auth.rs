@@ -2,7 +2,7 @@
 
 use crate::config::AuthConfig;
 use crate::oidc::{Identity, Oidc};
-use crate::permission::{Access, Role, parse_scopes};
+use crate::permission::{Access, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use actors::{SealError, Sealer, sealed_for};
 use argon2::password_hash::{PasswordHasher, SaltString};
@@ -886,6 +886,9 @@ pub fn key_of(
     let refused = |error: &dyn std::error::Error| AuthError::Refused(error.to_string());
     let role: Role = role.parse().map_err(|error| refused(&error))?;
     let scopes = scopes.map(parse_scopes).transpose().map_err(|error| refused(&error))?;
+    if let Some(scope) = Scope::beyond(role, scopes.as_deref().unwrap_or_default()) {
+        return Err(AuthError::Refused(format!("the role `{role}` does not have `{scope}`")));
+    }
     let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
     Ok(new_key(workspace, name.to_owned(), role, scopes, None, "cli", now))
 }

@@ -607,6 +607,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "unreadable_body",
             "unknown_parameter",
             "unknown_role",
+            "scope_beyond_role",
             "unknown_scope",
             "unknown_tier",
             "query_timeout",

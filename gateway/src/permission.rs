@@ -248,6 +248,11 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
+    /// The first of `scopes` that `role` does not have: a key with it could less than it says.
+    pub(crate) fn beyond(role: Role, scopes: &[Scope]) -> Option<&Scope> {
+        scopes.iter().find(|scope| !role.may(scope.permission))
+    }
+
     /// Whether it allows `permission` on `resource`; without one, everywhere.
     fn allows(&self, permission: Permission, resource: Option<&str>) -> bool {
         self.permission == permission && (self.resource.is_none() || self.resource.as_deref() == resource)

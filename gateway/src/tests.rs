@@ -348,6 +348,8 @@ async fn a_key_may_do_what_its_scopes_leave_of_its_role() {
     for (body, code) in [
         (json!({"name": "x", "role": "member", "scopes": []}), "bad_body"),
         (json!({"name": "x", "role": "member", "scopes": ["all"]}), "unknown_scope"),
+        (json!({"name": "x", "role": "member", "scopes": ["metric:read", "audit:read"]}), "scope_beyond_role"),
+        (json!({"name": "x", "role": "viewer", "scopes": ["stream:*"]}), "scope_beyond_role"),
         (json!({"name": "x", "role": "member", "expires_at": "2001-01-01T00:00:00Z"}), "bad_body"),
     ] {
         assert_eq!(server.call("POST", keys, &root, body.clone()).await.code(), code, "{body}");

@@ -5,7 +5,7 @@ use crate::AppState;
 use crate::auth::new_key;
 use crate::extract::{Json, Member, Path, Query, Seen, Sent};
 use crate::hub::Group;
-use crate::permission::{PERMISSIONS, Permission, ROLES, Role, parse_scopes};
+use crate::permission::{PERMISSIONS, Permission, ROLES, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -252,6 +252,11 @@ async fn create_key(
     }
     if !member.access.covers(role, scopes.as_deref()) {
         return Err(Problem::forbidden("a key may not do more than you may yourself; give it less"));
+    }
+    if let Some(scope) = Scope::beyond(role, scopes.as_deref().unwrap_or_default()) {
+        let detail =
+            format!("the role `{role}` does not have `{scope}`; leave it out, or give the key a role that does");
+        return Err(Problem::invalid("scope_beyond_role", detail));
     }
     let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
     let expires_at = new.expires_at.as_deref().map(|text| instant("expires_at", text)).transpose()?;
