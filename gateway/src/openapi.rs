@@ -622,7 +622,15 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
     (
         403,
         "Who asks may not.",
-        &["forbidden", "tier_not_allowed", "origin_not_allowed", "bad_credentials", "unknown_user"],
+        &[
+            "forbidden",
+            "tier_not_allowed",
+            "origin_not_allowed",
+            "bad_credentials",
+            "otp_required",
+            "bad_otp",
+            "unknown_user",
+        ],
     ),
     (
         404,
