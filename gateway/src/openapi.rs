@@ -154,7 +154,7 @@ const OPERATIONS: &[Operation] = &[
         .needs(Permission::WorkspaceManage)
         .takes("NewGrant")
         .gives(200, "Grants"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/grants", "workspaces", "Takes a grant back.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/grants", "workspaces", "Takes a grant back. A guest without any is no member any more.")
         .needs(Permission::WorkspaceManage)
         .query(&[("email", "Whose it is."), ("scope", "What was granted.")]),
     Operation::new("get", "/api/v1/workspaces/{ws}/keys", "workspaces", "API keys, without the keys themselves.").needs(Permission::WorkspaceManage).gives(200, "Keys"),

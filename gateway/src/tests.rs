@@ -321,7 +321,11 @@ async fn a_grant_opens_one_resource_and_nothing_beside_it() {
     let at = format!("{grants}?email=bob@example.com&scope=portfolio:read@portfolio/main");
     assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.status, 204);
     assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.code(), "unknown_grant");
-    assert_eq!(read("portfolios/main/positions").await.status, 403);
+    // a guest without any grant is nobody here
+    assert_eq!(read("portfolios/main/positions").await.code(), "workspace_not_found");
+    assert_eq!(server.get("/api/v1/workspaces/acme", &bob).await.status, 404);
+    assert_eq!(server.get("/api/v1/workspaces", &bob).await.body["workspaces"], json!([]));
+    assert_eq!(server.get("/api/v1/me", &bob).await.body["workspaces"], json!([]));
 }
 
 #[tokio::test]

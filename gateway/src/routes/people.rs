@@ -190,7 +190,14 @@ async fn remove_grant(
     if !store.delete_grant(&member.workspace, &user.id, &old.scope).await? {
         return Err(Problem::not_found("unknown_grant", format!("`{}` holds no grant of this scope", user.email)));
     }
-    state.took_from(&Group::User(user.id.as_str().into()));
+    let group = Group::User(user.id.as_str().into());
+    state.took_from(&group); // at once, whatever becomes of the rest
+    // a guest is a member by what is granted: without any of it the workspace is one of others again
+    let is_guest = store.role(&member.workspace, &user.id).await?.as_deref() == Some(Role::Guest.as_str());
+    if is_guest && store.granted(&member.workspace, &user.id).await?.is_empty() {
+        store.remove_member(&member.workspace, &user.id).await?;
+        state.took_from(&group);
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
