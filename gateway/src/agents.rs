@@ -116,7 +116,7 @@ async fn events(
     Path((_, run)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    member.may(Permission::AiUse)?;
+    member.may_run_agents()?;
     let mut reader = state.system.attach_run(&member.workspace, &run, 0).await?;
     resume(&mut reader, &headers);
     let dialect = Dialect::of(reader.legacy);
@@ -213,7 +213,7 @@ async fn capabilities(
 }
 
 async fn threads(State(state): State<AppState>, member: Member, mut listing: Listing) -> Result<Json<Value>, Problem> {
-    member.may_somewhere(Permission::AiUse)?;
+    member.may_read_threads()?;
     let (limit, before) = (listing.limit, listing.take("before"));
     listing.done()?;
     let (threads, next) = state.system.store().threads(&member.workspace, limit, before.as_deref()).await?;
@@ -237,7 +237,7 @@ async fn messages(
     Path((_, thread)): Path<(String, String)>,
     mut listing: Listing,
 ) -> Result<Json<Value>, Problem> {
-    member.may_on(Permission::AiUse, &format!("thread/{thread}"))?;
+    member.may_read_thread(&thread)?;
     let (limit, after) = (listing.limit, listing.take("after"));
     listing.done()?;
     let after = after.map_or(Ok(0), |after| after.parse::<i64>());

@@ -2,7 +2,7 @@
 
 use crate::config::AuthConfig;
 use crate::oidc::{Identity, Oidc};
-use crate::permission::{Access, Role, parse_scopes};
+use crate::permission::{Access, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use actors::{SealError, Sealer, sealed_for};
 use argon2::password_hash::{PasswordHasher, SaltString};
@@ -134,6 +134,15 @@ pub struct Tokens {
     token_type: &'static str,
     /// Seconds until the access token ends.
     expires_in: i64,
+}
+
+/// What became of a sign-in whose refresh token was sent.
+pub(crate) enum Refreshed {
+    Tokens(Tokens),
+    /// The token was spent before: whoever sends it again may have stolen it, so all of the sign-in is over.
+    Ended {
+        user: String,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -376,6 +385,33 @@ impl Auth {
         }
     }
 
+    /// Whether `code` is one of the user's second factor, where there is one: their password alone changes nothing about
+    /// it. Wrong ones count and wait as those of sign-ins do.
+    pub(crate) async fn confirm_code(
+        &self,
+        store: &Store,
+        user: &User,
+        code: Option<&str>,
+        from: Option<IpAddr>,
+        now: Micros,
+    ) -> Result<(), Problem> {
+        let Some(sealed) = store.totp(&user.id).await?.secret else { return Ok(()) };
+        let missing = "this account has a second factor: send a code of your authenticator as `code`";
+        let code = code.ok_or_else(|| Problem::forbidden(missing).code("otp_required"))?;
+        self.count_try(&user.email, from, now)?;
+        let spent = self.spend_code(store, user, &sealed, code, now).await;
+        if !matches!(spent, Ok(false)) {
+            self.take_back_try(&user.email, from);
+        }
+        match spent? {
+            true => Ok(()),
+            false => {
+                let detail = "`code` is wrong or was used before; wait for the next one";
+                Err(Problem::forbidden(detail).code(WRONG_CODE))
+            }
+        }
+    }
+
     /// Gives a user another password and ends every sign-in.
     pub(crate) async fn change_password(&self, store: &Store, user: &User, password: String) -> Result<(), Problem> {
         check_password(&password)?;
@@ -480,13 +516,13 @@ impl Auth {
     }
 
     /// Spends a refresh token for a new pair. Reuse of a spent one revokes the family.
-    pub(crate) async fn refresh(&self, store: &Store, refresh_token: &str, now: Micros) -> Result<Tokens, Problem> {
+    pub(crate) async fn refresh(&self, store: &Store, refresh_token: &str, now: Micros) -> Result<Refreshed, Problem> {
         match store.spend_refresh(&digest_text(refresh_token), now).await? {
-            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await,
+            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await.map(Refreshed::Tokens),
             Spent::Reused { family, user } => {
                 tracing::warn!(user, "a spent refresh token came again; its family is revoked");
                 self.revoke(store, &family).await?;
-                Err(Problem::unauthorized("this refresh token was used before; sign in again"))
+                Ok(Refreshed::Ended { user })
             }
             Spent::Expired => Err(Problem::unauthorized("this refresh token has expired; sign in again")),
             Spent::Unknown => Err(Problem::unauthorized("this refresh token is not valid; sign in again")),
@@ -850,6 +886,9 @@ pub fn key_of(
     let refused = |error: &dyn std::error::Error| AuthError::Refused(error.to_string());
     let role: Role = role.parse().map_err(|error| refused(&error))?;
     let scopes = scopes.map(parse_scopes).transpose().map_err(|error| refused(&error))?;
+    if let Some(scope) = Scope::beyond(role, scopes.as_deref().unwrap_or_default()) {
+        return Err(AuthError::Refused(format!("the role `{role}` does not have `{scope}`")));
+    }
     let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
     Ok(new_key(workspace, name.to_owned(), role, scopes, None, "cli", now))
 }

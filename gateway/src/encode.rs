@@ -3,7 +3,7 @@
 pub(crate) use actors::alert_json as alert;
 use actors::json::AnyValue;
 use actors::rows::rfc3339;
-use actors::{PortfolioSummary, Throughput};
+use actors::{PortfolioSummary, System, Throughput};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, FieldRef, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
@@ -13,6 +13,7 @@ use engine::event::Micros;
 use engine::metric::Rows;
 use engine::program::Program;
 use serde_json::{Map, Value, json};
+use sql::store::Alert;
 use std::sync::Arc;
 
 /// A metric's row as clients see it.
@@ -220,6 +221,16 @@ pub(crate) fn objects(
         .collect()
 }
 
+/// An alert among others, with whether it is silenced.
+pub(crate) fn listed_alert(system: &System, one: &Alert) -> Value {
+    let mut shown = alert(one);
+    // resolved alerts are told no more, silenced or not
+    let by = system.silenced_by(one).filter(|_| one.resolved_at.is_none());
+    shown["silenced"] = by.is_some().into();
+    shown["silenced_by"] = by.into();
+    shown
+}
+
 /// A portfolio's value, over HTTP and in its channel.
 pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
     let summary = &portfolio.summary;
@@ -230,6 +241,18 @@ pub(crate) fn portfolio(portfolio: &PortfolioSummary) -> Value {
         "positions": summary.positions, "allocation": summary.allocation, "unpriced": summary.unpriced,
         "unpriced_count": summary.unpriced.len(),
     })
+}
+
+/// A portfolio's value for those who may not see its positions: nothing that names one of them.
+pub(crate) fn portfolio_value(portfolio: &PortfolioSummary) -> Value {
+    let mut shown = self::portfolio(portfolio);
+    if let Value::Object(members) = &mut shown {
+        members.retain(|name, _| !matches!(name.as_str(), "positions" | "unpriced"));
+    }
+    if let Some(Value::Object(allocation)) = shown.get_mut("allocation") {
+        allocation.remove("symbol");
+    }
+    shown
 }
 
 /// Live rates, over HTTP and in their channel.

@@ -9,6 +9,7 @@ use crate::problem::Problem;
 use crate::quota::{Of, Rate};
 use ::streams::table::positions;
 use actors::Fault;
+use actors::agent::AGENT_EVENTS;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams, Request};
 use axum::http::Method;
@@ -182,6 +183,15 @@ impl Caller {
     }
 }
 
+/// What agents read, and so what stands in their conversations.
+const READ_BY_AGENTS: [Permission; 5] = [
+    Permission::MetricRead,
+    Permission::StreamRead,
+    Permission::PortfolioRead,
+    Permission::AlertRead,
+    Permission::QueryRun,
+];
+
 /// A caller who belongs to the workspace that the path names.
 pub(crate) struct Member {
     /// User id, or `key:ID`.
@@ -236,13 +246,25 @@ impl Member {
     pub(crate) fn may_listen(&self, topic: &Topic) -> Result<(), Problem> {
         match topic {
             Topic::Metric(name) => self.may_on(Permission::MetricRead, &format!("metrics/{name}")),
-            Topic::Portfolio(id) => self.may_see_value(id),
-            Topic::Stream(name) => self.may_on(Permission::StreamRead, &format!("streams/{name}")),
+            Topic::Portfolio(id) => self.may_on(Permission::PortfolioRead, &format!("portfolio/{id}")),
+            Topic::Value(id) => self.may_see_value(id),
+            Topic::Stream(name) => self.may_read_stream(name.as_str()),
             Topic::Alerts => self.may(Permission::AlertRead),
-            Topic::Thread(id) => self.may_on(Permission::AiUse, &format!("thread/{id}")),
+            Topic::Thread(id) => self.may_read_thread(id),
             Topic::Query { .. } => self.may(Permission::QueryRun),
-            Topic::Presence(watched) => self.may_listen(watched).and_then(|()| self.may_see_people()),
+            Topic::Presence(watched) => {
+                let watched = self.may_listen(&self.shown((**watched).clone()));
+                watched.and_then(|()| self.may_see_people())
+            }
             Topic::Throughput | Topic::Actors => Err(Problem::forbidden("only admins may listen to this")),
+        }
+    }
+
+    /// What of a topic this member is told: of a portfolio whose positions they may not see, its value.
+    pub(crate) fn shown(&self, topic: Topic) -> Topic {
+        match topic {
+            Topic::Portfolio(id) if !self.sees(Permission::PortfolioRead, "portfolio", &id) => Topic::Value(id),
+            other => other,
         }
     }
 
@@ -255,16 +277,37 @@ impl Member {
 
     /// Refuses a member who may not run agents. They read the whole workspace: so must whoever asks them be able to.
     pub(crate) fn may_run_agents(&self) -> Result<(), Problem> {
-        use Permission::{AiUse, AlertRead, MetricRead, PortfolioRead, QueryRun, StreamRead};
-        let needed = [AiUse, MetricRead, StreamRead, PortfolioRead, AlertRead, QueryRun];
-        needed.into_iter().try_for_each(|permission| self.may(permission))
+        self.may(Permission::AiUse)?;
+        self.may_read_all()
     }
 
-    /// Everybody sees with whom they share a workspace, but for guests.
+    /// Refuses a member who may not read a conversation. It holds what agents have read.
+    pub(crate) fn may_read_thread(&self, thread: &str) -> Result<(), Problem> {
+        self.may_on(Permission::AiUse, &format!("thread/{thread}"))?;
+        self.may_read_all()
+    }
+
+    /// Refuses a member who may read no conversation; a list of them is then cut to those of [`Member::sees`].
+    pub(crate) fn may_read_threads(&self) -> Result<(), Problem> {
+        self.may_somewhere(Permission::AiUse)?;
+        self.may_read_all()
+    }
+
+    fn may_read_all(&self) -> Result<(), Problem> {
+        READ_BY_AGENTS.into_iter().try_for_each(|permission| self.may(permission))
+    }
+
+    /// Refuses a member who may not read a stream. That of what agents did holds all conversations.
+    pub(crate) fn may_read_stream(&self, stream: &str) -> Result<(), Problem> {
+        self.may_on(Permission::StreamRead, &format!("streams/{stream}"))?;
+        if stream == AGENT_EVENTS { self.may_run_agents() } else { Ok(()) }
+    }
+
+    /// Everybody sees with whom they share a workspace, but for guests, and for keys that are there for something else.
     pub(crate) fn may_see_people(&self) -> Result<(), Problem> {
-        match self.access.role {
-            Role::Guest => self.may(Permission::WorkspaceManage),
-            _ => Ok(()),
+        match self.access.role == Role::Guest || self.access.is_scoped() {
+            true => self.may(Permission::WorkspaceManage),
+            false => Ok(()),
         }
     }
 
@@ -277,16 +320,18 @@ impl Member {
     /// Refuses SQL that reads a table the member may not see. What is no table of the workspace is left to whoever runs
     /// the SQL, who says so.
     pub(crate) fn may_read_tables(&self, sql: &str) -> Result<(), Problem> {
-        let all = [Permission::StreamRead, Permission::MetricRead, Permission::PortfolioRead];
-        if all.into_iter().all(|permission| self.access.may(permission, None)) {
+        // whoever may run agents may read all that there is
+        if self.may_run_agents().is_ok() {
             return Ok(());
         }
         for table in sql::query::Question::parse(sql).and_then(|question| question.tables()).map_err(Fault::from)? {
-            let parts: Vec<&str> = table.iter().map(String::as_str).collect();
+            // as it is looked up: `"agent.events"` is the stream, too
+            let name = table.join(".");
+            let parts: Vec<&str> = name.split('.').collect();
             match parts.as_slice() {
                 [metric] | [METRICS, metric] => self.may_on(Permission::MetricRead, &format!("metrics/{metric}"))?,
                 [TABLES, table] => self.may_read_table(&format!("{TABLES}.{table}").parse::<StreamName>()?)?,
-                parts => self.may_on(Permission::StreamRead, &format!("streams/{}", parts.join(".")))?,
+                _ => self.may_read_stream(&name)?,
             }
         }
         Ok(())

@@ -20,7 +20,7 @@ use crate::config::{History, Limits};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
 use actors::agent::{RunEvent, RunHandle};
-use actors::{AlertPhase, Outlet, System, Update, What};
+use actors::{AlertPhase, Outlet, PortfolioSummary, System, Update, What};
 use arrow::array::RecordBatch;
 use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
@@ -84,6 +84,13 @@ pub(crate) struct Subscription {
     channel: Arc<Channel>,
 }
 
+impl Subscription {
+    /// What the client is told of.
+    pub(crate) fn topic(&self) -> &Topic {
+        &self.channel.name.topic
+    }
+}
+
 impl Hub {
     /// No channels yet. The epoch is this hub's alone: offsets of another process mean nothing here.
     pub fn new(limits: &Limits, history: &History) -> Arc<Hub> {
@@ -139,11 +146,16 @@ impl Hub {
         // only runs have dialects: all others share their frames
         let dialect = if matches!(name.topic, Topic::Thread(_)) { dialect } else { Dialect::Current };
         let run_id = run.as_ref().map(|run| run.run.clone());
-        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None };
+        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None, instead: None };
         // a run that is over is shown again; one that goes on is in its channel
         let mut rest = None;
         if let Some(run) = run.filter(RunHandle::is_over) {
             (wish.missed, rest) = load::again(run, dialect).unzip();
+        }
+        // read once it listens: what fires meanwhile comes behind it
+        if let (Topic::Alerts, Some(workspace), Some(_)) = (&name.topic, &workspace, &wish.since) {
+            let (asks, firing) = load::firing(system, workspace);
+            (wish.instead, rest) = (Some(asks), Some(firing));
         }
         self.sweep(Instant::now());
         let live = match (&name.topic, &workspace) {
@@ -250,11 +262,20 @@ impl Hub {
         // read while nobody can publish: what is durable from here on comes to the channel
         let start = match log {
             Some((epoch, log)) => (epoch, place::before(log.tail().0)),
-            None => (self.epoch.clone(), self.floor.load(Ordering::Acquire)),
+            None => (self.epoch_of(&name.topic), self.floor.load(Ordering::Acquire)),
         };
         let channel = self.make(workspace.cloned(), name.clone(), json_columns, start);
         channels.push(channel.clone());
         Ok(channel)
+    }
+
+    /// What offsets of a topic that is in no log go by. The two forms of a portfolio have the same name: a place in one
+    /// must not pass for one in the other.
+    fn epoch_of(&self, topic: &Topic) -> Arc<str> {
+        match topic {
+            Topic::Value(_) => format!("{}-value", self.epoch).into(),
+            _ => self.epoch.clone(),
+        }
     }
 
     fn make(
@@ -266,7 +287,7 @@ impl Hub {
     ) -> Arc<Channel> {
         let body = match name.topic {
             Topic::Stream(_) | Topic::Alerts | Topic::Thread(_) => Body::Events { last: None },
-            Topic::Metric(_) | Topic::Portfolio(_) => Body::Loading(channel::Meanwhile::default()),
+            Topic::Metric(_) | Topic::Portfolio(_) | Topic::Value(_) => Body::Loading(channel::Meanwhile::default()),
             Topic::Query { .. } => Body::State(State::new(Place::Rows)),
             Topic::Presence(_) | Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
         };
@@ -332,7 +353,12 @@ impl Hub {
     /// Who follows a topic of a workspace, whatever their filters, and over how many connections.
     fn presence(&self, workspace: &WorkspaceId, topic: &Topic) -> BTreeMap<String, usize> {
         let mut connections = HashMap::new();
-        for channel in self.listening(workspace, topic.clone()) {
+        let value = match topic {
+            Topic::Portfolio(id) => Some(Topic::Value(id.clone())),
+            _ => None,
+        };
+        let topics = [topic.clone()].into_iter().chain(value);
+        for channel in topics.flat_map(|topic| self.listening(workspace, topic)) {
             channel.list_connections(&mut connections);
         }
         let mut users = BTreeMap::new();
@@ -429,9 +455,12 @@ impl Outlet for Hub {
                 }
             }
             What::Portfolio { id, summary } => {
-                let channels = self.listening(&workspace, Topic::Portfolio(id.clone()));
-                if !channels.is_empty() {
-                    let members = members(encode::portfolio(summary));
+                for topic in [Topic::Portfolio(id.clone()), Topic::Value(id.clone())] {
+                    let channels = self.listening(&workspace, topic.clone());
+                    if channels.is_empty() {
+                        continue;
+                    }
+                    let members = portfolio_members(&topic, summary);
                     for channel in channels {
                         if !set_aside(&channel, &what) {
                             channel.update(|state| state.replace(members.clone()));
@@ -517,6 +546,14 @@ impl RowChange {
         let rows: Vec<MetricRow> = self.rows.iter().filter(|row| name.keeps(&row.pairs)).cloned().collect();
         state.rows(&rows, &gone, self.is_complete, self.is_final)
     }
+}
+
+/// What a portfolio's channel shows: all of it, or its value alone.
+fn portfolio_members(topic: &Topic, summary: &PortfolioSummary) -> Vec<(String, String)> {
+    members(match topic {
+        Topic::Value(_) => encode::portfolio_value(summary),
+        _ => encode::portfolio(summary),
+    })
 }
 
 /// The members of a JSON object, each as JSON text.

@@ -369,7 +369,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_over_the_limit_is_refused_announced_or_not() {
-        let intake = Intake::default();
+        let intake = Intake::start().unwrap();
         let mut headers = HeaderMap::new();
         let (body, held) = intake.read(&headers, Body::from("12345"), 5).await.unwrap();
         assert_eq!((body.as_ref(), held.unwrap().num_permits()), (b"12345".as_slice(), 5));

@@ -117,12 +117,12 @@ const OPERATIONS: &[Operation] = &[
         .gives(200, "Tokens"),
     Operation::new("put", "/api/v1/me/password", "sign-in", "Another password. Ends every sign-in, this one too.")
         .takes("PasswordChange"),
-    Operation::new("post", "/api/v1/me/totp", "sign-in", "Makes the secret of a second factor, in force once it is confirmed.")
-        .takes("Password")
+    Operation::new("post", "/api/v1/me/totp", "sign-in", "Makes the secret of a second factor, in force once it is confirmed. Where one is in force, `code` is a code of it.")
+        .takes("Factor")
         .gives(200, "TotpSecret"),
     Operation::new("post", "/api/v1/me/totp/confirm", "sign-in", "Proves a code of the new secret: sign-ins ask for one from now on.")
         .takes("Code"),
-    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more.").takes("Password"),
+    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more; `code` is a last one.").takes("Factor"),
     Operation::new("get", "/api/v1/permissions", "sign-in", "Every permission, every role and what it may do.")
         .gives(200, "Permissions"),
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
@@ -154,7 +154,7 @@ const OPERATIONS: &[Operation] = &[
         .needs(Permission::WorkspaceManage)
         .takes("NewGrant")
         .gives(200, "Grants"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/grants", "workspaces", "Takes a grant back.")
+    Operation::new("delete", "/api/v1/workspaces/{ws}/grants", "workspaces", "Takes a grant back. A guest without any is no member any more.")
         .needs(Permission::WorkspaceManage)
         .query(&[("email", "Whose it is."), ("scope", "What was granted.")]),
     Operation::new("get", "/api/v1/workspaces/{ws}/keys", "workspaces", "API keys, without the keys themselves.").needs(Permission::WorkspaceManage).gives(200, "Keys"),
@@ -264,7 +264,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Positions")
         .gives(200, "PositionCount"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/portfolios/{pf}/positions/{symbol}", "portfolios", "Removes a position.").needs(Permission::PortfolioUpdate),
-    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation of the positions that have a price, at the last one by event time of `market.trades`, `market.quotes` (the middle of bid and ask) and `market.bars` (close). `unrealised_pct` is 100 · (value − cost) / |cost|; `unpriced` are the symbols left out.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
+    Operation::new("get", "/api/v1/workspaces/{ws}/portfolios/{pf}/summary", "portfolios", "Value, profit and allocation of the positions that have a price, at the last one by event time of `market.trades`, `market.quotes` (the middle of bid and ask) and `market.bars` (close). `unrealised_pct` is 100 · (value − cost) / |cost|; `unpriced` are the symbols left out. Without `portfolio:read` for it neither `positions` nor `unpriced` nor the allocation by symbol.").needs(Permission::FundPerformanceRead).gives(200, "Summary"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents", "agents", "Agents that can be asked.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/agents/{agent}/capabilities", "agents", "What an agent can do, as AG-UI says it.").needs(Permission::AiUse).gives(200, "Object"),
     Operation::new("post", "/api/v1/workspaces/{ws}/agents/{agent}/run", "agents", "Runs an agent: AG-UI `RunAgentInput` in, AG-UI events out. A known run is attached to.").needs(Permission::AiUse)
@@ -293,7 +293,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Issuers", "issuers string[]"),
     ("Fetch", "code string"),
     ("PasswordChange", "password string, new_password string"),
-    ("Password", "password string"),
+    ("Factor", "password string, code? string"),
     ("Code", "otp string"),
     ("TotpSecret", "secret string, url string"),
     ("Permission", "name string, allows string"),
@@ -413,7 +413,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("PositionCount", "positions integer"),
     (
         "Summary",
-        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions array, allocation Object, unpriced string[], unpriced_count integer",
+        "id string, name string, currency string, value number, cost number, unrealised number, unrealised_pct number null, as_of time null, positions? array, allocation Object, unpriced? string[], unpriced_count integer",
     ),
     (
         "RunAgentInput",
@@ -446,7 +446,7 @@ fn example(schema: &str) -> Option<Value> {
         "Refresh" => json!({"refresh_token": "…"}),
         "Logout" => json!({"everywhere": false}),
         "PasswordChange" => json!({"password": "correct horse", "new_password": "correct horse battery"}),
-        "Password" => json!({"password": "correct horse battery"}),
+        "Factor" => json!({"password": "correct horse battery", "code": "123456"}),
         "Code" => json!({"otp": "123456"}),
         "NewUser" => json!({"email": "ada@example.com", "password": "correct horse battery", "admin": false}),
         "NewWorkspace" => json!({"id": "acme", "name": "Acme"}),
@@ -607,6 +607,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "unreadable_body",
             "unknown_parameter",
             "unknown_role",
+            "scope_beyond_role",
             "unknown_scope",
             "unknown_tier",
             "query_timeout",
@@ -621,7 +622,15 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
     (
         403,
         "Who asks may not.",
-        &["forbidden", "tier_not_allowed", "origin_not_allowed", "bad_credentials", "unknown_user"],
+        &[
+            "forbidden",
+            "tier_not_allowed",
+            "origin_not_allowed",
+            "bad_credentials",
+            "otp_required",
+            "bad_otp",
+            "unknown_user",
+        ],
     ),
     (
         404,

@@ -25,21 +25,21 @@ permissions! {
     DealDelete "deal:delete" "Delete deals.",
     PortfolioRead "portfolio:read" "See portfolios, their positions and their value.",
     PortfolioUpdate "portfolio:update" "Change portfolios and their positions.",
-    FundPerformanceRead "fund:performance:read" "See the value of portfolios, without their positions one by one.",
+    FundPerformanceRead "fund:performance:read" "See the value of portfolios and their allocation to sectors, without positions: no symbols.",
     FundSettingsUpdate "fund:settings:update" "Change the workspace's name.",
-    AiUse "ai:use" "Read conversations with agents, and talk to them; that takes the permissions to read all that they read, too.",
+    AiUse "ai:use" "Talk to agents, and read conversations with them; both take the permissions to read all that agents read, too.",
     AiAdmin "ai:admin" "Cancel runs that others started.",
     MetricRead "metric:read" "See metrics and their rows.",
     MetricDefine "metric:define" "Define and remove metrics.",
     AlertRead "alert:read" "See alert rules, alerts and silences.",
     AlertDefine "alert:define" "Define and remove alert rules and webhooks.",
     AlertRespond "alert:respond" "Acknowledge alerts and silence them.",
-    StreamRead "stream:read" "See streams and their events.",
+    StreamRead "stream:read" "See streams and their events; those of `agent.events` take what running agents takes, too.",
     StreamIngest "stream:ingest" "Send events.",
     StreamDefine "stream:define" "Define streams.",
     QueryRun "query:run" "Ask in SQL, over what else one may read.",
     AuditRead "audit:read" "Read the audit log.",
-    WorkspaceManage "workspace:manage" "Members, grants and API keys.",
+    WorkspaceManage "workspace:manage" "Members, grants and API keys. All but guests and keys with scopes see the members and the usage without it.",
     WorkspaceDelete "workspace:delete" "Delete the workspace with all that is in it.",
 }
 
@@ -248,6 +248,11 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
+    /// The first of `scopes` that `role` does not have: a key with it could less than it says.
+    pub(crate) fn beyond(role: Role, scopes: &[Scope]) -> Option<&Scope> {
+        scopes.iter().find(|scope| !role.may(scope.permission))
+    }
+
     /// Whether it allows `permission` on `resource`; without one, everywhere.
     fn allows(&self, permission: Permission, resource: Option<&str>) -> bool {
         self.permission == permission && (self.resource.is_none() || self.resource.as_deref() == resource)
@@ -342,6 +347,11 @@ impl Access {
     /// A key's: the role within the scopes.
     pub(crate) fn of_key(role: Role, scopes: Option<Vec<Scope>>) -> Access {
         Access { role, scopes, grants: Vec::new() }
+    }
+
+    /// Whether it is cut to some permissions: what no permission stands for is then not in it.
+    pub(crate) fn is_scoped(&self) -> bool {
+        self.scopes.is_some()
     }
 
     /// Whether `permission` is held on `resource`; without one, in the whole workspace.

@@ -8,7 +8,7 @@ mod io; // its bytes
 mod peer; // its task
 mod session; // what its client may ask for
 
-pub(crate) use session::{may_listen, rate_of};
+pub(crate) use session::{admit, may_listen, rate_of};
 
 use crate::AppState;
 use crate::edge::Origin;

@@ -321,7 +321,11 @@ async fn a_grant_opens_one_resource_and_nothing_beside_it() {
     let at = format!("{grants}?email=bob@example.com&scope=portfolio:read@portfolio/main");
     assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.status, 204);
     assert_eq!(server.call("DELETE", &at, &ann, Value::Null).await.code(), "unknown_grant");
-    assert_eq!(read("portfolios/main/positions").await.status, 403);
+    // a guest without any grant is nobody here
+    assert_eq!(read("portfolios/main/positions").await.code(), "workspace_not_found");
+    assert_eq!(server.get("/api/v1/workspaces/acme", &bob).await.status, 404);
+    assert_eq!(server.get("/api/v1/workspaces", &bob).await.body["workspaces"], json!([]));
+    assert_eq!(server.get("/api/v1/me", &bob).await.body["workspaces"], json!([]));
 }
 
 #[tokio::test]
@@ -348,6 +352,8 @@ async fn a_key_may_do_what_its_scopes_leave_of_its_role() {
     for (body, code) in [
         (json!({"name": "x", "role": "member", "scopes": []}), "bad_body"),
         (json!({"name": "x", "role": "member", "scopes": ["all"]}), "unknown_scope"),
+        (json!({"name": "x", "role": "member", "scopes": ["metric:read", "audit:read"]}), "scope_beyond_role"),
+        (json!({"name": "x", "role": "viewer", "scopes": ["stream:*"]}), "scope_beyond_role"),
         (json!({"name": "x", "role": "member", "expires_at": "2001-01-01T00:00:00Z"}), "bad_body"),
     ] {
         assert_eq!(server.call("POST", keys, &root, body.clone()).await.code(), code, "{body}");
@@ -392,8 +398,16 @@ async fn a_second_factor_is_asked_for_once_it_is_confirmed_and_a_code_is_good_on
     let user = store.user_by_email("root@example.com").await.unwrap().unwrap();
     let stored = store.totp(&user.id).await.unwrap().secret.unwrap();
     assert!(stored.starts_with("v1.") && !stored.contains(secret));
-    let off = server.call("POST", "/api/v1/me/totp/disable", &root, json!({"password": PASSWORD})).await;
-    assert_eq!(off.status, 204);
+    // the password alone neither replaces nor ends it
+    for (path, wrong) in [("/api/v1/me/totp", "000"), ("/api/v1/me/totp/disable", now.as_str())] {
+        for (code, told) in [(Value::Null, "otp_required"), (json!(wrong), "bad_otp")] {
+            let body = json!({"password": PASSWORD, "code": code});
+            let refused = server.call("POST", path, &root, body).await;
+            assert_eq!((refused.status, refused.code()), (403, told), "{path}: {}", refused.body);
+        }
+    }
+    let off = json!({"password": PASSWORD, "code": code(secret, 1)});
+    assert_eq!(server.call("POST", "/api/v1/me/totp/disable", &root, off).await.status, 204);
     assert_eq!(login(Value::Null).await.status, 200);
 }
 

@@ -59,6 +59,8 @@ pub(super) struct Wish<'a> {
     pub(super) run: Option<String>,
     /// Messages that are not held: those behind `since`, or a run that is shown again.
     pub(super) missed: Option<Missed>,
+    /// Asks for what stands in the place of messages that nobody can give it any more.
+    pub(super) instead: Option<mpsc::Sender<()>>,
 }
 
 /// The first of the messages that a subscriber gets from elsewhere.
@@ -165,7 +167,7 @@ struct Subscriber {
 struct Behind {
     frames: VecDeque<Bytes>,
     has_more: bool,
-    /// Of a run that is shown again, the offset before its first message.
+    /// Of what is no message of the channel, a run that is shown again or a snapshot, the offset before it.
     base: Option<u64>,
     asks: mpsc::Sender<()>,
 }
@@ -422,6 +424,12 @@ impl Channel {
             }
             let (frames, has_more) = (self.frames(&missed.page, base, wish.outbox.form()), missed.page.has_more);
             behind.push_back(Behind { frames, has_more, base, asks: missed.asks.clone() });
+        }
+        if since.is_none()
+            && let Some(asks) = wish.instead.clone()
+        {
+            // at the offset behind which it goes on, as the snapshot of a state is
+            behind.push_back(Behind { frames: VecDeque::new(), has_more: true, base: Some(at), asks });
         }
         let is_whole = since.is_none() && matches!(inner.body, Body::State(_));
         let subscriber = Subscriber {

@@ -4,7 +4,7 @@
 use super::channel::{Body, Channel, Meanwhile, Missed, Page};
 use super::name::{ChannelName, Topic};
 use super::state::{Place, State};
-use super::{Hub, Live, RowChange, members, place, stream_events};
+use super::{Hub, Live, RowChange, members, place, portfolio_members, stream_events};
 use crate::agui::{self, Dialect};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
@@ -13,6 +13,7 @@ use actors::{QueryRequest, RowsQuery, System, What};
 use axum::http::StatusCode;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use serde_json::json;
+use sql::store::StoreError;
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ const QUERY_REST: u32 = 4;
 /// What a client that comes back is given at a time: about so many bytes of messages, from no more records than these.
 const PAGE_BYTES: usize = 256 << 10;
 const PAGE_RECORDS: usize = 100_000;
+/// How long until a store that was away is asked again for the alerts that are firing.
+const FIRING_AGAIN: Duration = Duration::from_secs(1);
 /// Where the store keeps the epoch of the log.
 const LOG_EPOCH: &str = "log_epoch";
 
@@ -53,7 +56,9 @@ pub(super) async fn load(
 ) -> Result<(), Problem> {
     let (name, workspace) = (&channel.name, channel.workspace.as_ref());
     match (&name.topic, workspace) {
-        (Topic::Metric(_) | Topic::Portfolio(_), Some(workspace)) => read_state(system, workspace, channel).await,
+        (Topic::Metric(_) | Topic::Portfolio(_) | Topic::Value(_), Some(workspace)) => {
+            read_state(system, workspace, channel).await
+        }
         (Topic::Presence(watched), Some(workspace)) => {
             take_presence(hub, workspace, watched, channel);
             tokio::spawn(poll_presence(Arc::downgrade(channel), Arc::downgrade(hub)));
@@ -94,11 +99,13 @@ async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel)
                 }
                 state
             }
-            Topic::Portfolio(id) => {
+            Topic::Portfolio(id) | Topic::Value(id) => {
                 let mut state = State::new(Place::Root);
                 let summary = system.portfolio_summary(workspace, id).await?;
-                let members = members(encode::portfolio(&summary));
-                state.replace(members).into_iter().for_each(|op| state.apply(op, 0));
+                state
+                    .replace(portfolio_members(&channel.name.topic, &summary))
+                    .into_iter()
+                    .for_each(|op| state.apply(op, 0));
                 state
             }
             _ => return Ok(()),
@@ -137,7 +144,7 @@ fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
                 Vec::new()
             }
         },
-        What::Portfolio { summary, .. } => state.replace(members(encode::portfolio(summary))),
+        What::Portfolio { summary, .. } => state.replace(portfolio_members(&name.topic, summary)),
         What::MetricRemoved { .. } => {
             state.clear(0);
             Vec::new()
@@ -285,6 +292,8 @@ pub(super) async fn log_epoch(system: &System) -> Result<Arc<str>, Problem> {
 enum Source {
     Log(System),
     Run(Box<RunHandle>, Dialect),
+    /// What is firing, of a workspace.
+    Firing(System, WorkspaceId),
 }
 
 /// The rest of what a subscriber gets from elsewhere.
@@ -300,6 +309,14 @@ impl Rest {
         while self.asked.recv().await.is_some() {
             let page = match &mut self.source {
                 Source::Run(run, dialect) => Some(page_of_run(run, *dialect)),
+                Source::Firing(system, workspace) => loop {
+                    match firing_alerts(system, workspace).await {
+                        Ok(page) => break Some(page),
+                        Err(_) if channel.position(id).is_none() => return,
+                        // the store is away: what happens meanwhile waits behind this
+                        Err(_) => tokio::time::sleep(FIRING_AGAIN).await,
+                    }
+                },
                 Source::Log(system) => match channel.position(id) {
                     Some((since, until)) => page_of_log(system, &channel, since, until).await,
                     None => return,
@@ -318,6 +335,27 @@ pub(super) fn again(mut run: RunHandle, dialect: Dialect) -> Option<(Missed, Res
     let repeated = Some(run.length()).filter(|events| *events > 0)?;
     let page = page_of_run(&mut run, dialect);
     Some(begun(page, Some(repeated), Source::Run(Box::new(run), dialect)))
+}
+
+/// The alerts that are firing when they are asked for, as a snapshot.
+pub(super) fn firing(system: &System, workspace: &WorkspaceId) -> (mpsc::Sender<()>, Rest) {
+    let (asks, asked) = mpsc::channel(1);
+    (asks, Rest { source: Source::Firing(system.clone(), workspace.clone()), asked })
+}
+
+/// As `GET …/alerts?state=firing` lists them; of very many the newest.
+async fn firing_alerts(system: &System, workspace: &WorkspaceId) -> Result<Page, StoreError> {
+    let (mut alerts, mut before) = (Vec::new(), None);
+    for _ in 0..PAGES_MAX {
+        let (page, next) = system.store().alerts(workspace, Some("firing"), PAGE, before.as_deref()).await?;
+        alerts.extend(page.iter().map(|alert| encode::listed_alert(system, alert)));
+        before = next;
+        if before.is_none() {
+            break;
+        }
+    }
+    let snapshot = json!({"type": "STATE_SNAPSHOT", "snapshot": {"alerts": alerts}}).to_string();
+    Ok(Page { until: 0, messages: vec![(0, snapshot)], has_more: false })
 }
 
 /// The messages of a stream's channel behind `since` up to `until`, from the log; nothing where they are not there any

@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub(crate) enum Topic {
     Metric(ItemName),
     Portfolio(ItemName),
+    /// A portfolio without its positions, which goes by the same name: for those who may see no more of it.
+    Value(ItemName),
     Stream(StreamName),
     Alerts,
     /// A conversation with agents.
@@ -66,6 +68,14 @@ impl ChannelName {
         let filter = filter(query).ok_or_else(|| {
             Problem::invalid("bad_filter", format!("the filter of `{shown}` cannot be read; write ?column=value&…"))
         })?;
+        let twice =
+            filter.iter().enumerate().find(|(at, (name, _))| filter[..*at].iter().any(|(other, _)| other == name));
+        if let Some((_, (name, _))) = twice {
+            let name: String = name.chars().take(40).collect();
+            let detail =
+                format!("`{name}` stands twice in the filter of `{shown}`; subscribe once for each of its values");
+            return Err(Problem::invalid("bad_filter", detail));
+        }
         if !filter.is_empty() && !matches!(topic, Topic::Metric(_) | Topic::Stream(_)) {
             return Err(Problem::invalid("bad_filter", "only channels of metrics and streams can be filtered"));
         }
@@ -137,9 +147,16 @@ mod tests {
         for bad in ["metrics/", "metrics/A b", "streams/trades", "portfolio/../x"] {
             assert_eq!(ChannelName::parse(bad, 1).unwrap_err().code, "bad_name", "{bad}");
         }
-        for bad in
-            ["metrics/x?symbol", "metrics/x?=1", "metrics/x?a=%4", "metrics/x?a=%zz", "metrics/x?a=%+1", "alerts?a=b"]
-        {
+        for bad in [
+            "metrics/x?symbol",
+            "metrics/x?=1",
+            "metrics/x?a=%4",
+            "metrics/x?a=%zz",
+            "metrics/x?a=%+1",
+            "metrics/x?a=1&b=2&a=3",
+            "streams/market.trades?symbol=A&s%79mbol=A",
+            "alerts?a=b",
+        ] {
             assert_eq!(ChannelName::parse(bad, 1).unwrap_err().code, "bad_filter", "{bad}");
         }
     }

@@ -154,6 +154,8 @@ async fn backtest(
         return Err(Problem::invalid("bad_parameter", "`to` must be after `from`"));
     }
     let metric = body.rule.metric.clone();
+    // what it would have told are rows of the metric
+    member.may_on(Permission::MetricRead, &format!("metrics/{metric}"))?;
     let tested = state.system.backtest(&member.workspace, body.rule.definition()?, from..to).await?;
     let alerts = tested.episodes.iter().map(|episode| {
         json!({
@@ -194,14 +196,7 @@ async fn alerts(
     }
     let store = state.system.store();
     let (alerts, next) = store.alerts(&member.workspace, wanted.as_deref(), limit, before.as_deref()).await?;
-    let shown = |alert: &Alert| {
-        let mut shown = encode::alert(alert);
-        // resolved alerts are told no more, silenced or not
-        let by = state.system.silenced_by(alert).filter(|_| alert.resolved_at.is_none());
-        shown["silenced"] = by.is_some().into();
-        shown["silenced_by"] = by.into();
-        shown
-    };
+    let shown = |alert: &Alert| encode::listed_alert(&state.system, alert);
     let mut answer = json!({"alerts": alerts.iter().map(shown).collect::<Vec<Value>>()});
     if let Some(next) = next {
         answer["next"] = next.into();

@@ -28,12 +28,13 @@ async fn list(State(state): State<AppState>, member: Member, mut page: Listing) 
     page.done()?;
     // a page holds letters of all streams, so without a stream one must see them all
     match &stream {
-        Some(stream) => member.may_on(Permission::StreamRead, &format!("streams/{stream}"))?,
+        Some(stream) => member.may_read_stream(stream)?,
         None => member.may(Permission::StreamRead)?,
     }
     let stream = stream.map(|stream| stream.parse::<StreamName>()).transpose()?;
     let store = state.system.store();
-    let (letters, next) = store.dead_letters(&member.workspace, stream.as_ref(), limit, after.as_deref()).await?;
+    let (mut letters, next) = store.dead_letters(&member.workspace, stream.as_ref(), limit, after.as_deref()).await?;
+    letters.retain(|letter| member.may_read_stream(letter.stream.as_str()).is_ok());
     let mut answer = json!({"dead_letters": letters.iter().map(shown).collect::<Vec<Value>>()});
     if let Some(next) = next {
         answer["next"] = next.into();

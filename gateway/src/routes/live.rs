@@ -6,7 +6,7 @@ use crate::auth::Caller;
 use crate::extract::{Address, Member, Query};
 use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seats, Since, Subscription, Taken, Topic};
 use crate::problem::Problem;
-use crate::socket::{frame, handshake, may_listen, rate_of};
+use crate::socket::{admit, frame, handshake, may_listen, rate_of};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
@@ -128,7 +128,6 @@ struct Head {
 /// A channel that a client follows, and where it is.
 struct Follow {
     name: String,
-    topic: Topic,
     /// The question of a live query.
     sql: Option<String>,
     subscription: Subscription,
@@ -169,15 +168,15 @@ impl Follower {
     ) -> Result<(), Problem> {
         let is_system = matches!(name.topic, Topic::Throughput | Topic::Actors);
         let workspace = (!is_system).then(|| self.workspace.clone());
-        may_listen(&self.state, caller, workspace.as_ref(), &name.topic, sql.as_deref()).await?;
+        let name = admit(&self.state, caller, workspace.as_ref(), name, sql.as_deref()).await?;
         if self.follows.iter().any(|follow| *follow.name == *name.text) {
             return Err(Problem::invalid("bad_parameter", format!("channel `{}` is named twice", name.text)));
         }
-        let (text, topic) = (name.text.to_string(), name.topic.clone());
+        let text = name.text.to_string();
         // where it is until it is told of another place
         let at = wish.since.clone();
         let subscription = self.state.hub.subscribe(&self.state.system, workspace, name, sql.clone(), wish).await?;
-        self.follows.push(Follow { name: text, topic, sql, subscription, at });
+        self.follows.push(Follow { name: text, sql, subscription, at });
         Ok(())
     }
 
@@ -240,7 +239,7 @@ impl Follower {
         };
         for follow in &self.follows {
             let sql = follow.sql.as_deref();
-            match may_listen(&self.state, &caller, Some(&self.workspace), &follow.topic, sql).await {
+            match may_listen(&self.state, &caller, Some(&self.workspace), follow.subscription.topic(), sql).await {
                 Err(problem) if problem.is_final() => return Err(problem),
                 _ => {}
             }

@@ -5,7 +5,7 @@ use crate::AppState;
 use crate::auth::new_key;
 use crate::extract::{Json, Member, Path, Query, Seen, Sent};
 use crate::hub::Group;
-use crate::permission::{PERMISSIONS, Permission, ROLES, Role, parse_scopes};
+use crate::permission::{PERMISSIONS, Permission, ROLES, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -190,7 +190,14 @@ async fn remove_grant(
     if !store.delete_grant(&member.workspace, &user.id, &old.scope).await? {
         return Err(Problem::not_found("unknown_grant", format!("`{}` holds no grant of this scope", user.email)));
     }
-    state.took_from(&Group::User(user.id.as_str().into()));
+    let group = Group::User(user.id.as_str().into());
+    state.took_from(&group); // at once, whatever becomes of the rest
+    // a guest is a member by what is granted: without any of it the workspace is one of others again
+    let is_guest = store.role(&member.workspace, &user.id).await?.as_deref() == Some(Role::Guest.as_str());
+    if is_guest && store.granted(&member.workspace, &user.id).await?.is_empty() {
+        store.remove_member(&member.workspace, &user.id).await?;
+        state.took_from(&group);
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -252,6 +259,11 @@ async fn create_key(
     }
     if !member.access.covers(role, scopes.as_deref()) {
         return Err(Problem::forbidden("a key may not do more than you may yourself; give it less"));
+    }
+    if let Some(scope) = Scope::beyond(role, scopes.as_deref().unwrap_or_default()) {
+        let detail =
+            format!("the role `{role}` does not have `{scope}`; leave it out, or give the key a role that does");
+        return Err(Problem::invalid("scope_beyond_role", detail));
     }
     let scopes = scopes.map(|scopes| scopes.iter().map(ToString::to_string).collect());
     let expires_at = new.expires_at.as_deref().map(|text| instant("expires_at", text)).transpose()?;

@@ -1,7 +1,7 @@
 //! Signing in and out, users, and who am I.
 
 use crate::AppState;
-use crate::auth::{By, Caller, Tokens};
+use crate::auth::{By, Caller, Refreshed, Tokens};
 use crate::extract::{Address, Json, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::Role;
@@ -131,7 +131,13 @@ struct Refresh {
 
 async fn refresh(State(state): State<AppState>, Json(body): Json<Refresh>) -> Result<axum::Json<Tokens>, Problem> {
     let (store, now) = (state.system.store(), state.system.now());
-    Ok(axum::Json(state.auth.refresh(store, &body.refresh_token, now).await?))
+    match state.auth.refresh(store, &body.refresh_token, now).await? {
+        Refreshed::Tokens(tokens) => Ok(axum::Json(tokens)),
+        Refreshed::Ended { user } => {
+            state.took_from(&Group::User(user.into()));
+            Err(Problem::unauthorized("this refresh token was used before; sign in again"))
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -220,8 +226,10 @@ async fn change_password(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Password {
+struct Factor {
     password: String,
+    /// Of the second factor, where one is in force.
+    code: Option<String>,
 }
 
 /// Makes a secret for an authenticator. Sign-ins ask for its codes once one was confirmed.
@@ -229,10 +237,11 @@ async fn enrol(
     State(state): State<AppState>,
     caller: Caller,
     Address(from): Address,
-    Json(body): Json<Password>,
+    Json(body): Json<Factor>,
 ) -> Result<axum::Json<Value>, Problem> {
     let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
     let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
+    state.auth.confirm_code(store, &user, body.code.as_deref(), from, now).await?;
     let (secret, url) = state.auth.enrol(store, &user).await?;
     Ok(axum::Json(json!({"secret": secret, "url": url})))
 }
@@ -255,10 +264,11 @@ async fn disable(
     State(state): State<AppState>,
     caller: Caller,
     Address(from): Address,
-    Json(body): Json<Password>,
+    Json(body): Json<Factor>,
 ) -> Result<StatusCode, Problem> {
     let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
     let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
+    state.auth.confirm_code(store, &user, body.code.as_deref(), from, now).await?;
     if !store.delete_totp(&user.id).await? {
         return Err(Problem::not_found("not_enrolled", "this account has no second factor"));
     }

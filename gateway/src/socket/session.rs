@@ -165,7 +165,7 @@ impl Session {
             Some(id) => Some(id.parse::<WorkspaceId>().map_err(|_| Problem::workspace_not_found(&id))?),
             None => None,
         };
-        may_listen(&self.state, caller, workspace.as_ref(), &name.topic, sql.as_deref()).await?;
+        let name = admit(&self.state, caller, workspace.as_ref(), name, sql.as_deref()).await?;
         if let Some(workspace) = &workspace {
             self.enter(Group::Workspace(workspace.clone()))?;
         }
@@ -327,10 +327,10 @@ impl Talk for Session {
             Err(_) => return Ok(()), // the store is away: the next round knows more
         };
         let mut lost = Vec::new();
-        for ((workspace, channel), Followed { sql, .. }) in &self.subscriptions {
-            let name = ChannelName::parse(channel, self.id);
-            let Ok(name) = name else { continue };
-            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), &name.topic, sql.as_deref()).await;
+        for ((workspace, channel), Followed { subscription, sql }) in &self.subscriptions {
+            // as it was made: whoever lost the positions of a portfolio may get its value by another one
+            let topic = subscription.topic();
+            let allowed = may_listen(&self.state, &caller, workspace.as_ref(), topic, sql.as_deref()).await;
             if let Err(problem) = allowed
                 && problem.is_final()
             {
@@ -406,6 +406,21 @@ impl Talk for Session {
         }
         Ok(None)
     }
+}
+
+/// Cuts a channel to what of it somebody may see, and refuses those who may see nothing of it.
+pub(crate) async fn admit(
+    state: &AppState,
+    caller: &Caller,
+    workspace: Option<&WorkspaceId>,
+    mut name: ChannelName,
+    sql: Option<&str>,
+) -> Result<ChannelName, Problem> {
+    if let (Topic::Portfolio(_), Some(workspace)) = (&name.topic, workspace) {
+        name.topic = Member::of(state, caller, workspace.as_str()).await?.shown(name.topic);
+    }
+    may_listen(state, caller, workspace, &name.topic, sql).await?;
+    Ok(name)
 }
 
 /// Whether somebody may follow a channel; of a live query with what it asks.

@@ -188,6 +188,49 @@ async fn a_client_of_a_thread_whose_place_is_lost_gets_the_last_run_to_its_end()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_alerts_whose_place_is_lost_gets_what_is_firing_and_then_the_live_ones() {
+    let listening = Listening::start(Limits::default()).await;
+    let (mut socket, root) = listening.signed_in().await;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 hour')";
+    let rule = json!({"metric": "volume", "condition": "volume > 1"});
+    for (path, body) in [("metrics/volume", json!({"sql": sql})), ("alert-rules/busy", rule)] {
+        let made = listening.server.call("PUT", &at(path), &root, body).await;
+        assert_eq!(made.status, 200, "{path}: {}", made.body);
+    }
+    assert_eq!(ask(&mut socket, subscribe("alerts", Value::Null)).await["recovered"], false);
+    let trade = async |symbol: &str| {
+        let trade = json!([{"symbol": symbol, "price": 1, "qty": 2}]);
+        assert_eq!(listening.server.call("POST", &at("streams/market.trades/events"), &root, trade).await.status, 200);
+    };
+    trade("A").await;
+    let fired = hear(&mut socket).await;
+    assert_eq!(fired["event"]["name"], "alert.firing", "{fired}");
+    let listed = async || listening.server.get(&at("alerts?state=firing"), &root).await.body["alerts"].clone();
+    while listed().await.as_array().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut back = signed_in(&listening, &root).await;
+    // that of a process before this one
+    let since = json!({"epoch": "of-another-process", "offset": 7});
+    let answer = ask(&mut back, subscribe("alerts", since)).await;
+    assert_eq!((&answer["type"], &answer["recovered"]), (&json!("ok"), &json!(false)), "{answer}");
+    let snapshot = hear(&mut back).await;
+    assert_eq!(snapshot["event"]["type"], "STATE_SNAPSHOT", "{snapshot}");
+    assert_eq!(snapshot["event"]["snapshot"]["alerts"], listed().await);
+    assert_eq!((&snapshot["epoch"], &snapshot["offset"]), (&answer["epoch"], &answer["offset"]));
+    trade("B").await;
+    let next = hear(&mut back).await;
+    assert_eq!(next["event"]["name"], "alert.firing", "{next}");
+    assert_eq!(next["offset"].as_u64(), snapshot["offset"].as_u64().map(|at| at + 1));
+    // whoever is where the snapshot was has everything before it
+    let mut again = signed_in(&listening, &root).await;
+    let since = json!({"epoch": snapshot["epoch"], "offset": snapshot["offset"]});
+    assert_eq!(ask(&mut again, subscribe("alerts", since)).await["recovered"], true);
+    assert_eq!(hear(&mut again).await["event"], next["event"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_follower_of_a_run_is_told_in_its_own_dialect() {
     let listening = Listening::start(Limits::default()).await;
     let (mut old, root) = listening.signed_in().await;

@@ -200,6 +200,74 @@ async fn a_grant_opens_one_channel_and_a_scope_leaves_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_may_see_the_value_of_a_portfolio_gets_none_of_its_positions() {
+    let (listening, root, bob) = workspace().await;
+    grant(&listening, &root, "fund:performance:read@portfolio/main").await;
+    let hold = async |qty: u32| {
+        let positions = json!([
+            {"symbol": "HIDDEN", "qty": qty, "cost": 10, "sector": "tech"}, {"symbol": "UNPRICED", "qty": 1, "cost": 1},
+        ]);
+        let at = "/api/v1/workspaces/acme/portfolios/main/positions";
+        assert_eq!(listening.server.call("PUT", at, &root, positions).await.status, 200);
+    };
+    hold(2).await;
+    let price = json!([{"symbol": "HIDDEN", "price": 30, "qty": 1}]);
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(listening.server.call("POST", at, &root, price).await.status, 200);
+    let summary =
+        async |token: &str| listening.server.get("/api/v1/workspaces/acme/portfolios/main/summary", token).await.body;
+    // the owner first: what is kept of it is the same for all
+    while summary(&root).await["value"] != 60.0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(summary(&root).await["positions"].to_string().contains("HIDDEN"));
+    let value = summary(&bob).await;
+    assert_eq!((&value["value"], &value["unpriced_count"]), (&json!(60.0), &json!(1)), "{value}");
+    assert!(value["allocation"]["sector"]["tech"].is_number(), "{value}");
+    let names_none =
+        |told: &Value| !["HIDDEN", "UNPRICED", "positions"].iter().any(|name| told.to_string().contains(name));
+    assert!(names_none(&value), "{value}");
+
+    let (mut mine, mut his) = (signed_in(&listening, &root).await, signed_in(&listening, &bob).await);
+    let full = answer(&mut mine, subscribe("portfolio/main")).await;
+    let cut = answer(&mut his, subscribe("portfolio/main")).await;
+    let mut events = Events::follow(&listening, &bob, "portfolio/main").await.map_err(drop).unwrap();
+    assert!(hear(&mut mine).await.to_string().contains("HIDDEN"));
+    let snapshot = hear(&mut his).await;
+    assert_eq!(snapshot["event"]["snapshot"]["value"], 60.0, "{snapshot}");
+    assert!(names_none(&snapshot), "{snapshot}");
+    // the changes too, in all ways
+    hold(3).await;
+    assert!(hear(&mut mine).await.to_string().contains("HIDDEN"));
+    let delta = hear(&mut his).await;
+    assert_eq!((&delta["event"]["type"], names_none(&delta)), (&json!("STATE_DELTA"), true), "{delta}");
+    loop {
+        let told = events.next().await.unwrap();
+        assert!(names_none(&told), "{told}");
+        if told["event"]["type"] == "STATE_DELTA" || told["event"]["snapshot"]["value"] == 90.0 {
+            break;
+        }
+    }
+    // a place in the one form is none in the other
+    let mut back = subscribe("portfolio/main");
+    back["since"] = json!({"epoch": full["epoch"], "offset": full["offset"]});
+    let again = answer(&mut his, back).await;
+    assert_eq!((&again["recovered"], &again["epoch"]), (&json!(false), &cut["epoch"]), "{again}");
+
+    // whoever loses the positions while they follow them is told so, and gets the value when they come again
+    grant(&listening, &root, "portfolio:read@portfolio/main").await;
+    let mut reader = signed_in(&listening, &bob).await;
+    assert_eq!(answer(&mut reader, subscribe("portfolio/main")).await["epoch"], full["epoch"]);
+    assert!(hear(&mut reader).await.to_string().contains("HIDDEN"));
+    let at = "/api/v1/workspaces/acme/grants?email=bob@example.com&scope=portfolio:read@portfolio/main";
+    assert_eq!(listening.server.call("DELETE", at, &root, Value::Null).await.status, 204);
+    hold(4).await;
+    assert_eq!(hear(&mut reader).await["code"], "forbidden");
+    assert_eq!(answer(&mut reader, subscribe("portfolio/main")).await["epoch"], cut["epoch"]);
+    assert!(names_none(&hear(&mut reader).await));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_metric_shows_nobody_what_they_may_not_read() {
     let (listening, root, bob) = workspace().await;
     for scope in ["metric:define@metrics/mine", "metric:read@metrics/mine", "stream:read@streams/market.trades"] {
@@ -213,6 +281,96 @@ async fn a_metric_shows_nobody_what_they_may_not_read() {
     assert_eq!(define("chat.messages").await, 403);
     assert_eq!(define("metrics.volume").await, 403);
     assert_eq!(define("market.trades").await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_agents_did_is_read_by_those_alone_who_may_run_them() {
+    let (listening, root, _) = workspace().await;
+    let all = ["stream:read", "query:run", "metric:read", "metric:define", "portfolio:read", "alert:read"];
+    let with = |more: &[&str]| {
+        let scopes = [&all[..], more].concat();
+        json!({"name": "k", "role": "member", "scopes": scopes})
+    };
+    let (reader, asker) = (key(&listening, &root, with(&[])).await, key(&listening, &root, with(&["ai:use"])).await);
+    let narrow = json!({"name": "k", "role": "member", "scopes": ["query:run", "metric:read"]});
+    let narrow = key(&listening, &root, narrow).await;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    for (token, may) in [(&root, true), (&asker, true), (&reader, false)] {
+        let mut socket = signed_in(&listening, token).await;
+        for channel in ["streams/agent.events", "streams/agent.events?run=r"] {
+            assert_eq!(answer(&mut socket, subscribe(channel)).await["type"] == "ok", may, "{channel}");
+            assert_eq!(Events::follow(&listening, token, channel).await.is_ok(), may, "{channel}");
+        }
+        for table in ["agent.events", "AGENT.Events", "\"agent\".\"events\"", "\"agent.events\""] {
+            let sql = format!("SELECT count(*) AS n FROM market.trades t, {table} e");
+            let asked = listening.server.call("POST", &at("query"), token, json!({"sql": sql})).await;
+            assert_eq!(asked.status != 403, may, "{table}: {}", asked.body);
+            let mut live = subscribe("query/q");
+            live["sql"] = sql.into();
+            assert_eq!(answer(&mut socket, live).await["code"] != "forbidden", may, "{table}");
+        }
+        let sql = "SELECT count(*) AS n FROM agent.events GROUP BY tumble(ts, INTERVAL '1 minute')";
+        let defined = listening.server.call("PUT", &at("metrics/runs"), token, json!({"sql": sql})).await;
+        assert_eq!(defined.status == 200, may, "{}", defined.body);
+        let letters = listening.server.get(&at("dead-letters?stream=agent.events"), token).await;
+        assert_eq!(letters.status == 200, may, "{}", letters.body);
+        // every other stream stays open
+        assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+        assert_eq!(listening.server.get(&at("dead-letters"), token).await.status, 200);
+    }
+    // a stream is one by whatever way its name is written
+    for table in ["\"market.trades\"", "\"ref.positions\""] {
+        let sql = format!("SELECT count(*) AS n FROM {table}");
+        assert_eq!(
+            listening.server.call("POST", &at("query"), &narrow, json!({"sql": sql})).await.status,
+            403,
+            "{table}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conversation_is_read_by_those_who_may_read_what_agents_read() {
+    let (listening, root, _) = workspace().await;
+    let mut socket = signed_in(&listening, &root).await;
+    let input = json!({
+        "threadId": "t", "runId": "r", "protocolVersion": "1.0",
+        "messages": [{"id": "m", "role": "user", "content": "How many alerts are there?"}],
+    });
+    tell(&mut socket, ask_agent(input)).await;
+    end_of_run(&mut socket).await;
+    let all = ["ai:use", "metric:read", "stream:read", "portfolio:read", "alert:read", "query:run"];
+    let narrow = key(&listening, &root, json!({"name": "k", "role": "member", "scopes": ["ai:use"]})).await;
+    let wide = key(&listening, &root, json!({"name": "k", "role": "member", "scopes": all})).await;
+    for (token, may) in [(&narrow, false), (&wide, true)] {
+        for path in ["threads", "threads/t/messages", "runs/r/events"] {
+            let read = listening.server.get(&format!("/api/v1/workspaces/acme/{path}"), token).await;
+            assert_eq!(read.status, if may { 200 } else { 403 }, "{path}: {}", read.body);
+        }
+        let mut socket = signed_in(&listening, token).await;
+        assert_eq!(answer(&mut socket, subscribe("thread/t")).await["type"] == "ok", may);
+        assert_eq!(Events::follow(&listening, token, "thread/t").await.is_ok(), may);
+        // which agents there are is told to both
+        assert_eq!(listening.server.get("/api/v1/workspaces/acme/agents", token).await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_with_scopes_sees_people_and_usage_only_if_it_manages_them() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "viewer").await;
+    let scoped = |scope: &str| json!({"name": "k", "role": "owner", "scopes": [scope, "stream:read"]});
+    let collector = key(&listening, &root, scoped("stream:ingest")).await;
+    let manager = key(&listening, &root, scoped("workspace:manage")).await;
+    let whole = key(&listening, &root, json!({"name": "k", "role": "viewer"})).await;
+    for (token, may) in [(&collector, false), (&manager, true), (&whole, true), (&bob, true)] {
+        for path in ["members", "usage"] {
+            let read = listening.server.get(&format!("/api/v1/workspaces/acme/{path}"), token).await;
+            assert_eq!(read.status, if may { 200 } else { 403 }, "{path}: {}", read.body);
+        }
+        let followed = Events::follow(&listening, token, "presence/streams/market.trades").await;
+        assert_eq!(followed.is_ok(), may);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -277,6 +435,28 @@ async fn what_is_withdrawn_ends_before_the_next_message() {
     assert_eq!(listening.server.get("/api/v1/me", &other).await.status, 401);
     tell(&mut mine, json!({"type": "ping"})).await;
     assert_eq!(closed(&mut mine).await, 4001);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refresh_token_that_comes_twice_ends_what_is_connected_by_its_sign_in() {
+    let (listening, root, _) = workspace().await;
+    let tokens = listening.server.sign_in("root@example.com").await.body;
+    let access = tokens["access_token"].as_str().unwrap();
+    let mut socket = signed_in(&listening, access).await;
+    assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+    let mut events = Events::follow(&listening, access, "streams/market.trades").await.map_err(drop).unwrap();
+    let mut other = signed_in(&listening, &root).await;
+    let refresh = async || {
+        let body = json!({"refresh_token": tokens["refresh_token"]});
+        listening.server.call("POST", "/api/v1/auth/refresh", "", body).await.status
+    };
+    assert_eq!((refresh().await, refresh().await), (200, 401));
+    tell(&mut socket, publish("market.trades", trade())).await;
+    assert_eq!(closed(&mut socket).await, 4001);
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(listening.server.call("POST", at, &root, trade()).await.status, 200);
+    assert_eq!(events.next().await, None, "nothing of what came behind the reuse");
+    assert_eq!(ask(&mut other, json!({"type": "ping"})).await["type"], "ok", "the user's other sign-in goes on");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -109,10 +109,11 @@ export interface PortfolioSummary {
   unrealised: number;
   unrealised_pct: number | null;
   as_of: string | null;
-  positions: Position[];
-  allocation: { symbol: Record<string, number>; sector: Record<string, number> };
+  /** Only for those with `portfolio:read`, as are the allocation by symbol and `unpriced`. */
+  positions?: Position[];
+  allocation: { symbol?: Record<string, number>; sector: Record<string, number> };
   /** Symbols that have no price yet and so count for nothing in `value`. */
-  unpriced: string[];
+  unpriced?: string[];
   /** How many those are. */
   unpriced_count: number;
 }
