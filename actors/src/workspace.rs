@@ -276,8 +276,27 @@ const SLICE: Duration = Duration::from_micros(200);
 /// A batch at which the actor failed so often is searched for the events that do it.
 const POISON_AFTER: u32 = 2;
 
+/// What a metric takes in of the time before it was defined.
+enum Past {
+    /// Final rows of the metric it reads.
+    Rows(History),
+    Log(Box<Computed>),
+}
+
 /// Final rows in the order of windows, and the time after which the first of their windows ends.
 type History = (Micros, Vec<Rows>);
+
+/// What one metric makes of the log, of which nothing is kept yet.
+struct Computed {
+    /// Has that metric alone.
+    engine: Workspace,
+    outputs: Vec<Outputs>,
+    /// Events that cannot be computed: the offset and stream they came at, and what the panic said.
+    poison: Vec<(u64, StreamName, RecordBatch, String)>,
+}
+
+/// A log that cannot be read is mended by somebody, which takes a while.
+const LOG_AGAIN: Duration = Duration::from_secs(30);
 
 /// The most rows of another metric that one definition reads at once.
 const BACKFILL_ROWS: usize = 1_000_000;
@@ -658,22 +677,45 @@ impl State {
     /// Computes what a metric without state has missed: from the log, or from the final rows of the metric it reads.
     async fn catch_up(&mut self, name: &ItemName) -> Result<(), ActorProcessingErr> {
         let defined = &self.metrics[name];
-        let has_missed = defined.since < self.applied;
-        match defined.program.stream().metric() {
-            None if has_missed => self.compute(name, defined.since).await,
-            Some(upstream) if has_missed || defined.definition.backfill.is_some() => {
-                let span = defined.definition.backfill;
-                let history = self.history(&upstream, span).await.map_err(|fault| fault.to_string())?;
-                self.take_history(name, &history);
-                Ok(())
-            }
-            _ => Ok(()),
+        let (definition, program, since) = (defined.definition.clone(), defined.program.clone(), defined.since);
+        if let Some(past) = self.past(name, &definition, &program, since).await? {
+            self.take_in(name, past);
         }
+        Ok(())
     }
 
-    fn take_history(&mut self, name: &ItemName, (since, rows): &History) {
-        let outputs = self.engine.backfill(name, *since, rows);
-        self.keep(outputs, false);
+    /// What a metric has missed, which need not be there yet; nothing changes by it.
+    async fn past(
+        &mut self,
+        name: &ItemName,
+        definition: &MetricDefinition,
+        program: &Arc<Program>,
+        since: u64,
+    ) -> Result<Option<Past>, ActorProcessingErr> {
+        let has_missed = since < self.applied;
+        Ok(match program.stream().metric() {
+            None if has_missed => Some(Past::Log(Box::new(self.compute(name, definition, program, since).await?))),
+            Some(upstream) if has_missed || definition.backfill.is_some() => {
+                Some(Past::Rows(self.history(&upstream, definition.backfill).await?))
+            }
+            _ => None,
+        })
+    }
+
+    fn take_in(&mut self, name: &ItemName, past: Past) {
+        match past {
+            Past::Rows((since, rows)) => {
+                let outputs = self.engine.backfill(name, since, &rows);
+                self.keep(outputs, false);
+            }
+            Past::Log(computed) => {
+                computed.outputs.into_iter().for_each(|outputs| self.keep(outputs, false));
+                for (offset, stream, event, panic) in &computed.poison {
+                    self.poison(*offset, stream, event, panic);
+                }
+                self.engine.adopt(computed.engine);
+            }
+        }
         self.dirty = true;
     }
 
@@ -1432,10 +1474,9 @@ impl State {
             (Some(_), None) => self.deps.log.head().0.max(self.tenant.first),
             _ => self.applied, // rows of another metric are not read from the log
         };
-        let history = match (definition.backfill, program.stream().metric()) {
-            (Some(span), Some(upstream)) => Some(self.history(&upstream, Some(span)).await?),
-            _ => None,
-        };
+        // before anything changes: a metric whose past cannot be computed is not defined, and one of before stays
+        let past = self.past(&name, &definition, &program, since).await;
+        let past = past.map_err(|error| self.not_backfilled(&name, error))?;
         if is_known && !is_again {
             self.unsaved.rows.retain(|row| row.metric != name);
             store.prune_rows(&workspace, &name, Micros::MAX).await?;
@@ -1445,9 +1486,8 @@ impl State {
         let defined = self.defined(definition, program, row.version, since);
         self.begin(name.clone(), defined).map_err(Fault::internal)?;
         self.unplanned.remove(&name);
-        match history {
-            Some(history) => self.take_history(&name, &history),
-            None => self.catch_up(&name).await.map_err(Fault::internal)?,
+        if let Some(past) = past {
+            self.take_in(&name, past);
         }
         self.start_rules(&name);
         self.settle_alerts();
@@ -1459,6 +1499,21 @@ impl State {
         self.plan_save(myself);
         self.plan_tick(myself, Instant::now());
         Ok(())
+    }
+
+    /// Why a metric is not defined. Which file of the log is damaged is for the operator and not for clients.
+    fn not_backfilled(&self, name: &ItemName, error: ActorProcessingErr) -> Fault {
+        let error = match error.downcast::<Fault>() {
+            Ok(fault) => return *fault,
+            Err(error) => error,
+        };
+        let Some(unread) = error.downcast_ref::<ReadError>() else { return Fault::internal(error) };
+        tracing::error!(workspace = %self.tenant.id, metric = %name, error = %unread, "a metric is not defined: its backfill cannot be read from the log");
+        let detail = format!(
+            "metric `{name}` is not defined: a part of the log that its `backfill` asks for could not be read; the \
+             server's log says which file it is and what to do; try again then, or with less or no `backfill`"
+        );
+        Fault::new(FaultKind::Busy { retry_after: LOG_AGAIN }, "log_unavailable", detail)
     }
 
     /// Whether a metric may be defined so among the others.
@@ -1496,37 +1551,47 @@ impl State {
         Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail))
     }
 
-    /// Computes one metric over the log from `since` to where the others stand.
-    async fn compute(&mut self, name: &ItemName, since: u64) -> Result<(), ActorProcessingErr> {
+    /// Computes one metric alone over the log from `since` to where the others stand.
+    async fn compute(
+        &mut self,
+        name: &ItemName,
+        definition: &MetricDefinition,
+        program: &Arc<Program>,
+        since: u64,
+    ) -> Result<Computed, ActorProcessingErr> {
         // batches with events that cannot be computed: once one is found, all begins anew and it is sifted
         let mut bad = BTreeSet::new();
-        while let Err(offset) = self.compute_without(name, since, &bad).await? {
-            bad.insert(offset);
+        loop {
+            match self.compute_without(name, definition, program, since, &bad).await? {
+                Ok(computed) => return Ok(computed),
+                Err(offset) => _ = bad.insert(offset),
+            }
         }
-        self.dirty = true;
-        Ok(())
     }
 
     /// The same, or the offset of a batch that is none of `bad` and cannot be computed as it is.
     async fn compute_without(
         &mut self,
         name: &ItemName,
+        definition: &MetricDefinition,
+        program: &Arc<Program>,
         since: u64,
         bad: &BTreeSet<u64>,
-    ) -> Result<Result<(), u64>, ActorProcessingErr> {
-        let defined = &self.metrics[name];
-        let (program, version, timing) = (defined.program.clone(), defined.version, timing(&defined.definition));
-        let oldest =
-            defined.definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
+    ) -> Result<Result<Computed, u64>, ActorProcessingErr> {
+        let timing = timing(definition);
+        let oldest = definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
         let (deps, tables) = (self.deps.clone(), self.table_schemas());
+        // who adopts the metric knows its version
+        let begin = |engine: &mut Workspace| engine.define(name.clone(), 0, program.clone(), timing);
         let empty = || -> Result<Workspace, ActorProcessingErr> {
             let mut alone = engine_with(&deps, &tables)?;
-            alone.define(name.clone(), version, program.clone(), timing)?;
+            begin(&mut alone)?;
             Ok(alone)
         };
         // tables as they were: what the log still has of their changes comes again as it is read
         let mut alone = self.engine.with_tables_before(since.max(self.deps.log.head().0))?;
-        alone.define(name.clone(), version, program.clone(), timing)?;
+        begin(&mut alone)?;
+        let (mut all, mut poison) = (Vec::new(), Vec::new());
         let until = self.applied;
         let mut records = self.scan(since);
         while let Some(record) = records.recv().await {
@@ -1534,41 +1599,39 @@ impl State {
             if offset.0 >= until {
                 break;
             }
-            let outputs = match record.body {
+            match record.body {
                 Body::Events { stream, batch } if stream.is_table() => {
                     self.change_table(&mut alone, &stream, &batch, offset.0);
-                    continue;
                 }
                 Body::Events { stream, batch } if program.reads(&stream) => {
                     let batch = match oldest {
                         Some(oldest) => since_time(&batch, oldest)?,
                         None => batch,
                     };
-                    let step = |engine: &mut Workspace, part: &RecordBatch| self.compute_batch(engine, &stream, part);
+                    let step = |engine: &mut Workspace, part: &RecordBatch| {
+                        // an event that is late now was told of when it came
+                        Outputs { late: Vec::new(), ..self.compute_batch(engine, &stream, part) }
+                    };
                     if bad.contains(&offset.0) {
                         let sifted = sift(alone, &batch, step, empty)?;
                         alone = sifted.engine;
-                        for (event, panic) in &sifted.poison {
-                            self.poison(offset.0, &stream, event, panic);
-                        }
-                        sifted.computed.into_iter().map(|(_, outputs)| outputs).collect()
+                        all.extend(sifted.computed.into_iter().map(|(_, outputs)| outputs));
+                        let left_out = sifted.poison.into_iter();
+                        poison.extend(left_out.map(|(event, panic)| (offset.0, stream.clone(), event, panic)));
                     } else {
                         match catch_unwind(AssertUnwindSafe(|| step(&mut alone, &batch))) {
-                            Ok(outputs) => vec![outputs],
+                            Ok(outputs) => all.push(outputs),
                             Err(_) => return Ok(Err(offset.0)),
                         }
                     }
                 }
                 Body::Advance { stream, frontier } if program.reads(&stream) => {
-                    vec![alone.idle(&stream, frontier)]
+                    all.push(alone.idle(&stream, frontier));
                 }
-                _ => continue,
-            };
-            // after a new beginning some come again, which changes nothing
-            outputs.into_iter().for_each(|outputs| self.keep(outputs, false));
+                _ => {}
+            }
         }
-        self.engine.adopt(alone);
-        Ok(Ok(()))
+        Ok(Ok(Computed { engine: alone, outputs: all, poison }))
     }
 
     async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {

@@ -380,11 +380,11 @@ impl Workspace {
         }
     }
 
-    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log; rules stay.
+    /// Takes over the metrics of `other` with their state, computed elsewhere over the same log; versions and rules stay.
     pub fn adopt(&mut self, other: Workspace) {
         for (name, mut entry) in other.metrics {
             if let Some(known) = self.metrics.remove(&name) {
-                entry.watches = known.watches;
+                (entry.version, entry.watches) = (known.version, known.watches);
             }
             self.metrics.insert(name, entry);
         }

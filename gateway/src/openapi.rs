@@ -192,7 +192,7 @@ const OPERATIONS: &[Operation] = &[
         .query(&[LIMIT, ("at", "The rows valid at this time instead, RFC 3339, as far back as metrics may still ask."), ("after", "The `next` of the page before.")])
         .gives(200, "ReferenceRows"),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics", "metrics", "Metrics and their state. `failure` says why one stopped; one that stopped since it can no longer be planned has rows, but no `keys` and `values`.").needs(Permission::MetricRead).gives(200, "Metrics"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`).").needs(Permission::MetricDefine)
+    Operation::new("put", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Defines a metric, or defines it anew. `FROM metrics.NAME` reads the final rows of another metric: with GROUP BY a longer window over them, without it row by row with OVER clauses (`PARTITION BY` keys `ORDER BY window_start`, bounded `ROWS` frames or running aggregates, `lag`, `ema`, `rsi`, …). Such a metric takes no `max_delay` and no `allowed_lateness`; its `backfill` is that much of the rows it reads. One that others read can be neither defined anew nor removed (409 `metric_in_use`), nor may metrics read each other in a circle (409 `metric_cycle`). Where the log cannot be read for a `backfill`, nothing is defined and what was stays (503 `log_unavailable`).").needs(Permission::MetricDefine)
         .takes("MetricDefinition")
         .gives(200, "Metric"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows.").needs(Permission::MetricDefine),
@@ -687,7 +687,15 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
     (
         503,
         "Too much is going on: `Retry-After` says when to come again.",
-        &["busy", "backpressure", "queries_busy", "store_unavailable", "workspace_restarting", "shutting_down"],
+        &[
+            "busy",
+            "backpressure",
+            "queries_busy",
+            "store_unavailable",
+            "log_unavailable",
+            "workspace_restarting",
+            "shutting_down",
+        ],
     ),
 ];
 

@@ -82,12 +82,16 @@ impl World {
         clock: Arc<Hand>,
         around: impl FnOnce(Arc<dyn Log>) -> Arc<dyn Log>,
     ) -> World {
+        let log = EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap();
+        World::over(directory, limits, clock, around(Arc::new(log))).await
+    }
+
+    async fn over(directory: &Path, limits: Limits, clock: Arc<Hand>, log: Arc<dyn Log>) -> World {
         let store = Store::open(&format!("sqlite:{}/store.db", directory.display())).await.unwrap();
         let pushed = Arc::new(Pushed::default());
-        let log = EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap();
         let parts = Parts {
             store,
-            log: around(Arc::new(log)),
+            log,
             dedup: Arc::new(Dedup::open(&directory.join("ids"), &Default::default()).unwrap()),
             outlet: pushed.clone(),
             clock: clock.clone(),
@@ -103,6 +107,13 @@ impl World {
 
     async fn start(directory: &Path) -> World {
         World::open(directory, Limits::default()).await
+    }
+
+    /// A world whose log begins a new file after each append.
+    async fn of_small_files(directory: &Path) -> World {
+        let config = streams::log::Config { segment_bytes: 1, ..Default::default() };
+        let log = EmbeddedLog::open(&directory.join("log"), &config).unwrap();
+        World::over(directory, Limits::default(), Hand::at(Micros(START)), Arc::new(log)).await
     }
 
     /// A world with workspaces of these names and a metric `sums` in each.
@@ -367,6 +378,71 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     let all = world.system.metric_rows(&id, &"all".parse().unwrap(), query).await.unwrap().rows;
     assert_eq!(all[0]["n"], 3 * 9 + 1);
     assert_eq!(world.system.actors().await[0].restarts, restarts);
+}
+
+/// Damages the file in the middle of the log, in its middle.
+fn damage(log: &Path) {
+    let files = std::fs::read_dir(log).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|extension| extension == "log")).collect();
+    files.sort();
+    let file = &files[files.len() / 2];
+    let mut bytes = std::fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 16].iter_mut().for_each(|byte| *byte ^= 0xff);
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_metric_whose_backfill_cannot_be_read_is_not_defined_and_one_of_before_stays() {
+    let directory = TempDir::new().unwrap();
+    let (id, bf): (WorkspaceId, ItemName) = ("acme".parse().unwrap(), "bf".parse().unwrap());
+    let sql = "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol";
+    let definition = |backfill: Option<Span>| -> MetricDefinition {
+        serde_json::from_value(serde_json::json!({"sql": sql, "backfill": backfill})).unwrap()
+    };
+    let refused = async |world: &World, metric: &str| {
+        let fault = world.system.define_metric(&id, metric.parse().unwrap(), definition(Some(Span::seconds(86_400))));
+        let fault = fault.await.unwrap_err();
+        assert_eq!((fault.code, matches!(fault.kind, FaultKind::Busy { .. })), ("log_unavailable", true), "{fault}");
+        assert!(fault.detail.contains("could not be read") && !fault.detail.contains(".log"), "{fault}");
+    };
+    let is_nowhere = async |world: &World| {
+        let known: Vec<ItemName> =
+            world.system.metrics(&id).await.unwrap().into_iter().map(|metric| metric.name).collect();
+        assert_eq!(known, ["sums".parse().unwrap()]);
+        let asked = world.system.metric_rows(&id, &bf, RowsQuery { limit: 100, ..RowsQuery::default() }).await;
+        assert_eq!(asked.err().unwrap().code, "unknown_metric");
+        let query = RowQuery { limit: 100, ..RowQuery::default() };
+        assert!(world.system.store().rows(&id, &bf, &query).await.unwrap().0.is_empty());
+        let is_of_it = |update: &Update| match &update.what {
+            What::Rows { metric, .. } | What::MetricRemoved { metric } => *metric == bf,
+            _ => false,
+        };
+        assert!(!world.pushed.0.lock().iter().any(is_of_it));
+        assert_eq!(world.counted("acme").await, 12);
+    };
+    let world = World::of_small_files(directory.path()).await;
+    world.populate(&["acme"]).await;
+    for window in 0..6 {
+        world.trades("acme", "A", window * 10, 2, &format!("a{window}")).await.unwrap();
+    }
+    assert_eq!(world.counted("acme").await, 12);
+    damage(&directory.path().join("log"));
+    for _ in 0..2 {
+        refused(&world, "bf").await;
+        refused(&world, "sums").await;
+        is_nowhere(&world).await;
+    }
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+
+    let world = World::of_small_files(directory.path()).await;
+    is_nowhere(&world).await;
+    refused(&world, "bf").await;
+    is_nowhere(&world).await;
+    world.system.define_metric(&id, bf.clone(), definition(None)).await.unwrap();
+    world.trades("acme", "A", 100, 1, "b").await.unwrap();
+    assert_eq!(world.counted_by("acme", "bf", "A").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -44,22 +44,40 @@ pub(super) enum Db {
 pub(super) struct Server {
     pool: PgPool,
     breaker: Arc<Mutex<Breaker>>,
+    /// Held by the one who looks whether a server that lets callers wait is there.
+    looking: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// While the server is away each caller is told so at once; one a second tries again. Otherwise every request would
-/// wait for a connection as long as `store.acquire_ms` allows, and an outage of the store would become one of all.
+/// While the server is away each caller is told so at once, and once a second somebody looks whether it is back, beside
+/// the callers. Otherwise every request would wait for a connection as long as `store.acquire_ms` allows, and an outage
+/// of the store would become one of all.
 #[derive(Default)]
 struct Breaker {
-    /// Nobody tries before this moment.
-    next_try: Option<Instant>,
+    /// Nobody looks before this moment; nothing while the server is there.
+    next_look: Option<Instant>,
     why: String,
+    /// When somebody last looked while the server was thought to be there.
+    looked: Option<Instant>,
 }
 
-const TRY_EVERY: Duration = Duration::from_secs(1);
+impl Breaker {
+    fn error(&self) -> Error {
+        Error::Io(io::Error::new(io::ErrorKind::NotConnected, self.why.clone()))
+    }
+}
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A caller waits this long for the pool, or for what a look finds, before it is thought that the server may be away.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// A server that lets a new connection wait for this part of `store.acquire_ms` is away: a second by default, and longer
+/// where the operator expects a slow one.
+const SILENCE_SHARE: u32 = 10;
 
 impl Server {
     pub(super) fn new(pool: PgPool) -> Self {
-        Self { pool, breaker: Arc::default() }
+        Self { pool, breaker: Arc::default(), looking: Arc::default() }
     }
 
     #[cfg(test)]
@@ -68,44 +86,108 @@ impl Server {
     }
 
     async fn begin(&self, scope: Scope<'_>) -> Result<Transaction<'static, Postgres>, Error> {
-        {
+        self.expect_there().await?;
+        let tried = self.begin_or_find_away(scope).await;
+        match &tried {
+            Ok(_) => self.is_there(),
+            Err(error) => self.is_away(error),
+        }
+        tried
+    }
+
+    /// An error where the server was away when it was last needed, and is not back.
+    async fn expect_there(&self) -> Result<(), Error> {
+        let look = {
             let mut breaker = self.breaker.lock();
-            if let Some(next_try) = breaker.next_try {
-                if Instant::now() < next_try {
-                    return Err(Error::Io(io::Error::new(io::ErrorKind::NotConnected, breaker.why.clone())));
+            let Some(next_look) = breaker.next_look else { return Ok(()) };
+            let is_due = next_look <= Instant::now();
+            if is_due {
+                breaker.next_look = Some(Instant::now() + LOOK_EVERY); // this caller looks, the others go on failing
+            }
+            is_due
+        };
+        if look {
+            // a task, since the caller does not wait for a server that is silent
+            let server = self.clone();
+            let looked = tokio::spawn(async move {
+                let found = server.knock().await;
+                match &found {
+                    Ok(()) => server.is_there(),
+                    Err(error) => server.is_away(error),
                 }
-                breaker.next_try = Some(Instant::now() + TRY_EVERY); // this caller tries, the others go on failing
+                found.is_ok()
+            });
+            if let Ok(Ok(true)) = tokio::time::timeout(PATIENCE, looked).await {
+                return Ok(());
             }
         }
-        let mut tried = self.pool.begin_with(AssertSqlSafe(scope.begin())).await;
-        if let Err(Error::PoolTimedOut) = tried
-            && let Err(error) = self.knock().await
-        {
-            tried = Err(error); // not too few connections: no server
+        Err(self.breaker.lock().error())
+    }
+
+    /// A pool tries for all of `store.acquire_ms` to connect to a server that refuses it, so where it takes long it is
+    /// looked whether there is one.
+    async fn begin_or_find_away(&self, scope: Scope<'_>) -> Result<Transaction<'static, Postgres>, Error> {
+        let begun = self.pool.begin_with(AssertSqlSafe(scope.begin()));
+        tokio::pin!(begun);
+        if let Ok(begun) = tokio::time::timeout(PATIENCE, &mut begun).await {
+            return begun;
+        }
+        tokio::select! {
+            biased;
+            begun = &mut begun => begun,
+            error = self.found_away() => Err(error),
+        }
+    }
+
+    /// Ends once the server is found away. Of those who wait one looks, and no more often than once a second: they may
+    /// wait for nothing but a connection that others hold.
+    async fn found_away(&self) -> Error {
+        let _one = self.looking.lock().await;
+        loop {
+            let looked = {
+                let breaker = self.breaker.lock();
+                if breaker.next_look.is_some() {
+                    return breaker.error(); // by the one before
+                }
+                breaker.looked
+            };
+            if let Some(looked) = looked {
+                tokio::time::sleep_until((looked + LOOK_EVERY).into()).await;
+            }
+            self.breaker.lock().looked = Some(Instant::now());
+            match self.knock().await {
+                Err(error) if matches!(cause(&error), Cause::Unreachable) => {
+                    self.is_away(&error);
+                    return error;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn is_there(&self) {
+        if self.breaker.lock().next_look.take().is_some() {
+            tracing::info!("the store can be reached again");
+        }
+    }
+
+    /// Nothing, where `error` is not that the server cannot be reached.
+    fn is_away(&self, error: &Error) {
+        if !matches!(cause(error), Cause::Unreachable) {
+            return;
         }
         let mut breaker = self.breaker.lock();
-        match &tried {
-            Ok(_) => {
-                if breaker.next_try.take().is_some() {
-                    tracing::info!("the store can be reached again");
-                }
-            }
-            Err(error) if matches!(cause(error), Cause::Unreachable) => {
-                breaker.why = error.to_string();
-                if breaker.next_try.replace(Instant::now() + TRY_EVERY).is_none() {
-                    tracing::warn!(%error, "the store cannot be reached; trying once a second");
-                }
-            }
-            Err(_) => {}
+        breaker.why = error.to_string();
+        if breaker.next_look.replace(Instant::now() + LOOK_EVERY).is_none() {
+            tracing::warn!(%error, "the store cannot be reached; looking for it once a second");
         }
-        drop(breaker);
-        tried
     }
 
     /// Whether a new connection can be made.
     async fn knock(&self) -> Result<(), Error> {
-        let connected = tokio::time::timeout(TRY_EVERY, self.pool.connect_options().connect()).await;
-        let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {TRY_EVERY:?}"));
+        let patience = self.pool.options().get_acquire_timeout() / SILENCE_SHARE;
+        let connected = tokio::time::timeout(patience, self.pool.connect_options().connect()).await;
+        let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {patience:?}"));
         connected.map_err(silent)??.close().await
     }
 }
@@ -578,4 +660,50 @@ pub(super) async fn execute_columns(
     let mut values = PgArguments::default();
     columns.into_iter().try_for_each(|column| column.add(&mut values)).map_err(Error::Encode)?;
     Ok(sqlx::query_with(AssertSqlSafe(sql), values).execute(&mut **tx).await?.rows_affected())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sqlx::postgres::PgPoolOptions;
+    use std::net::TcpListener;
+
+    const ACQUIRE: Duration = Duration::from_secs(10);
+
+    fn server(port: u16) -> Server {
+        let url = format!("postgres://nobody@127.0.0.1:{port}/none?sslmode=disable");
+        Server::new(PgPoolOptions::new().acquire_timeout(ACQUIRE).connect_lazy(&url).unwrap())
+    }
+
+    /// How long a caller waits to be told that the server is away.
+    async fn told(server: &Server) -> Duration {
+        let began = Instant::now();
+        let error = server.begin(Scope::Installation).await.err().unwrap();
+        assert!(matches!(cause(&error), Cause::Unreachable), "{error}");
+        began.elapsed()
+    }
+
+    /// Real time, since what waits is a socket. Callers come for some seconds, so that some of them are those who look.
+    async fn nobody_waits_long(server: Server) {
+        let first = told(&server).await;
+        assert!(first < ACQUIRE / 2, "found away after {first:?}");
+        let began = Instant::now();
+        while began.elapsed() < 3 * LOOK_EVERY {
+            let waited = told(&server).await;
+            assert!(waited < LOOK_EVERY, "told after {waited:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_refuses_connections_keeps_nobody_waiting() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        nobody_waits_long(server(port)).await;
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_silent_keeps_nobody_waiting() {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        nobody_waits_long(server(silent.local_addr().unwrap().port())).await;
+    }
 }
