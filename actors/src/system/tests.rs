@@ -82,7 +82,7 @@ impl World {
         clock: Arc<Hand>,
         around: impl FnOnce(Arc<dyn Log>) -> Arc<dyn Log>,
     ) -> World {
-        let log = EmbeddedLog::open(&directory.join("log"), &streams::log::Config::default()).unwrap();
+        let log = open_log(directory, &streams::log::Config::default()).await;
         World::over(directory, limits, clock, around(Arc::new(log))).await
     }
 
@@ -112,7 +112,7 @@ impl World {
     /// A world whose log begins a new file after each append.
     async fn of_small_files(directory: &Path) -> World {
         let config = streams::log::Config { segment_bytes: 1, ..Default::default() };
-        let log = EmbeddedLog::open(&directory.join("log"), &config).unwrap();
+        let log = open_log(directory, &config).await;
         World::over(directory, Limits::default(), Hand::at(Micros(START)), Arc::new(log)).await
     }
 
@@ -223,6 +223,17 @@ impl World {
         })
         .await;
     }
+}
+
+/// The log of a world; the one before it, dropped already, may still be ending its writer.
+async fn open_log(directory: &Path, config: &streams::log::Config) -> EmbeddedLog {
+    for _ in 0..1_000 {
+        match EmbeddedLog::open(&directory.join("log"), config) {
+            Err(streams::log::OpenError::Locked { .. }) => tokio::time::sleep(Duration::from_millis(5)).await,
+            log => return log.unwrap(),
+        }
+    }
+    panic!("the log before is not closed within 5 s");
 }
 
 pub(super) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
