@@ -113,12 +113,16 @@ enum Command {
     Bench(measure::Bench),
 }
 
+/// Of each thread of the runtime: code without optimization takes more than the default. Memory only where it is used.
+const STACK_BYTES: usize = 16 << 20;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     server::choose_tls();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = match runtime.thread_stack_size(STACK_BYTES).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start the runtime: {error}");
