@@ -19,7 +19,7 @@ const GROUP_MAX: usize = 512;
 pub(crate) struct Committer {
     waiting: Mutex<Vec<Waiting>>,
     wake: Notify,
-    /// Why the last transaction failed, if it did.
+    /// Why nothing of the last group was stored, where the store is to blame.
     failing: Mutex<Option<Arc<StoreError>>>,
 }
 
@@ -78,16 +78,8 @@ async fn run(committer: Weak<Committer>, store: Store) {
         drop(strong);
         let (commits, answers): (Vec<Commit>, Vec<_>) = group.into_iter().map(|w| (w.commit, w.done)).unzip();
         let result = write(&store, &commits).await;
-        if let Some(committer) = committer.upgrade() {
-            let is_stores = |error: &&Arc<StoreError>| {
-                matches!(
-                    ***error,
-                    StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Database { .. }
-                )
-            };
-            *committer.failing.lock() = result.as_ref().err().filter(is_stores).cloned();
-        }
         let alone = commits.len() == 1;
+        let (mut any_stored, mut failing) = (false, None);
         for (commit, done) in commits.into_iter().zip(answers) {
             let result = match &result {
                 Ok(()) => Ok(()),
@@ -95,9 +87,22 @@ async fn run(committer: Weak<Committer>, store: Store) {
                 Err(_) if !alone => write(&store, std::slice::from_ref(&commit)).await,
                 Err(error) => Err(error.clone()),
             };
+            match &result {
+                Ok(()) => any_stored = true,
+                Err(error) if is_stores(error) => failing = Some(error.clone()),
+                Err(_) => {}
+            }
             _ = done.send((commit, result)); // the actor may have failed meanwhile
         }
+        if let Some(committer) = committer.upgrade() {
+            *committer.failing.lock() = failing.filter(|_| !any_stored);
+        }
     }
+}
+
+/// Whether the store failed, and not what it was given.
+fn is_stores(error: &StoreError) -> bool {
+    matches!(error, StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Database { .. })
 }
 
 /// A panic below must not take the committer with it.

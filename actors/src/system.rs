@@ -539,7 +539,7 @@ impl System {
         }
         let read = move || -> Result<(), Fault> {
             let filter = Filter { with_ids: true, ..Filter::default() };
-            let from = Offset(dedup.covered()).max(log.head());
+            let from = Offset(covered.max(head));
             let now = system.now();
             for record in log.scan(from, filter).map_err(Fault::internal)? {
                 let (offset, record) = record.map_err(Fault::internal)?;

@@ -1,17 +1,15 @@
 //! What holds for any input of a stranger: the targets of `fuzz/`, run for a while by the tests below.
 
 use crate::decode::{Bounds, Format, TsUnit, decode};
-use crate::log::{Body, Config, EmbeddedLog, Filter, Log, Offset, Record};
+use crate::log::{Body, Config, EmbeddedLog, Filter, Log, Offset, Record, file_name};
 use crate::schema::built_in;
-use arrow::array::AsArray;
+use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
 use engine::event::Micros;
 use std::fs;
 use tempfile::TempDir;
 
 const NOW: Micros = Micros(1_800_000_000_000_000);
-/// The name of a log's first file.
-const FIRST_FILE: &str = "00000000000000000000.log";
 
 /// A body with events: its first byte says how it is sent.
 pub fn events(data: &[u8]) {
@@ -37,7 +35,7 @@ pub fn events(data: &[u8]) {
 /// A file of the log, as it may be found after anything happened to it.
 pub fn log_file(data: &[u8]) {
     let directory = TempDir::new().unwrap();
-    fs::write(directory.path().join(FIRST_FILE), data).unwrap();
+    fs::write(directory.path().join(file_name(0)), data).unwrap();
     let read = || -> Option<(Vec<Record>, bool)> {
         let log = EmbeddedLog::open(directory.path(), &Config::default()).ok()?;
         let (mut records, mut whole) = (Vec::new(), true);
@@ -64,13 +62,16 @@ pub fn log_file(data: &[u8]) {
     }
 }
 
-/// A record of two trades.
-fn record(at: i64) -> Record {
+/// Two trades.
+fn trades(at: i64) -> RecordBatch {
     let line = |id: i64| format!(r#"{{"id":"t{id}","ts":{},"symbol":"A","price":{id}.5,"qty":1}}"#, NOW.0 / 1_000 + id);
     let body = format!("{}\n{}", line(at), line(at + 1));
-    let trades = &built_in()[0];
-    let decoded = decode(trades, body.as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap();
-    let body = Body::Events { stream: trades.stream.clone(), batch: decoded.batch };
+    let schema = &built_in()[0];
+    decode(schema, body.as_bytes(), Format::Ndjson, TsUnit::Millis, &Bounds::default(), NOW).unwrap().batch
+}
+
+fn record(at: i64) -> Record {
+    let body = Body::Events { stream: built_in()[0].stream.clone(), batch: trades(at) };
     Record { workspace: format!("w{}", at % 3).parse().unwrap(), body }
 }
 

@@ -1,6 +1,7 @@
 //! Data in motion: what events look like, how they are decoded to Arrow, the durable log, feeds and replay.
 //! Knows no SQL, no actor and no HTTP.
 
+mod durable; // files that are whole or not there
 pub mod span; // durations as people write them
 pub mod schema; // columns of a stream, and the streams every workspace has
 pub mod decode; // events as clients send them become Arrow columns

@@ -8,6 +8,7 @@ mod run; // one sorted file of keys, with its filter
 
 use run::Run;
 
+use crate::durable;
 use engine::event::{Micros, StreamName, WorkspaceId};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -342,12 +343,8 @@ fn secret(directory: &Path) -> Result<[u8; 16], DedupError> {
                 }
             }
             let secret: [u8; 16] = rand::random();
-            let unfinished = directory.join(UNFINISHED);
             let bytes = [secret.as_slice(), &crc32c::crc32c(&secret).to_le_bytes()].concat();
-            fs::write(&unfinished, bytes).map_err(io)?;
-            File::open(&unfinished).and_then(|file| file.sync_all()).map_err(io)?;
-            fs::rename(&unfinished, &path).map_err(io)?;
-            File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)?;
+            durable::replace(&path, &bytes).map_err(io)?;
             Ok(secret)
         }
         Err(error) => Err(io(error)),

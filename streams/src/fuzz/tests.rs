@@ -6,7 +6,7 @@ mod smoke;
 
 /// Two trades as an Arrow stream, with the byte in front that says so.
 fn arrow() -> Vec<u8> {
-    let Body::Events { batch, .. } = record(1).body else { unreachable!() };
+    let batch = trades(1);
     let mut body = vec![2 + 3 * 2];
     let mut writer = StreamWriter::try_new(&mut body, batch.schema_ref()).unwrap();
     writer.write(&batch).unwrap();
@@ -77,7 +77,7 @@ fn any_file_is_read_as_far_as_it_is_a_log_and_what_is_wrong_with_it_is_told() {
             futures::executor::block_on(log.append(record(at))).unwrap();
         }
         drop(log);
-        fs::read(directory.path().join(FIRST_FILE)).unwrap()
+        fs::read(directory.path().join(file_name(0))).unwrap()
     };
     smoke::smoke("log_file", &[file(0), file(1), file(6)], &[], 1_500, log_file);
 }

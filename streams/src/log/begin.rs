@@ -2,13 +2,13 @@
 //! let go, and a log from that of another installation.
 
 use super::{Offset, OpenError};
+use crate::durable;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 
 const FILE: &str = "BEGIN";
-const UNFINISHED: &str = "begin.tmp";
 
 /// Name and beginning of a log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,10 +40,6 @@ impl Begin {
 
     /// Durable once it returns.
     pub(super) fn write(&self, directory: &Path) -> io::Result<()> {
-        let unfinished = directory.join(UNFINISHED);
-        fs::write(&unfinished, serde_json::to_vec(self)?)?;
-        File::open(&unfinished)?.sync_all()?;
-        fs::rename(&unfinished, directory.join(FILE))?;
-        File::open(directory)?.sync_all()
+        durable::replace(&directory.join(FILE), &serde_json::to_vec(self)?)
     }
 }

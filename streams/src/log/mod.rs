@@ -10,6 +10,8 @@ mod record; // one record as bytes, with its checksum
 mod segment; // one file of records: its header, reading it, finding its torn tail
 
 pub use embedded::EmbeddedLog;
+#[cfg(any(test, fuzzing))]
+pub(crate) use segment::file_name;
 
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;

@@ -237,7 +237,7 @@ impl Header {
 }
 
 /// Name of the file whose first record has this offset.
-pub(super) fn file_name(first: u64) -> PathBuf {
+pub(crate) fn file_name(first: u64) -> PathBuf {
     format!("{first:020}.log").into()
 }
 

@@ -6,11 +6,12 @@ use super::*;
 pub fn frames(data: &[u8]) {
     let Some((how, bytes)) = data.split_first() else { return };
     let (cut, inflates) = (usize::from(how >> 1).max(1), how & 1 == 1);
-    let whole = read(bytes, bytes.len().max(1), inflates);
+    let read = |cut| read(&mut Reader::new(BYTES_MAX, inflates), bytes, cut);
+    let whole = read(bytes.len().max(1));
     let (messages, code) = &whole;
     assert!(messages.iter().all(|message| size(message) <= BYTES_MAX), "none is larger than the bound");
     assert!(matches!(code, None | Some(1002 | 1007 | 1009)), "{code:?} is no code for what a client does wrong");
-    assert_eq!(read(bytes, cut, inflates), whole, "how the network cuts it makes no difference");
+    assert_eq!(read(cut), whole, "how the network cuts it makes no difference");
 }
 
 const BYTES_MAX: usize = 2048;
@@ -24,8 +25,7 @@ fn size(message: &Message) -> usize {
 }
 
 /// The messages up to what ends the connection, and the code of what was wrong.
-fn read(bytes: &[u8], cut: usize, inflates: bool) -> (Vec<Message>, Option<u16>) {
-    let mut reader = Reader::new(BYTES_MAX, inflates);
+pub(super) fn read(reader: &mut Reader, bytes: &[u8], cut: usize) -> (Vec<Message>, Option<u16>) {
     let mut messages = Vec::new();
     for part in bytes.chunks(cut) {
         reader.feed(part);

@@ -42,19 +42,15 @@ struct Heard {
 }
 
 fn hear(reader: &mut Reader, bytes: &[u8], chop: usize) -> Heard {
-    let mut heard = Heard::default();
-    for part in bytes.chunks(chop) {
-        reader.feed(part);
-        loop {
-            match reader.next() {
-                Ok(None) => break,
-                Ok(Some(Message::Text(text))) => heard.messages.push(text.into_bytes()),
-                Ok(Some(Message::Binary(bytes))) => heard.messages.push(bytes),
-                Ok(Some(Message::Ping(payload))) => heard.pongs.push(payload),
-                Ok(Some(Message::Pong)) => {}
-                Ok(Some(Message::Close(code))) => return Heard { code: Some(code.unwrap_or(1000)), ..heard },
-                Err(violation) => return Heard { code: Some(violation.code), ..heard },
-            }
+    let (messages, code) = fuzz::read(reader, bytes, chop);
+    let mut heard = Heard { code, ..Heard::default() };
+    for message in messages {
+        match message {
+            Message::Text(text) => heard.messages.push(text.into_bytes()),
+            Message::Binary(bytes) => heard.messages.push(bytes),
+            Message::Ping(payload) => heard.pongs.push(payload),
+            Message::Pong => {}
+            Message::Close(code) => heard.code = Some(code.unwrap_or(1000)),
         }
     }
     heard
