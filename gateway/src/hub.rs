@@ -3,6 +3,7 @@
 
 mod channel; // one channel: offsets, history, subscribers
 mod crowd; // how many clients there are
+mod fanout; // who writes to them
 mod load; // the state a channel starts from
 mod name; // how channels are named
 mod outbox; // what waits for one client
@@ -19,6 +20,7 @@ use crate::agui::{self, Dialect};
 use crate::config::{History, Limits};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
+use crate::socket::wire::Wire;
 use actors::agent::{RunEvent, RunHandle};
 use actors::{AlertPhase, Outlet, PortfolioSummary, System, Update, What};
 use arrow::array::RecordBatch;
@@ -29,6 +31,7 @@ use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
 use engine::event::{ItemName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
+use fanout::Fanout;
 use parking_lot::{Mutex, RwLock};
 use ring::Bounds;
 use serde_json::{Value, json};
@@ -64,6 +67,7 @@ pub struct Hub {
     ids: AtomicU64,
     /// Clients of WebSockets.
     connections: AtomicU32,
+    fanout: Fanout,
     pub(crate) crowd: Arc<Crowd>,
     /// Live queries by workspace: who may ask next.
     live: Mutex<HashMap<WorkspaceId, Weak<Live>>>,
@@ -103,6 +107,7 @@ impl Hub {
             floor: AtomicU64::new(0),
             ids: AtomicU64::new(1),
             connections: AtomicU32::new(0),
+            fanout: Fanout::new(),
             crowd: Crowd::new(*limits),
             live: Mutex::default(),
             histories: Arc::default(),
@@ -123,6 +128,11 @@ impl Hub {
             self.connections.fetch_sub(1, Ordering::Relaxed);
         }
         metrics::gauge!("tidewatch_ws_connections").set(self.connections());
+    }
+
+    /// Writes messages to a client of a WebSocket as they come, past its connection's task.
+    pub(crate) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>) {
+        self.fanout.connect(outbox, wire, &self.crowd);
     }
 
     /// Clients of WebSockets.

@@ -102,7 +102,7 @@ pub async fn serve(
                     None => return,
                 },
             };
-            let io = TokioIo::new(Counted { stream, _permit: permit });
+            let io = TokioIo::new(Counted { stream, permit });
             let connection = builder.serve_connection_with_upgrades(io, service(router, peer)).into_owned();
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, %peer, "a connection ended");
@@ -148,10 +148,18 @@ enum Stream {
 /// A connection that counts as one for as long as its socket is open, upgraded or not.
 pub(crate) struct Counted {
     stream: Stream,
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
 impl Counted {
+    /// The socket and what it counts as, where it is not encrypted.
+    pub(crate) fn into_plain(self) -> Result<(TcpStream, OwnedSemaphorePermit), Box<Counted>> {
+        match self.stream {
+            Stream::Plain(stream) => Ok((stream, self.permit)),
+            Stream::Tls(_) => Err(Box::new(self)),
+        }
+    }
+
     /// Bounds what the kernel holds for the client.
     pub(crate) fn bound_send_buffer(&self, bytes: usize) {
         let socket = match &self.stream {

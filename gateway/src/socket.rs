@@ -7,6 +7,7 @@ pub(crate) mod handshake; // how a connection begins
 mod io; // its bytes
 mod peer; // its task
 mod session; // what its client may ask for
+pub(crate) mod wire; // what is on its way to it
 
 pub(crate) use session::{admit, may_listen, rate_of};
 
@@ -21,7 +22,6 @@ use axum::routing::any;
 use frame::Reader;
 use handshake::Agreed;
 use hyper::upgrade::OnUpgrade;
-use io::Io;
 use peer::{Peer, Talk};
 use session::Session;
 use std::sync::Arc;
@@ -78,7 +78,7 @@ impl Opening {
         tokio::spawn(async move {
             let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile
             let mut reader = Reader::new(limits.frame_bytes, inflates);
-            let io = Io::new(upgraded, limits.send_buffer_bytes, &mut reader);
+            let io = io::split(upgraded, limits.send_buffer_bytes, &mut reader);
             hub.count_connection(true);
             Peer::serve(io, reader, talk, outbox, token).await;
             hub.count_connection(false);

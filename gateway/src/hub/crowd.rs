@@ -25,6 +25,8 @@ pub(crate) enum Group {
 pub(crate) struct Crowd {
     limits: Limits,
     present: Mutex<HashMap<Group, Present>>,
+    /// How often something was taken from anybody.
+    changes: AtomicU64,
 }
 
 /// Those of a group.
@@ -75,7 +77,7 @@ impl Seats {
 
 impl Crowd {
     pub(super) fn new(limits: Limits) -> Arc<Crowd> {
-        Arc::new(Crowd { limits, present: Mutex::default() })
+        Arc::new(Crowd { limits, present: Mutex::default(), changes: AtomicU64::new(0) })
     }
 
     /// Counts a connection, if the group may have another one.
@@ -107,7 +109,14 @@ impl Crowd {
     pub(crate) fn look_again(&self, group: &Group) {
         if let Some(present) = self.present.lock().get(group) {
             present.changes.fetch_add(1, Ordering::Release);
+            // behind the group's: who sees this one sees that one
+            self.changes.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// How often something was taken from anybody who is here: as long as this is the same, [`Seats::have_changed`] is.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 }
 

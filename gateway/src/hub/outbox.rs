@@ -3,14 +3,17 @@
 
 use super::channel::{Channel, Turn};
 use super::ring::Form;
+use crate::socket::wire::{Passed, Wire};
 use bytes::Bytes;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
 use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedSender;
 
 /// A client takes so many bytes at a time, so that what it gets next is as new as can be.
 const WRITE_BYTES: usize = 64 << 10;
@@ -37,9 +40,16 @@ pub(crate) enum Cut {
     TooSlow(String),
 }
 
+/// The clients who have something, for the task that writes to them.
+pub(super) type Round = UnboundedSender<Arc<Outbox>>;
+
 /// What waits for one client.
 pub(crate) struct Outbox {
     waiting: Mutex<Waiting>,
+    /// The way to the client, and the round it is in, where messages can be written in passing.
+    passing: OnceLock<(Weak<Wire>, Round)>,
+    /// Whether it is in that round.
+    is_queued: AtomicBool,
     waker: AtomicWaker,
     /// Told when the answers that waited were taken.
     drained: Notify,
@@ -62,8 +72,36 @@ pub(crate) enum Taken {
 impl Outbox {
     /// `bytes_max` bounds the answers that wait.
     pub(crate) fn new(bytes_max: usize, form: Form) -> Arc<Outbox> {
-        let (waiting, waker, drained, who) = Default::default();
-        Arc::new(Outbox { waiting, waker, drained, form, who, bytes_max })
+        let (waiting, passing, is_queued, waker, drained, who) = Default::default();
+        Arc::new(Outbox { waiting, passing, is_queued, waker, drained, form, who, bytes_max })
+    }
+
+    /// Sees to it that messages are written in passing from now on.
+    pub(super) fn connect(&self, wire: Weak<Wire>, round: Round) {
+        _ = self.passing.set((wire, round)); // a connection has one way
+    }
+
+    /// Writes what waits. `changes`: how often rights were taken from anybody.
+    pub(super) fn write(self: &Arc<Self>, changes: u64, now: Instant) {
+        self.is_queued.store(false, Ordering::SeqCst); // before it is taken: what comes later is told again
+        let wire = self.passing.get().and_then(|(wire, _)| wire.upgrade());
+        match wire.and_then(|wire| wire.write(self, changes, now)) {
+            Some(Passed::All) => {}
+            Some(Passed::More) => self.tell(),
+            None => self.waker.wake(),
+        }
+    }
+
+    /// Sees to it that what waits is written.
+    fn tell(self: &Arc<Self>) {
+        match self.passing.get() {
+            Some((_, round)) => {
+                if !self.is_queued.swap(true, Ordering::SeqCst) && round.send(self.clone()).is_err() {
+                    self.waker.wake();
+                }
+            }
+            None => self.waker.wake(),
+        }
     }
 
     pub(crate) fn form(&self) -> Form {
@@ -145,9 +183,9 @@ impl Outbox {
     }
 
     /// Tells that a subscription has something.
-    pub(super) fn has_something(&self, id: u64) {
+    pub(super) fn has_something(self: &Arc<Self>, id: u64) {
         self.waiting.lock().ready.push_back(id);
-        self.waker.wake();
+        self.tell();
     }
 
     /// Cuts the client off, and drops what waits for it.
@@ -173,11 +211,13 @@ impl Outbox {
             if let Some(cut) = &waiting.over {
                 return Taken::Cut(cut.clone());
             }
-            out.extend(waiting.replies.drain(..));
-            waiting.reply_bytes = 0;
-            self.drained.notify_waiters();
-            if waiting.replies.capacity() > 16 {
-                waiting.replies = VecDeque::new();
+            if !waiting.replies.is_empty() {
+                out.extend(waiting.replies.drain(..));
+                waiting.reply_bytes = 0;
+                self.drained.notify_waiters();
+                if waiting.replies.capacity() > 16 {
+                    waiting.replies = VecDeque::new();
+                }
             }
             waiting.list_due(now);
             waiting.ready.len()

@@ -2,18 +2,19 @@
 //! client to its time limits. An idle one has no buffers.
 
 use super::frame::{self, Message, Opcode, Reader, Violation};
-use super::io::Io;
+use super::io::{Sink, Source};
+use super::wire::{Stop, Wire};
 use crate::AppState;
 use crate::auth::Caller;
-use crate::hub::{Cut, Hub, Outbox, Seats, Taken};
+use crate::hub::{Cut, Hub, Outbox, Seats};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use serde_json::{Value, json};
-use std::io::{self, IoSlice};
+use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::time::{Sleep, sleep_until, timeout};
@@ -37,8 +38,6 @@ const FINISH_WAIT: Duration = Duration::from_secs(1);
 const VIOLATION_WAIT: Duration = Duration::from_secs(2);
 /// Publications of one connection that wait to be durable; it is read on when one of them is.
 const PENDING_MAX: usize = 1_024;
-/// Pieces of shared memory that go into one call.
-const SLICES: usize = 64;
 /// Clients of a server that restarts come back over at least this long, and over so much longer for each of them.
 const RETURN_SPREAD: Duration = Duration::from_secs(2);
 const RETURN_SPREAD_EACH: Duration = Duration::from_micros(500);
@@ -129,13 +128,10 @@ type Work<T> = Pin<Box<dyn Future<Output = (Box<T>, Result<Option<Pending>, Clos
 
 pub(super) struct Peer<T> {
     hub: Arc<Hub>,
-    io: Io,
+    source: Source,
     reader: Reader,
     outbox: Arc<Outbox>,
-    /// What is being written, of which the first `written` bytes of `writing[at]` and all before it are gone.
-    writing: Vec<Bytes>,
-    at: usize,
-    written: usize,
+    wire: Arc<Wire>,
     session: Option<Box<T>>,
     work: Option<Work<T>>,
     /// Whether that work is to look at rights that have changed, before which the client gets nothing.
@@ -146,34 +142,30 @@ pub(super) struct Peer<T> {
     /// When the client's credentials end, or it should have shown some.
     end: (Option<Instant>, bool),
     heard: Instant,
-    /// When it took something last, or there was nothing to take.
-    took: Instant,
     ping_at: Instant,
     check_at: Instant,
-    /// When there will be something in the outbox in any case.
-    due: Option<Instant>,
     /// When the server, which shuts down, waits for nothing any more.
     finish_at: Option<Instant>,
 }
 
-/// Bytes that were sent over all WebSockets.
-fn count_sent(bytes: usize) {
-    static SENT: OnceLock<metrics::Counter> = OnceLock::new();
-    SENT.get_or_init(|| metrics::counter!("tidewatch_ws_sent_bytes_total")).increment(bytes as u64);
-}
-
 impl<T: Talk> Peer<T> {
     /// Serves a client until one side closes.
-    pub(super) async fn serve(io: Io, reader: Reader, session: T, outbox: Arc<Outbox>, token: Option<String>) {
+    pub(super) async fn serve(
+        (source, sink): (Source, Sink),
+        reader: Reader,
+        session: T,
+        outbox: Arc<Outbox>,
+        token: Option<String>,
+    ) {
         let now = Instant::now();
+        let (hub, wire) = (session.state().hub.clone(), Arc::new(Wire::new(sink, now)));
+        hub.connect(&outbox, &wire);
         let mut peer = Peer {
-            hub: session.state().hub.clone(),
-            io,
+            hub,
+            source,
             reader,
             outbox,
-            writing: Vec::new(),
-            at: 0,
-            written: 0,
+            wire,
             closing: Box::pin(session.state().closing.clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
@@ -182,10 +174,8 @@ impl<T: Talk> Peer<T> {
             timer: Box::pin(sleep_until((now + AUTH_WAIT).into())),
             end: (Some(now + AUTH_WAIT), false),
             heard: now,
-            took: now,
             ping_at: now + PING_EVERY,
             check_at: now + PING_EVERY,
-            due: None,
             finish_at: None,
         };
         if let Some(token) = token {
@@ -221,10 +211,7 @@ impl<T: Talk> Peer<T> {
         self.outbox.register(context);
         let now = Instant::now();
         loop {
-            if self.session.as_mut().is_some_and(|session| session.seats().have_changed()) {
-                self.is_checking = true;
-                self.check();
-            }
+            self.look_again();
             if let Poll::Ready(close) = self.poll_write(context, now) {
                 return Poll::Ready(close);
             }
@@ -243,64 +230,27 @@ impl<T: Talk> Peer<T> {
         self.poll_time(context, now)
     }
 
-    /// Writes what waits until the socket takes no more or nothing waits.
-    fn poll_write(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
-        loop {
-            while self.at < self.writing.len() {
-                let mut slices = [IoSlice::new(&[]); SLICES];
-                let rest = &self.writing[self.at..];
-                for (slice, bytes) in slices.iter_mut().zip(rest) {
-                    *slice = IoSlice::new(bytes);
-                }
-                slices[0] = IoSlice::new(&rest[0][self.written..]);
-                match self.io.poll_write(context, &slices[..rest.len().min(SLICES)]) {
-                    Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Close::Gone),
-                    Poll::Ready(Ok(bytes)) => {
-                        count_sent(bytes);
-                        self.took = now;
-                        self.advance(bytes);
-                    }
-                    Poll::Pending => {
-                        if let Some(cut) = self.outbox.over() {
-                            return Poll::Ready(cut.into());
-                        }
-                        return Poll::Pending;
-                    }
-                }
-            }
-            self.writing.clear();
-            self.at = 0;
-            if self.is_checking {
-                return Poll::Pending;
-            }
-            match self.outbox.take(now, &mut self.writing) {
-                Taken::Cut(cut) => return Poll::Ready(cut.into()),
-                Taken::More => self.due = None,
-                Taken::Until(due) => {
-                    self.due = due;
-                    if self.writing.is_empty() {
-                        if self.writing.capacity() > 4 {
-                            self.writing = Vec::new();
-                        }
-                        // of an encrypted connection something may still be on its way
-                        match self.io.poll_flush(context) {
-                            Poll::Ready(Ok(())) => self.took = now,
-                            Poll::Ready(Err(_)) => return Poll::Ready(Close::Gone),
-                            Poll::Pending => {}
-                        }
-                        return Poll::Pending;
-                    }
-                }
+    /// Looks whether something was taken from the client, before which it gets nothing more.
+    fn look_again(&mut self) {
+        let changes = self.hub.crowd.changes();
+        if let Some(session) = &mut self.session {
+            let have_changed = session.seats().have_changed();
+            self.wire.lock().changes = changes;
+            if have_changed {
+                self.is_checking = true;
+                self.check();
             }
         }
     }
 
-    fn advance(&mut self, bytes: usize) {
-        self.written += bytes;
-        while let Some(first) = self.writing.get(self.at).filter(|first| self.written >= first.len()) {
-            self.written -= first.len();
-            self.at += 1;
-        }
+    /// Writes what waits until the socket takes no more or nothing waits.
+    fn poll_write(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
+        let mut way = self.wire.lock();
+        way.is_open = !self.is_checking;
+        way.poll_write(context, &self.outbox, now, self.is_checking).map(|stop| match stop {
+            Stop::Gone => Close::Gone,
+            Stop::Cut(cut) => cut.into(),
+        })
     }
 
     /// Goes on with what is being done for the client: whether some of it was done.
@@ -345,7 +295,7 @@ impl<T: Talk> Peer<T> {
         {
             match self.reader.next().map_err(Close::Violation)? {
                 Some(message) => self.on_message(message)?,
-                None => match self.io.poll_read(context, &mut self.reader) {
+                None => match self.source.poll_read(context, &mut self.reader) {
                     Poll::Ready(Ok(0) | Err(_)) => return Err(Close::Gone),
                     Poll::Ready(Ok(_)) => self.heard = now,
                     Poll::Pending => break,
@@ -393,6 +343,15 @@ impl<T: Talk> Peer<T> {
         let is_busy = self.work.is_some() || self.pending.is_some();
         loop {
             let now = Instant::now();
+            let (took, is_writing, due) = {
+                let mut way = self.wire.lock();
+                let due = way.due.filter(|due| *due > now);
+                if way.due != due {
+                    way.due = None;
+                    context.waker().wake_by_ref(); // to take it
+                }
+                (way.took, way.is_writing(), due)
+            };
             if self.finish_at.is_some_and(|at| at <= now || !is_busy) {
                 return Poll::Ready(Close::Restart);
             }
@@ -400,8 +359,7 @@ impl<T: Talk> Peer<T> {
             if end.is_some_and(|end| end <= now) {
                 return Poll::Ready(if is_signed_in { Close::Expired } else { Close::Unauthenticated });
             }
-            let (silent_at, stalled_at) = (self.heard + SILENCE_MAX, self.took + WRITE_WAIT);
-            let is_writing = self.at < self.writing.len();
+            let (silent_at, stalled_at) = (self.heard + SILENCE_MAX, took + WRITE_WAIT);
             if silent_at <= now || (is_writing && stalled_at <= now) {
                 return Poll::Ready(Close::Gone);
             }
@@ -414,15 +372,11 @@ impl<T: Talk> Peer<T> {
                 self.check();
                 context.waker().wake_by_ref(); // to go on with it
             }
-            if self.due.is_some_and(|due| due <= now) {
-                self.due = None;
-                context.waker().wake_by_ref(); // to take it
-            }
             let mut next = silent_at.min(self.ping_at);
             if is_writing {
                 next = next.min(stalled_at);
             }
-            for at in [end, self.due, self.finish_at].into_iter().flatten() {
+            for at in [end, due, self.finish_at].into_iter().flatten() {
                 next = next.min(at);
             }
             // most things only put the next instant off: then the timer rings too early, and is set again
@@ -451,15 +405,15 @@ impl<T: Talk> Peer<T> {
     }
 
     async fn part(&mut self, close: &Close) -> io::Result<()> {
+        let Some((mut sink, mut last, written)) = self.wire.lock().close() else { return Ok(()) };
         let Some((code, reason)) = close.frame() else { return Ok(()) };
         tracing::debug!(code, reason, "closing a WebSocket");
-        let mut last: Vec<Bytes> = self.writing.drain(..).skip(self.at).collect();
         match close {
             // what waits is dropped, but for the rest of the message that the client has the beginning of
             Close::TooSlow(_) => {
                 last.truncate(1);
                 if let Some(first) = last.first_mut() {
-                    let end = end_of_frame(first, self.written);
+                    let end = end_of_frame(first, written);
                     first.truncate(end);
                 }
             }
@@ -467,7 +421,7 @@ impl<T: Talk> Peer<T> {
             _ => _ = self.outbox.take(Instant::now(), &mut last),
         }
         if let Some(first) = last.first_mut() {
-            *first = first.slice(self.written.min(first.len())..);
+            *first = first.slice(written.min(first.len())..);
         }
         let mut end = BytesMut::new();
         if *close == Close::Restart && T::HINTS {
@@ -479,14 +433,14 @@ impl<T: Talk> Peer<T> {
         frame::write(&mut end, Opcode::Close, &frame::close_payload(code, &reason));
         last.push(end.freeze());
         for bytes in last {
-            self.io.write_all(&bytes).await?;
+            sink.write_all(&bytes).await?;
         }
         match close {
-            Close::Asked(_) => return self.io.shutdown().await,
+            Close::Asked(_) => return sink.shutdown().await,
             // the rest of a message is never read: ended at once, the connection would be reset and the reason lost
             Close::Violation(_) => {
-                self.io.shutdown().await?;
-                _ = timeout(VIOLATION_WAIT, self.io.drain()).await;
+                sink.shutdown().await?;
+                _ = timeout(VIOLATION_WAIT, self.source.drain()).await;
                 return Ok(());
             }
             _ => {}
@@ -494,10 +448,10 @@ impl<T: Talk> Peer<T> {
         // until the client has closed too
         loop {
             match self.reader.next() {
-                Ok(Some(Message::Close(_))) | Err(_) => return self.io.shutdown().await,
+                Ok(Some(Message::Close(_))) | Err(_) => return sink.shutdown().await,
                 Ok(Some(_)) => {}
                 Ok(None) => {
-                    if std::future::poll_fn(|context| self.io.poll_read(context, &mut self.reader)).await? == 0 {
+                    if std::future::poll_fn(|context| self.source.poll_read(context, &mut self.reader)).await? == 0 {
                         return Ok(());
                     }
                 }
