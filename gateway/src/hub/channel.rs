@@ -335,7 +335,7 @@ impl Channel {
     fn trim(&self, inner: &mut Inner, scarce: bool, now: Instant) {
         let keeps_all = matches!(inner.body, Body::Events { .. });
         let positions = inner.subscribers.values().filter_map(Subscriber::needs_from);
-        let slowest = if keeps_all { positions.min() } else { None };
+        let slowest = if keeps_all && (scarce || inner.ring.is_over(now)) { positions.min() } else { None };
         let slack = if scarce { 0 } else { self.queue_bytes };
         let dropped = inner.ring.trim(slowest, slack, scarce, now);
         if dropped == 0 {

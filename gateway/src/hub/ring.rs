@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// A chunk is complete at this many bytes: what a socket takes in one go.
 const CHUNK_BYTES: usize = 64 << 10;
+/// A chunk smaller than this takes in the next one: who is a few messages behind gets them as one piece.
+const SMALL_BYTES: usize = 16 << 10;
 /// So many chunks make up a full history, at least: the oldest goes as a whole.
 const CHUNKS: usize = 8;
 /// A text message is compressed from this many bytes on: a smaller one gains little for the work.
@@ -136,6 +138,19 @@ impl Chunk {
         self.marks.partition_point(|mark| mark.offset <= offset)
     }
 
+    /// It and what came behind it; nothing where somebody has asked for another form of it, which would be made again.
+    fn with(&self, text: &[u8], marks: &[Mark]) -> Option<Chunk> {
+        if self.deflated.get().is_some() || self.packed.get().is_some() {
+            return None;
+        }
+        let before = self.text.len() as u32;
+        let shifted = marks.iter().map(|mark| Mark { end: before + mark.end, ..*mark });
+        let marks = self.marks.iter().copied().chain(shifted).collect();
+        let text = [&self.text[..], text].concat().into();
+        let (deflated, packed) = (OnceLock::new(), OnceLock::new());
+        Some(Chunk { marks, text, deflated, packed, start: self.start, since: self.since })
+    }
+
     fn range(&self, from: usize, to: usize, form: Form) -> Bytes {
         let bounds = |end: &dyn Fn(usize) -> u32| {
             let before = |at: usize| at.checked_sub(1).map_or(0, |at| end(at) as usize);
@@ -210,6 +225,15 @@ pub(super) struct Bounds {
     pub(super) age: Duration,
 }
 
+impl Bounds {
+    /// Whether a chunk of this size and age is complete: the oldest goes as a whole.
+    fn is_chunk_full(&self, bytes: usize, events: usize, age: Duration) -> bool {
+        bytes >= CHUNK_BYTES.min(self.bytes / CHUNKS)
+            || events >= self.events / CHUNKS
+            || age >= self.age / CHUNKS as u32
+    }
+}
+
 /// The newest messages of a channel.
 pub(super) struct Ring {
     chunks: VecDeque<Arc<Chunk>>,
@@ -272,9 +296,7 @@ impl Ring {
         self.marks.push(Mark { offset, end: self.tail.len() as u32, is_event });
         self.events += 1;
         self.end += bytes as u64;
-        let full = self.tail.len() >= CHUNK_BYTES.min(self.bounds.bytes / CHUNKS)
-            || self.marks.len() >= self.bounds.events / CHUNKS;
-        if full {
+        if self.bounds.is_chunk_full(self.tail.len(), self.marks.len(), now.saturating_duration_since(self.since)) {
             self.seal();
         }
         bytes
@@ -285,11 +307,24 @@ impl Ring {
         if self.marks.is_empty() {
             return;
         }
+        self.is_untrimmed = true;
+        let fits = |last: &Chunk| {
+            let (bytes, events) = (last.text.len() + self.tail.len(), last.marks.len() + self.marks.len());
+            let age = self.since.saturating_duration_since(last.since);
+            last.text.len() < SMALL_BYTES && !self.bounds.is_chunk_full(bytes, events, age)
+        };
+        if let Some(last) = self.chunks.back_mut().filter(|last| fits(last))
+            && let Some(both) = last.with(&self.tail, &self.marks)
+        {
+            *last = Arc::new(both);
+            self.tail.clear();
+            self.marks.clear();
+            return;
+        }
         let text = self.tail.split().freeze();
         let start = self.end - text.len() as u64;
         let marks = std::mem::take(&mut self.marks).into_boxed_slice();
         let (deflated, packed) = (OnceLock::new(), OnceLock::new());
-        self.is_untrimmed = true;
         self.chunks.push_back(Arc::new(Chunk { marks, text, deflated, packed, start, since: self.since }));
     }
 
@@ -341,6 +376,14 @@ impl Ring {
         self.is_untrimmed
     }
 
+    /// Whether the oldest messages are over the bounds, but for what is `scarce`.
+    pub(super) fn is_over(&self, now: Instant) -> bool {
+        let too_old = |since: Instant| now.saturating_duration_since(since) > self.bounds.age;
+        self.events > self.bounds.events
+            || self.bytes() > self.bounds.bytes
+            || self.chunks.front().map_or(!self.marks.is_empty() && too_old(self.since), |oldest| too_old(oldest.since))
+    }
+
     /// Drops what is over the bounds, oldest first. `slowest`: a client is still at this offset; what it needs stays up
     /// to `slack` bytes. Where memory is `scarce`, only the newest message stays. Returns the bytes that were dropped.
     pub(super) fn trim(&mut self, slowest: Option<u64>, slack: usize, scarce: bool, now: Instant) -> usize {
@@ -350,10 +393,7 @@ impl Ring {
             self.seal();
         }
         while let Some(oldest) = self.chunks.front() {
-            let over = self.events > self.bounds.events
-                || self.bytes() > self.bounds.bytes
-                || now.saturating_duration_since(oldest.since) > self.bounds.age
-                || (scarce && (self.chunks.len() > 1 || !self.marks.is_empty()));
+            let over = self.is_over(now) || (scarce && (self.chunks.len() > 1 || !self.marks.is_empty()));
             let end = oldest.start + oldest.text.len() as u64;
             let is_needed = (self.end - end) as usize <= slack && slowest.is_some_and(|at| at < oldest.last());
             if !over || is_needed {
@@ -365,5 +405,59 @@ impl Ring {
             self.chunks.pop_front();
         }
         (self.gone - before) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds { events: 1_000, bytes: 1 << 20, age: Duration::from_secs(80) };
+
+    /// Pushes messages with a reader that has each at once: the pieces that another one gets of all of them.
+    fn pieces(ring: &mut Ring, messages: u64, every: Duration) -> Vec<Bytes> {
+        let mut now = Instant::now();
+        for offset in 1..=messages {
+            ring.push("{\"offset\":", offset, "{\"text\":\"hello\"}", true, now);
+            let (mut room, mut out) = (1 << 20, Vec::new());
+            assert_eq!(ring.take(offset - 1, Form::Text, &mut room, &mut out), offset);
+            assert_eq!(frame::payloads(&out.concat()).count(), 1, "the one that is new");
+            now += every;
+        }
+        let (mut room, mut out) = (1 << 20, Vec::new());
+        assert_eq!(ring.take(0, Form::Text, &mut room, &mut out), messages);
+        let all = out.concat();
+        let offsets: Vec<u64> = frame::payloads(&all)
+            .map(|payload| serde_json::from_slice::<Value>(payload).unwrap()["offset"].as_u64().unwrap())
+            .collect();
+        assert!(offsets.into_iter().eq(1..=messages));
+        out
+    }
+
+    #[test]
+    fn who_is_a_few_messages_behind_gets_them_in_one_piece() {
+        let start = Instant::now();
+        let mut ring = Ring::new(BOUNDS, 0, start);
+        assert_eq!(pieces(&mut ring, 100, Duration::ZERO).len(), 1);
+        // but chunks stay as many as the history needs, so that little of it goes at a time
+        let mut ring = Ring::new(BOUNDS, 0, start);
+        assert!(pieces(&mut ring, 990, Duration::ZERO).len() >= CHUNKS);
+        let mut ring = Ring::new(BOUNDS, 0, start);
+        assert!(pieces(&mut ring, 79, Duration::from_secs(1)).len() >= CHUNKS - 1, "none spans an eighth of the age");
+    }
+
+    #[test]
+    fn what_somebody_has_in_another_form_is_not_encoded_again() {
+        let now = Instant::now();
+        let mut ring = Ring::new(BOUNDS, 0, now);
+        for offset in 1..=10 {
+            ring.push("{\"offset\":", offset, "1", true, now);
+            for form in [Form::Packed, Form::Text] {
+                let (mut room, mut out) = (1 << 20, Vec::new());
+                ring.take(offset - 1, form, &mut room, &mut out);
+                assert_eq!(frame::payloads(&out.concat()).count(), 1);
+            }
+        }
+        assert_eq!(ring.chunks.len(), 10);
     }
 }

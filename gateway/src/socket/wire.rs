@@ -264,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_full_socket_does_not_take_is_left_to_the_task_and_comes_in_order() {
-        let mut pair = Pair::new(0).await;
+        let pair = Pair::new(0).await;
         let text: Vec<u8> = (0..4 << 20).map(|at| (at / 1_000) as u8).collect();
         pair.outbox.send(Bytes::from(text.clone()));
         assert_eq!(pair.pass(0), None);
