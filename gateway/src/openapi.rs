@@ -170,7 +170,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("StreamDefinition")
         .gives(200, "Stream"),
     Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`.").needs(Permission::StreamIngest)
-        .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said.")])
+        .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said. Within a year of 1970 an integer is refused (`ts_out_of_range`), since a count in the wrong unit lands there; RFC 3339 may name any time from year 1 to a day from now.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
     Operation::new("get", "/api/v1/workspaces/{ws}/dead-letters", "streams", "Events that could not be used, newest first, a moment after they were refused: `code` and `detail` say why, `payload` is the event as it came (for Arrow its row as JSON), cut at 4096 bytes. The newest 10000 of a workspace are kept. Without `stream` for those who may read every stream.").needs(Permission::StreamRead)

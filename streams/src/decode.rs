@@ -78,11 +78,14 @@ impl TsUnit {
     }
 }
 
+/// The start of year 1: no event is dated before it.
+pub(crate) const TS_MIN: Micros = Micros(-62_135_596_800_000_000);
+
 /// The bounds events are held to.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Events dated before this are refused; a count in the wrong unit lands in 1970.
-    pub ts_min: Micros,
+    /// An event time that is a count is refused within this span of 1970, where a count in the wrong unit lands.
+    pub wrong_unit: Span,
     /// How far ahead of the time of arrival an event may be dated.
     pub ts_ahead: Span,
     /// Bytes of one event.
@@ -96,12 +99,19 @@ pub struct Bounds {
 impl Default for Bounds {
     fn default() -> Self {
         Self {
-            ts_min: Micros(365 * 86_400_000_000), // 1971-01-01
+            wrong_unit: Span::seconds(365 * 86_400),
             ts_ahead: Span::seconds(86_400),
             event_bytes: 1 << 20,
             id_bytes: 128,
             described: 100,
         }
+    }
+}
+
+impl Bounds {
+    /// Whether a count this near to 1970 is taken for one in a wrong unit.
+    pub(crate) fn may_be_wrong_unit(&self, at: Micros) -> bool {
+        at.0.unsigned_abs() < self.wrong_unit.0.unsigned_abs()
     }
 }
 
@@ -446,8 +456,8 @@ impl<'s> Rows<'s> {
         }
     }
 
-    fn check_ts<E: serde::de::Error>(&self, at: i64, what: &str) -> Result<Micros, E> {
-        check_ts(at, &self.bounds, self.now)
+    fn check_ts<E: serde::de::Error>(&self, at: Instant, what: &str) -> Result<Micros, E> {
+        check_ts(at.micros, at.is_count, &self.bounds, self.now)
             .map_err(|detail| refuse("ts_out_of_range", format_args!("{what}: {detail}")))
     }
 
@@ -461,13 +471,17 @@ impl<'s> Rows<'s> {
     }
 }
 
-fn check_ts(at: i64, bounds: &Bounds, now: Micros) -> Result<Micros, String> {
+/// The event time, where it is within bounds; `is_count`: it came as a number, not as text with a date.
+fn check_ts(at: i64, is_count: bool, bounds: &Bounds, now: Micros) -> Result<Micros, String> {
     let at = Micros(at);
     let say = |at: Micros| {
         chrono::DateTime::from_timestamp_micros(at.0).map_or_else(|| format!("{} µs", at.0), |t| t.to_rfc3339())
     };
-    if at < bounds.ts_min {
-        return Err(format!("{} is before {}; is ts_unit right?", say(at), say(bounds.ts_min)));
+    if at < TS_MIN {
+        return Err(format!("{} is before {}; is ts_unit right?", say(at), say(TS_MIN)));
+    }
+    if is_count && bounds.may_be_wrong_unit(at) {
+        return Err(format!("{} is within a year of 1970; is ts_unit right? If so, write it as RFC 3339", say(at)));
     }
     if at > now.plus(bounds.ts_ahead) {
         let hours = bounds.ts_ahead.0 / 3_600_000_000;
@@ -675,6 +689,12 @@ impl<'de> Visitor<'de> for Id {
     }
 }
 
+/// A time, and whether it came as a number.
+struct Instant {
+    micros: i64,
+    is_count: bool,
+}
+
 /// An instant: an integer in the request's unit, or RFC 3339. Null is none.
 struct Time<'a, 's> {
     rows: &'a Rows<'s>,
@@ -682,14 +702,14 @@ struct Time<'a, 's> {
 }
 
 impl<'de> DeserializeSeed<'de> for Time<'_, '_> {
-    type Value = Option<i64>;
+    type Value = Option<Instant>;
     fn deserialize<D: Deserializer<'de>>(self, input: D) -> Result<Self::Value, D::Error> {
         input.deserialize_any(self)
     }
 }
 
 impl<'de> Visitor<'de> for Time<'_, '_> {
-    type Value = Option<i64>;
+    type Value = Option<Instant>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "an integer or an RFC 3339 time in `{}`", self.name)
     }
@@ -699,24 +719,28 @@ impl<'de> Visitor<'de> for Time<'_, '_> {
     fn visit_i64<E: serde::de::Error>(self, count: i64) -> Result<Self::Value, E> {
         let micros = self.rows.unit.micros(count);
         let detail = || format!("{}: {count} is beyond every calendar; is ts_unit right?", self.name);
-        micros.map(Some).ok_or_else(|| refuse("ts_out_of_range", detail()))
+        micros.map(counted).ok_or_else(|| refuse("ts_out_of_range", detail()))
     }
     fn visit_u64<E: serde::de::Error>(self, count: u64) -> Result<Self::Value, E> {
         self.visit_i64(i64::try_from(count).unwrap_or(i64::MAX))
     }
     fn visit_f64<E: serde::de::Error>(self, count: f64) -> Result<Self::Value, E> {
         let detail = || format!("{}: {count} is beyond every calendar", self.name);
-        self.rows.unit.micros_of(count).map(Some).ok_or_else(|| refuse("ts_out_of_range", detail()))
+        self.rows.unit.micros_of(count).map(counted).ok_or_else(|| refuse("ts_out_of_range", detail()))
     }
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
         match string_to_datetime(&chrono::Utc, text) {
-            Ok(at) => Ok(Some(at.timestamp_micros())),
+            Ok(at) => Ok(Some(Instant { micros: at.timestamp_micros(), is_count: false })),
             Err(_) => {
                 let detail = format_args!("{}: `{}` is neither RFC 3339 nor an integer", self.name, short(text));
                 Err(refuse("wrong_type", detail))
             }
         }
     }
+}
+
+fn counted(micros: i64) -> Option<Instant> {
+    Some(Instant { micros, is_count: true })
 }
 
 fn short(text: &str) -> String {
@@ -740,7 +764,7 @@ impl<'de> DeserializeSeed<'de> for Typed<'_, '_> {
             }
             ColumnType::Timestamp => {
                 let name = &self.column.name;
-                Ok(Time { rows: self.rows, name }.deserialize(input)?.map_or(Cell::Null, Cell::Int))
+                Ok(Time { rows: self.rows, name }.deserialize(input)?.map_or(Cell::Null, |at| Cell::Int(at.micros)))
             }
             ColumnType::Decimal(precision, scale) => {
                 let raw = <&RawValue as serde::Deserialize>::deserialize(input)?.get();
@@ -874,6 +898,8 @@ mod tests {
         check(r#"{"symbol":"A","price":-Infinity,"qty":1}"#, "not_finite", "Infinity");
         check(r#"{"symbol":"A","price":1e999,"qty":1}"#, "not_finite", "too large");
         check(r#"{"symbol":"A","price":1,"qty":1,"ts":1700000000}"#, "ts_out_of_range", "1970-01-20");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":-1700000000}"#, "ts_out_of_range", "1969-12-12");
+        check(r#"{"symbol":"A","price":1,"qty":1,"ts":"0000-12-31T00:00:00Z"}"#, "ts_out_of_range", "0001-01-01");
         check(r#"{"symbol":"A","price":1,"qty":1,"ts":"9999-12-31T00:00:00Z"}"#, "ts_out_of_range", "ahead");
         check(r#"{"symbol":"A","price":1,"qty":1,"ts":9223372036854775807}"#, "ts_out_of_range", "calendar");
         check(r#"{"symbol":"A","price":1,"qty":1,"ts":"yesterday"}"#, "wrong_type", "RFC 3339");
@@ -936,6 +962,23 @@ mod tests {
         );
         let extra = batch.column_by_name("extra").unwrap().as_string::<i32>();
         assert_eq!(extra.iter().collect::<Vec<_>>(), [Some(r#"{"x":{"y":[1, 2]},"z":null}"#), None]);
+    }
+
+    #[test]
+    fn a_written_date_may_be_before_1970_and_a_count_too_unless_it_looks_like_another_unit() {
+        let dated = |ts: &str| format!(r#"{{"symbol":"A","price":1,"qty":1,"ts":{ts}}}"#);
+        for (ts, micros) in [
+            (r#""1970-01-05T00:00:00Z""#, 345_600_000_000),
+            (r#""1970-01-01T00:00:00Z""#, 0),
+            (r#""1969-12-31T23:59:59.999999Z""#, -1),
+            (r#""1931-05-06T00:00:00Z""#, -1_219_968_000_000_000),
+            (r#""0001-01-01T00:00:00Z""#, TS_MIN.0),
+            ("-1219968000000", -1_219_968_000_000_000),
+        ] {
+            let decoded = trades(&dated(ts));
+            assert_eq!(decoded.errors, []);
+            assert_eq!(decoded.batch.column(0).as_primitive::<TimestampMicrosecondType>().values(), &[micros], "{ts}");
+        }
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl World {
     }
 
     fn changes(&self, lines: &str, now: i64) -> RecordBatch {
-        let bounds = Bounds { ts_min: Micros::MIN, ..Bounds::default() };
+        let bounds = Bounds { wrong_unit: Span(0), ..Bounds::default() };
         let decoded =
             self.table.decode(lines.as_bytes(), Format::Ndjson, TsUnit::Micros, &bounds, Micros(now)).unwrap();
         assert_eq!(decoded.rejected, 0, "{:?}", decoded.errors);

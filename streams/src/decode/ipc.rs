@@ -324,8 +324,9 @@ impl Checks<'_> {
             }
             None => TimestampMicrosecondArray::from_value(now.0, rows),
         };
+        let is_count = input.is_some_and(|input| input.data_type().is_numeric());
         for (row, at) in times.values().iter().enumerate() {
-            if let Err(detail) = check_ts(*at, self.bounds, now) {
+            if let Err(detail) = check_ts(*at, is_count, self.bounds, now) {
                 self.verdicts.refuse(row, "ts_out_of_range", || format!("ts: {detail}"));
             }
         }
@@ -595,6 +596,12 @@ mod tests {
         );
         let codes: Vec<_> = early.errors.iter().map(|error| (error.index, error.code)).collect();
         assert_eq!(codes, [(0, "ts_out_of_range"), (1, "ts_out_of_range")]);
+        // a time that is typed or written out is in no wrong unit
+        let epoch = Arc::new(TimestampMicrosecondArray::from(vec![0, -1])) as ArrayRef;
+        assert_eq!(at(epoch, TsUnit::Seconds), [0, -1]);
+        let early = ["1969-12-31T23:59:59Z", "1931-05-06T00:00:00Z"];
+        assert_eq!(at(text(&early.map(Some)), TsUnit::Millis), [-1_000_000, -1_219_968_000_000_000]);
+        assert_eq!(at(int(&[Some(-1_219_968_000), Some(-40_000_000)]), TsUnit::Seconds)[0], -1_219_968_000_000_000);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Files as events: CSV, NDJSON, JSON, Parquet and Excel, plain or compressed, become the NDJSON that ingest takes.
 //! Memory stays bounded whatever the file: a chunk, a batch or a row at a time, and for Excel a stated maximum.
-//! Event time is written as integer microseconds since the epoch (`ts_unit=us`).
+//! Event time is written as integer microseconds since the epoch (`ts_unit=us`), a date near 1970 as RFC 3339.
 
 mod csv;
 mod json;

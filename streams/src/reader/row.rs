@@ -3,7 +3,7 @@
 use super::Chunk;
 use super::mapping::{From, Mapping, Scale, Target};
 use super::time::{instant_of_count, instant_of_float, instant_of_number, instant_of_text};
-use crate::decode::TsUnit;
+use crate::decode::{Bounds, TsUnit};
 use crate::schema::{ColumnType, StreamSchema};
 use chrono::{DateTime, SecondsFormat};
 use engine::event::Micros;
@@ -194,8 +194,13 @@ impl<'a> EventWriter<'a> {
         match field.wanted {
             Wanted::EventTime => {
                 self.ts = instant(field, &value, self.unit)?;
-                if let Some(Micros(micros)) = self.ts {
-                    write_json(out, &micros);
+                match self.ts {
+                    // ingest would take the count for one in a wrong unit
+                    Some(at) if Bounds::default().may_be_wrong_unit(at) && is_date(&value, self.unit) => {
+                        write_time(out, at);
+                    }
+                    Some(Micros(micros)) => write_json(out, &micros),
+                    None => {}
                 }
             }
             Wanted::Column(ColumnType::Timestamp) => {
@@ -276,6 +281,16 @@ fn write_float(out: &mut Vec<u8>, value: f64) {
         write_json(out, &(value as i64));
     } else if value.is_finite() {
         write_json(out, &value);
+    }
+}
+
+/// Whether a time is written out, not counted.
+fn is_date(value: &Value<'_>, unit: TsUnit) -> bool {
+    match value {
+        Value::Time(_) => true,
+        Value::Text(text) => instant_of_number(text.trim(), unit).is_none(),
+        Value::Json(json) => instant_of_number(json_text(json).trim(), unit).is_none(),
+        Value::Null | Value::Int(_) | Value::Float(_) | Value::Bool(_) => false,
     }
 }
 

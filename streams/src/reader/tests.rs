@@ -89,6 +89,24 @@ fn ingest_accepts_what_is_read() {
 }
 
 #[test]
+fn dates_around_1970_are_read_so_that_ingest_accepts_them() {
+    let csv = b"ts,symbol,price,qty\n1969-12-31,SPY,1,1\n1970-02-01T00:00:00Z,SPY,1,1\n1950-01-03,SPY,1,1\n";
+    let expected = [
+        r#"{"ts":"1969-12-31T00:00:00.000000Z","symbol":"SPY","price":1,"qty":1}"#,
+        r#"{"ts":"1970-02-01T00:00:00.000000Z","symbol":"SPY","price":1,"qty":1}"#,
+        r#"{"ts":-631065600000000,"symbol":"SPY","price":1,"qty":1}"#,
+    ];
+    check("a.csv", csv, Mapping::default(), &expected);
+    let (body, now) = (expected.join("\n"), Micros(1_400_000_000_000_000));
+    let (schema, bounds) = (schema("market.trades"), Bounds::default());
+    let decoded = decode(schema, body.as_bytes(), Format::Ndjson, TsUnit::Micros, &bounds, now).unwrap();
+    assert_eq!((decoded.batch.num_rows(), decoded.errors), (3, Vec::new()));
+    // a count stays one: in the wrong unit it is to be refused
+    let counted = [r#"{"ts":1700000000000,"symbol":"SPY","price":1,"qty":1}"#];
+    check("b.csv", b"ts,symbol,price,qty\n1700000000,SPY,1,1\n", Mapping::default(), &counted);
+}
+
+#[test]
 fn compressed_files_read_like_plain_ones_also_in_several_frames() {
     let (first, second) = CSV.split_at(60);
     let gz = [gzip(first.as_bytes()), gzip(second.as_bytes())].concat();
