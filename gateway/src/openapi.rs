@@ -274,7 +274,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. One that somebody else started takes the permission `ai:admin`.").needs(Permission::AiUse),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of; where that is withdrawn, or the workspace deleted, a message `{type: \"error\", workspace, channel, code, detail}` says so and is the last.")
         .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel."), ("protocolVersion", "The AG-UI version in which a `thread/…` channel is written, `1.0`; without one 0.0.59.")])
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),

@@ -9,7 +9,7 @@ mod peer; // its task
 mod session; // what its client may ask for
 pub(crate) mod wire; // what is on its way to it
 
-pub(crate) use session::{admit, may_listen, rate_of};
+pub(crate) use session::{admit, may_listen, rate_of, withdrawn};
 
 use crate::AppState;
 use crate::edge::Origin;
@@ -71,9 +71,10 @@ impl Opening {
 
     /// Answers the request, and talks on what becomes of its connection. `token`: what it came with.
     fn serve<T: Talk>(self, state: &AppState, token: Option<String>, talk: impl FnOnce(Line) -> T) -> Response {
-        let Opening { agreed: Agreed { form, inflates, response }, upgrade, seats, origin } = self;
+        let Opening { agreed: Agreed { form, inflates, response }, upgrade, mut seats, origin } = self;
         let (limits, hub) = (state.config.limits, state.hub.clone());
         let outbox = Outbox::new(limits.queue_bytes, form);
+        seats.wake(&outbox);
         let talk = talk(Line { outbox: outbox.clone(), seats, origin });
         tokio::spawn(async move {
             let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile

@@ -1,6 +1,7 @@
 //! How many clients are connected, by address, user and workspace, within bounds; and whose rights have changed since
 //! they were looked at.
 
+use super::outbox::Outbox;
 use crate::config::Limits;
 use crate::problem::Problem;
 use axum::http::StatusCode;
@@ -9,8 +10,8 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Of whom there are only so many connections.
@@ -32,7 +33,10 @@ pub(crate) struct Crowd {
 /// Those of a group.
 #[derive(Default)]
 struct Present {
-    connections: usize,
+    /// What waits for each of them, by the number of its seat.
+    connections: HashMap<u64, Weak<Outbox>>,
+    /// The number of the next seat.
+    next: u64,
     /// How often something was taken from them.
     changes: Arc<AtomicU64>,
 }
@@ -41,6 +45,7 @@ struct Present {
 struct Seat {
     crowd: Arc<Crowd>,
     group: Group,
+    number: u64,
     changes: Arc<AtomicU64>,
     /// As many changes are known to the connection.
     seen: u64,
@@ -56,13 +61,22 @@ impl Seat {
 
 /// All that one connection counts as.
 #[derive(Default)]
-pub(crate) struct Seats(HashMap<Group, Seat>);
+pub(crate) struct Seats {
+    groups: HashMap<Group, Seat>,
+    outbox: Weak<Outbox>,
+}
 
 impl Seats {
+    /// Says what waits for the connection: with it the connection is woken when the rights of a group change that it
+    /// enters from now on.
+    pub(crate) fn wake(&mut self, outbox: &Arc<Outbox>) {
+        self.outbox = Arc::downgrade(outbox);
+    }
+
     /// Counts the connection among those of a group, once.
     pub(crate) fn enter(&mut self, crowd: &Arc<Crowd>, group: Group) -> Result<(), Problem> {
-        if let Entry::Vacant(vacant) = self.0.entry(group) {
-            let seat = crowd.enter(vacant.key().clone())?;
+        if let Entry::Vacant(vacant) = self.groups.entry(group) {
+            let seat = crowd.enter(vacant.key().clone(), self.outbox.clone())?;
             vacant.insert(seat);
         }
         Ok(())
@@ -71,7 +85,7 @@ impl Seats {
     /// Whether the rights of any of the groups have changed since this was last asked.
     pub(crate) fn have_changed(&mut self) -> bool {
         // all of them: each notes what it has seen
-        self.0.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
+        self.groups.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
     }
 }
 
@@ -81,7 +95,7 @@ impl Crowd {
     }
 
     /// Counts a connection, if the group may have another one.
-    fn enter(self: &Arc<Self>, group: Group) -> Result<Seat, Problem> {
+    fn enter(self: &Arc<Self>, group: Group, outbox: Weak<Outbox>) -> Result<Seat, Problem> {
         let (most, key, who) = match group {
             Group::Address(_) => (self.limits.connections_per_address, "connections_per_address", "this address"),
             Group::User(_) => (self.limits.connections_per_user, "connections_per_user", "you"),
@@ -91,7 +105,7 @@ impl Crowd {
         };
         let mut all = self.present.lock();
         let present = all.entry(group.clone()).or_default();
-        if present.connections >= most {
+        if present.connections.len() >= most {
             metrics::counter!("tidewatch_ws_refused_total", "limit" => key).increment(1);
             let detail = format!(
                 "limits.{key} = {most} live connections of {who} are open; close some or ask an admin to raise the limit"
@@ -99,18 +113,22 @@ impl Crowd {
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_connections", detail);
             return Err(problem.retry_after(Duration::from_secs(10)));
         }
-        present.connections += 1;
+        let number = present.next;
+        present.next += 1;
+        present.connections.insert(number, outbox);
         let changes = present.changes.clone();
         let seen = changes.load(Ordering::Acquire);
-        Ok(Seat { crowd: self.clone(), group, changes, seen })
+        Ok(Seat { crowd: self.clone(), group, number, changes, seen })
     }
 
-    /// Something was taken from a group: each of its connections looks again at its rights before it gets anything more.
+    /// Something was taken from a group: each of its connections looks again at its rights, now and before it gets
+    /// anything more.
     pub(crate) fn look_again(&self, group: &Group) {
         if let Some(present) = self.present.lock().get(group) {
             present.changes.fetch_add(1, Ordering::Release);
             // behind the group's: who sees this one sees that one
             self.changes.fetch_add(1, Ordering::Release);
+            present.connections.values().filter_map(Weak::upgrade).for_each(|outbox| outbox.wake());
         }
     }
 
@@ -124,8 +142,8 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let mut all = self.crowd.present.lock();
         if let Some(present) = all.get_mut(&self.group) {
-            present.connections -= 1;
-            if present.connections == 0 {
+            present.connections.remove(&self.number);
+            if present.connections.is_empty() {
                 all.remove(&self.group);
             }
         }
@@ -140,12 +158,12 @@ mod tests {
     fn a_group_has_so_many_connections_and_another_one_when_one_leaves() {
         let limits = Limits { connections_per_user: 2, ..Limits::default() };
         let crowd = Crowd::new(limits);
-        let ann = || crowd.enter(Group::User("ann".into()));
+        let ann = || crowd.enter(Group::User("ann".into()), Weak::new());
         let (one, _two) = (ann().unwrap(), ann().unwrap());
         let refused = ann().err().unwrap();
         assert_eq!((refused.status().as_u16(), refused.code), (429, "too_many_connections"));
         assert!(refused.detail.contains("limits.connections_per_user = 2"), "{}", refused.detail);
-        assert!(crowd.enter(Group::User("bob".into())).is_ok());
+        assert!(crowd.enter(Group::User("bob".into()), Weak::new()).is_ok());
         drop(one);
         assert!(ann().is_ok());
         drop(_two);
@@ -155,7 +173,7 @@ mod tests {
     #[test]
     fn a_change_is_seen_once_by_each_connection_of_its_group_and_by_no_other() {
         let crowd = Crowd::new(Limits::default());
-        let enter = |user: &str| crowd.enter(Group::User(user.into())).unwrap();
+        let enter = |user: &str| crowd.enter(Group::User(user.into()), Weak::new()).unwrap();
         let mut seats = [enter("ann"), enter("ann"), enter("bob")];
         crowd.look_again(&Group::User("ann".into()));
         crowd.look_again(&Group::User("eve".into()));

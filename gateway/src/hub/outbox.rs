@@ -153,6 +153,11 @@ impl Outbox {
         self.waker.register(context.waker());
     }
 
+    /// Wakes the task, though nothing may wait.
+    pub(super) fn wake(&self) {
+        self.waker.wake();
+    }
+
     /// Waits until something may wait.
     pub(crate) async fn ready(&self) {
         let mut registered = false;

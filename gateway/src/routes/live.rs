@@ -6,7 +6,7 @@ use crate::auth::Caller;
 use crate::extract::{Address, Member, Query};
 use crate::hub::{ChannelName, Cut, Group, Outbox, Request as Wish, Seats, Since, Subscription, Taken, Topic};
 use crate::problem::Problem;
-use crate::socket::{admit, frame, handshake, may_listen, rate_of};
+use crate::socket::{admit, frame, handshake, may_listen, rate_of, withdrawn};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
@@ -61,7 +61,10 @@ async fn follow(
         let detail = format!("name 1 to limits.subscriptions = {most} channels: ?channel=alerts&channel=…");
         return Err(Problem::invalid("bad_parameter", detail));
     }
+    let outbox = Outbox::new(state.config.limits.queue_bytes, Default::default());
+    outbox.belongs_to(&caller.name);
     let mut seats = Seats::default();
+    seats.wake(&outbox);
     let groups = [
         address.map(Group::Address),
         Some(Group::User(caller.id.as_str().into())),
@@ -69,8 +72,6 @@ async fn follow(
     ];
     groups.into_iter().flatten().try_for_each(|group| seats.enter(&state.hub.crowd, group))?;
     let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()).unwrap_or_default();
-    let outbox = Outbox::new(state.config.limits.queue_bytes, Default::default());
-    outbox.belongs_to(&caller.name);
     let id = state.hub.next_id();
     let mut follower = Follower {
         state,
@@ -193,8 +194,10 @@ impl Follower {
             }
             if self.seats.have_changed() || self.check_at <= now {
                 self.check_at = now + KEEP_ALIVE;
-                if self.check().await.is_err() {
-                    return None; // the next attempt is told why
+                if let Err((channel, problem)) = self.check().await {
+                    self.is_over = true;
+                    let workspace = channel.as_ref().map(|_| &self.workspace);
+                    return Some(data(&withdrawn(workspace, channel.as_deref(), &problem).to_string()));
                 }
             }
             let mut frames = Vec::new();
@@ -230,17 +233,18 @@ impl Follower {
         }
     }
 
-    /// Looks again at whether the client may have what it gets.
-    async fn check(&mut self) -> Result<(), Problem> {
+    /// Looks again at whether the client may have what it gets: why it may not, and of which channel if only of that.
+    async fn check(&mut self) -> Result<(), (Option<String>, Problem)> {
         let (store, now) = (self.state.system.store(), self.state.system.now());
         let caller = match self.state.auth.authenticate(store, &self.token, now).await {
-            Err(problem) if !problem.is_unauthorized() => return Ok(()), // the store is away: the next round knows more
-            found => found?,
+            Ok(caller) => caller,
+            Err(problem) if problem.is_unauthorized() => return Err((None, problem)),
+            Err(_) => return Ok(()), // the store is away: the next round knows more
         };
         for follow in &self.follows {
             let sql = follow.sql.as_deref();
             match may_listen(&self.state, &caller, Some(&self.workspace), follow.subscription.topic(), sql).await {
-                Err(problem) if problem.is_final() => return Err(problem),
+                Err(problem) if problem.is_final() => return Err((Some(follow.name.clone()), problem)),
                 _ => {}
             }
         }

@@ -341,11 +341,7 @@ impl Talk for Session {
             if let Some(followed) = self.subscriptions.remove(&key) {
                 self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
                 let (workspace, channel) = &key;
-                let error = json!({
-                    "type": "error", "workspace": workspace, "channel": channel, "code": problem.code,
-                    "detail": problem.detail,
-                });
-                self.outbox.reply(&error.to_string());
+                self.outbox.reply(&withdrawn(workspace.as_ref(), Some(channel), &problem).to_string());
             }
         }
         if let Some(signed_in) = &mut self.signed_in {
@@ -461,6 +457,16 @@ fn read(text: &str) -> Result<Incoming<'_>, serde_json::Error> {
 
 fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
     member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
+}
+
+/// Says that a client is told no more of a channel, or of any, since it may not have it now.
+pub(crate) fn withdrawn(workspace: Option<&WorkspaceId>, channel: Option<&str>, problem: &Problem) -> Value {
+    let mut error = json!({"type": "error", "code": problem.code, "detail": problem.detail});
+    if let Some(channel) = channel {
+        error["workspace"] = json!(workspace);
+        error["channel"] = channel.into();
+    }
+    error
 }
 
 fn refusal(reference: Option<&Value>, problem: &Problem) -> Value {

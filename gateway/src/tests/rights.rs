@@ -412,7 +412,9 @@ async fn what_is_withdrawn_ends_before_the_next_message() {
             break;
         }
     }
-    assert_eq!(events.next().await, None, "the stream of events ends, and the next attempt is told why");
+    let told = events.next().await.unwrap();
+    assert_eq!((&told["channel"], &told["code"]), (&json!("streams/market.trades"), &json!("forbidden")), "{told}");
+    assert_eq!(events.next().await, None);
     assert!(Events::follow(&listening, &bob, "streams/market.trades").await.is_err());
 
     // somebody who is no member any more, and somebody who has signed out
@@ -433,8 +435,29 @@ async fn what_is_withdrawn_ends_before_the_next_message() {
     let everywhere = json!({"everywhere": true});
     assert_eq!(listening.server.call("POST", "/api/v1/auth/logout", &root, everywhere).await.status, 204);
     assert_eq!(listening.server.get("/api/v1/me", &other).await.status, 401);
-    tell(&mut mine, json!({"type": "ping"})).await;
     assert_eq!(closed(&mut mine).await, 4001);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_follows_a_workspace_that_is_deleted_is_told_so_at_once_though_nothing_else_comes() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "viewer").await;
+    let mut socket = signed_in(&listening, &bob).await;
+    assert_eq!(answer(&mut socket, subscribe("alerts")).await["type"], "ok");
+    let mut events = Events::follow(&listening, &bob, "alerts").await.map_err(drop).unwrap();
+    assert_eq!(events.next().await.unwrap()["type"], "ok");
+    assert_eq!(listening.server.call("DELETE", "/api/v1/workspaces/acme", &root, Value::Null).await.status, 204);
+    let soon = Duration::from_secs(5); // rights are looked at again after 15 s or 25 s in any case
+    for told in [
+        tokio::time::timeout(soon, hear(&mut socket)).await.unwrap(),
+        tokio::time::timeout(soon, events.next()).await.unwrap().unwrap(),
+    ] {
+        let named = (&told["type"], &told["workspace"], &told["channel"], &told["code"]);
+        assert_eq!(named, (&json!("error"), &json!("acme"), &json!("alerts"), &json!("workspace_not_found")), "{told}");
+    }
+    assert_eq!(events.next().await, None);
+    // the connection is good for other workspaces
+    assert_eq!(ask(&mut socket, json!({"type": "ping"})).await["type"], "ok");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -451,10 +474,10 @@ async fn a_refresh_token_that_comes_twice_ends_what_is_connected_by_its_sign_in(
         listening.server.call("POST", "/api/v1/auth/refresh", "", body).await.status
     };
     assert_eq!((refresh().await, refresh().await), (200, 401));
-    tell(&mut socket, publish("market.trades", trade())).await;
     assert_eq!(closed(&mut socket).await, 4001);
     let at = "/api/v1/workspaces/acme/streams/market.trades/events";
     assert_eq!(listening.server.call("POST", at, &root, trade()).await.status, 200);
+    assert_eq!(events.next().await.unwrap()["code"], "unauthorized");
     assert_eq!(events.next().await, None, "nothing of what came behind the reuse");
     assert_eq!(ask(&mut other, json!({"type": "ping"})).await["type"], "ok", "the user's other sign-in goes on");
 }
