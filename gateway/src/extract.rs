@@ -213,6 +213,19 @@ impl Member {
         Ok(Member { user, name, workspace: id, access, admin: caller.admin })
     }
 
+    /// Counts what is asked for in a message as the request that it would be over HTTP.
+    pub(crate) async fn count_request(&self, state: &AppState) -> Result<(), Problem> {
+        self.count_requests(state, None).await
+    }
+
+    async fn count_requests(&self, state: &AppState, told: Option<&Told>) -> Result<(), Problem> {
+        if let Some(most) = state.tier(&self.workspace).await?.requests_per_hour {
+            let of = Of::Requests(self.workspace.clone(), self.user.clone());
+            count(state, told, of, Rate::per_hour(most), state.system.now()).await?;
+        }
+        Ok(())
+    }
+
     /// Counts a run of an agent.
     pub(crate) async fn count_run(&self, state: &AppState) -> Result<(), Problem> {
         if let Some(most) = state.tier(&self.workspace).await?.agent_runs_per_hour {
@@ -364,10 +377,8 @@ impl FromRequestParts<AppState> for Member {
         let workspace = workspace.ok_or_else(|| Problem::internal("a route for members has no {ws}"))?;
         let member = Member::of(state, &caller, workspace).await?;
         let route = parts.extensions.get::<MatchedPath>().map_or("", MatchedPath::as_str);
-        let tier = state.tier(&member.workspace).await?;
-        if let Some(most) = tier.requests_per_hour.filter(|_| is_counted(&caller.by, &parts.method, route)) {
-            let of = Of::Requests(member.workspace.clone(), member.user.clone());
-            count(state, parts.extensions.get::<Told>(), of, Rate::per_hour(most), state.system.now()).await?;
+        if is_counted(&caller.by, &parts.method, route) {
+            member.count_requests(state, parts.extensions.get::<Told>()).await?;
         }
         Ok(member)
     }

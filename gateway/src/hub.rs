@@ -76,10 +76,11 @@ pub struct Hub {
     swept: Mutex<Option<Instant>>,
 }
 
-/// The live queries of a workspace. They are asked one after the other, so that together they take one query worker.
-#[derive(Default)]
+/// The live queries of a workspace. They are asked one after the other, and all of them rest after each, so that together
+/// they take a part of one query worker.
 struct Live {
-    turn: tokio::sync::Mutex<()>,
+    /// Whoever holds it may ask; of what changes by itself not before this instant.
+    turn: tokio::sync::Mutex<Instant>,
 }
 
 /// A subscription of one client.
@@ -174,7 +175,7 @@ impl Hub {
         };
         loop {
             let channel = self.channel(system, workspace.as_ref(), &name).await?;
-            let load = || load::load(self, system, &channel, sql.as_deref(), rate, live.clone());
+            let load = || load::load(self, system, &channel, sql.as_deref().zip(live.clone()), rate);
             if let Err(problem) = channel.loaded.get_or_try_init(load).await {
                 self.close(&channel);
                 return Err(problem);
@@ -219,7 +220,7 @@ impl Hub {
         let live = match all.get(workspace).and_then(Weak::upgrade) {
             Some(live) => live,
             None => {
-                let live = Arc::new(Live::default());
+                let live = Arc::new(Live { turn: tokio::sync::Mutex::new(Instant::now()) });
                 all.insert(workspace.clone(), Arc::downgrade(&live));
                 live
             }

@@ -16,7 +16,8 @@ use std::time::Duration;
 #[serde(default, deny_unknown_fields)]
 pub struct Tier {
     /// Requests an hour of one user or key: all of a key, and those of a signed-in user that change something, ask in
-    /// SQL or run an agent. What a console reads and events are not counted.
+    /// SQL or run an agent; each live query and each run over the WebSocket too. What a console reads and events are not
+    /// counted.
     pub requests_per_hour: Option<u32>,
     /// Agent runs an hour of the whole workspace.
     pub agent_runs_per_hour: Option<u32>,

@@ -19,7 +19,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use streams::log::{self, Body as Logged, Offset, ReadError};
 use streams::schema::ColumnType;
-use tokio::sync::mpsc;
+use tokio::sync::{MutexGuard, mpsc};
 
 /// Times a state is read before the channel gives up because too much happens meanwhile.
 const ATTEMPTS: usize = 5;
@@ -34,7 +34,7 @@ const SYSTEM_EVERY: Duration = Duration::from_secs(1);
 /// How often a live query is asked, unless and at most.
 const QUERY_EVERY: Duration = Duration::from_secs(1);
 const QUERY_EVERY_MIN: Duration = Duration::from_millis(250);
-/// A live query rests for so many times as long as it took.
+/// After a live query all of the workspace rest for so many times as long as it took.
 const QUERY_REST: u32 = 4;
 
 /// What a client that comes back is given at a time: about so many bytes of messages, from no more records than these.
@@ -45,14 +45,13 @@ const FIRING_AGAIN: Duration = Duration::from_secs(1);
 /// Where the store keeps the epoch of the log.
 const LOG_EPOCH: &str = "log_epoch";
 
-/// Makes the channel ready for its first subscriber.
+/// Makes the channel ready for its first subscriber. `query`: what a live query asks, and those of its workspace.
 pub(super) async fn load(
     hub: &Arc<Hub>,
     system: &System,
     channel: &Arc<Channel>,
-    sql: Option<&str>,
+    query: Option<(&str, Arc<Live>)>,
     rate: Option<Duration>,
-    live: Option<Arc<Live>>,
 ) -> Result<(), Problem> {
     let (name, workspace) = (&channel.name, channel.workspace.as_ref());
     match (&name.topic, workspace) {
@@ -65,16 +64,14 @@ pub(super) async fn load(
             Ok(())
         }
         (Topic::Query { .. }, Some(workspace)) => {
-            let live = live.unwrap_or_default();
             let missing = || Problem::invalid("bad_request", "a `query/…` channel needs the query in `sql`");
-            let sql = sql.ok_or_else(missing)?.to_owned();
-            let found = {
-                let _turn = live.turn.lock().await;
-                ask(system, workspace, &sql).await?
-            };
+            let (sql, live) = query.ok_or_else(missing)?;
+            let turn = live.turn.lock().await; // who has just come waits for no rest
+            let found = spend(turn, ask(system, workspace, sql)).await?;
             channel.update(|state| state.replace(found));
             let every = rate.unwrap_or(QUERY_EVERY).max(QUERY_EVERY_MIN);
-            tokio::spawn(poll_query(Arc::downgrade(channel), system.clone(), workspace.clone(), sql, every, live));
+            let (channel, system) = (Arc::downgrade(channel), system.clone());
+            tokio::spawn(poll_query(channel, system, workspace.clone(), sql.to_owned(), every, live));
             Ok(())
         }
         (Topic::Throughput | Topic::Actors, _) => {
@@ -222,7 +219,30 @@ async fn ask(system: &System, workspace: &WorkspaceId, sql: &str) -> Result<Vec<
     Ok(rows)
 }
 
-/// Asks a live query again and again, while somebody listens; one that takes long is asked less often.
+impl Live {
+    /// A turn, once the workspace has rested.
+    async fn rested_turn(&self) -> MutexGuard<'_, Instant> {
+        loop {
+            let turn = self.turn.lock().await;
+            let at = *turn;
+            if at <= Instant::now() {
+                return turn;
+            }
+            drop(turn);
+            tokio::time::sleep_until(at.into()).await;
+        }
+    }
+}
+
+/// Spends a turn on a live query; then its workspace rests.
+async fn spend<T>(mut turn: MutexGuard<'_, Instant>, query: impl Future<Output = T>) -> T {
+    let started = Instant::now();
+    let answer = query.await;
+    *turn = Instant::now() + started.elapsed() * QUERY_REST;
+    answer
+}
+
+/// Asks a live query again and again, while somebody listens.
 async fn poll_query(
     channel: Weak<Channel>,
     system: System,
@@ -232,17 +252,13 @@ async fn poll_query(
     live: Arc<Live>,
 ) {
     let mut failed = false;
-    let mut took = Duration::ZERO;
     loop {
-        tokio::time::sleep(every.max(took * QUERY_REST)).await;
+        tokio::time::sleep(every).await;
+        let turn = live.rested_turn().await;
         if channel.upgrade().is_none_or(|channel| channel.is_idle()) {
             return; // it is closed as soon as its one subscriber is gone
         }
-        let turn = live.turn.lock().await;
-        let started = Instant::now();
-        let found = ask(&system, &workspace, &sql).await;
-        took = started.elapsed();
-        drop(turn);
+        let found = spend(turn, ask(&system, &workspace, &sql)).await;
         let Some(channel) = channel.upgrade() else { return };
         match found {
             Ok(rows) => {
@@ -446,5 +462,25 @@ async fn poll_figures(channel: Weak<Channel>, system: System) {
             Some(channel) if channel.is_idle() => {}
             Some(channel) => take_figures(&system, &channel).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn after_a_live_query_all_of_the_workspace_rest_but_who_comes_new() {
+        let live = Live { turn: tokio::sync::Mutex::new(Instant::now()) };
+        let work = Duration::from_millis(20);
+        let asked = spend(live.rested_turn().await, async {
+            tokio::time::sleep(work).await;
+            Instant::now()
+        });
+        let ended = asked.await;
+        drop(live.turn.lock().await);
+        assert!(ended.elapsed() < work * QUERY_REST, "a new one waits for no rest");
+        drop(live.rested_turn().await);
+        assert!(ended.elapsed() >= work * QUERY_REST);
     }
 }

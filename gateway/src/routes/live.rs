@@ -173,6 +173,9 @@ impl Follower {
         if self.follows.iter().any(|follow| *follow.name == *name.text) {
             return Err(Problem::invalid("bad_parameter", format!("channel `{}` is named twice", name.text)));
         }
+        if let (Topic::Query { .. }, Some(workspace)) = (&name.topic, &workspace) {
+            Member::of(&self.state, caller, workspace.as_str()).await?.count_request(&self.state).await?;
+        }
         let text = name.text.to_string();
         // where it is until it is told of another place
         let at = wish.since.clone();

@@ -342,6 +342,7 @@ async fn follow(state: &AppState, outbox: &Outbox, Job { token, workspace, reque
     // a run may have waited for long: who asked for it must still be allowed to
     let caller = state.auth.authenticate(state.system.store(), &token, state.system.now()).await?;
     let member = member(state, &caller, Some(&workspace)).await?;
+    member.count_request(state).await?;
     member.count_run(state).await?;
     let dialect = Dialect::of(request.legacy);
     let may_hold = member.access.may(Permission::PortfolioUpdate, None);

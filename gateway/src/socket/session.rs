@@ -169,13 +169,16 @@ impl Session {
         if let Some(workspace) = &workspace {
             self.enter(Group::Workspace(workspace.clone()))?;
         }
+        let is_query = matches!(name.topic, Topic::Query { .. });
+        if let (true, Some(workspace)) = (is_query, &workspace) {
+            Member::of(&self.state, caller, workspace.as_str()).await?.count_request(&self.state).await?;
+        }
         let key = (workspace.clone(), name.text.to_string());
         // a second subscription takes the place of the first
         if let Some(old) = self.subscriptions.remove(&key) {
             self.state.hub.unsubscribe(&old.subscription, &self.outbox);
         }
         self.has_room()?;
-        let is_query = matches!(name.topic, Topic::Query { .. });
         let queries = self.subscriptions.keys().filter(|(_, channel)| channel.starts_with("query/")).count();
         if is_query && queries >= QUERIES_MAX {
             let detail = format!("this connection has {QUERIES_MAX} live queries, the most there can be; end some");
@@ -242,6 +245,7 @@ impl Session {
             self.has_room()?;
             self.enter(Group::Workspace(member.workspace.clone()))?;
         }
+        member.count_request(&self.state).await?;
         member.count_run(&self.state).await?;
         let run = self.state.system.start_run(&member.workspace, request).await?;
         if self.runs.len() >= RUNS_MAX {

@@ -526,6 +526,31 @@ async fn what_is_published_counts_for_the_tier_as_what_is_posted_does() {
     assert_eq!(answer(&mut socket, publish("market.trades", trade())).await["code"], "ingest_rate");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_live_query_counts_for_the_tier_as_one_that_is_asked_once_does() {
+    let (listening, root, bob) = workspace().await;
+    give_role(&listening, &root, "member").await;
+    let tier = json!({"tier": "free"});
+    assert_eq!(listening.server.call("PATCH", "/api/v1/workspaces/acme", &root, tier).await.status, 200);
+    let sql = "SELECT count(*) AS n FROM market.trades";
+    let mut live = subscribe("query/q");
+    live["sql"] = sql.into();
+    let mut socket = signed_in(&listening, &bob).await;
+    for _ in 0..28 {
+        assert_eq!(answer(&mut socket, live.clone()).await["type"], "ok");
+    }
+    let channel = format!("query/q&sql={sql}");
+    assert!(Events::follow(&listening, &bob, &channel).await.is_ok());
+    let at = "/api/v1/workspaces/acme/query";
+    assert_eq!(listening.server.call("POST", at, &bob, json!({"sql": sql})).await.status, 200);
+    assert_eq!(answer(&mut socket, live).await["code"], "quota_exceeded");
+    let refused = Events::follow(&listening, &bob, &channel).await.err();
+    assert_eq!(refused, Some((429, "quota_exceeded".to_owned())));
+    assert_eq!(answer(&mut socket, ask_agent(long_run("r"))).await["code"], "quota_exceeded");
+    // what only looks is free
+    assert_eq!(answer(&mut socket, subscribe("alerts")).await["type"], "ok");
+}
+
 /// A run of the analyst that takes some seconds.
 fn long_run(id: &str) -> Value {
     let question = "Write a long and very detailed analysis, at least forty sentences";
