@@ -317,6 +317,49 @@ async fn kill_and_count(store: Option<String>, kills: u64, seed: u64) {
     );
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alert_rule_is_after_a_kill_what_was_answered_and_the_audit_log_says_who_made_it_so() {
+    server::choose_tls();
+    let directory = TempDir::new().unwrap();
+    let mut process = Process::new(directory.path(), None, 7_000);
+    let client = Client::builder().timeout(Duration::from_secs(20)).build().unwrap();
+    process.start();
+    process.ready(&client).await;
+    let base = format!("http://127.0.0.1:{}", process.port);
+    let api = Api { client: client.clone(), base, token: Default::default() };
+    api.login().await;
+    define(&api, "team").await;
+    let rules = "/api/v1/workspaces/team/alert-rules";
+    let (mut expected, mut noted) = (BTreeMap::from(["now", "once"].map(|name| (name, format!("n > {MANY}")))), Vec::new());
+    for step in 0..4 {
+        let (name, condition) = (["now", "once"][step % 2], format!("n > {}", 100 + step));
+        if step < 3 {
+            let rule = json!({"metric": if name == "now" { "sums" } else { "finals" }, "condition": condition});
+            api.call(Method::PUT, &format!("{rules}/{name}"), rule).await;
+            noted.push(format!("warning 0s {condition}"));
+            expected.insert(name, condition);
+        } else {
+            api.call(Method::DELETE, &format!("{rules}/{name}"), Value::Null).await;
+            expected.remove(name);
+        }
+        process.kill().await;
+        process.start();
+        process.ready(&client).await;
+        let listed = api.call(Method::GET, rules, Value::Null).await;
+        let listed = listed["rules"].as_array().unwrap().iter();
+        let listed: BTreeMap<&str, String> =
+            listed.map(|rule| (rule["name"].as_str().unwrap(), rule["condition"].as_str().unwrap().to_owned())).collect();
+        assert_eq!(listed, expected, "after step {step}");
+    }
+    let log = api.call(Method::GET, "/api/v1/workspaces/team/audit", Value::Null).await;
+    let entries: Vec<String> = log["entries"].as_array().unwrap().iter().rev().map(Value::to_string).collect();
+    for target in noted {
+        assert!(entries.iter().any(|entry| entry.contains(&target)), "{target}: {entries:#?}");
+    }
+    assert!(entries.last().unwrap().contains("DELETE /api/v1/workspaces/{ws}/alert-rules/{rule}"), "{entries:#?}");
+    process.kill().await;
+}
+
 /// A workspace with sums over windows, rules over what changes while a window is open and over what is final.
 async fn define(api: &Api, name: &str) {
     api.call(Method::POST, "/api/v1/workspaces", json!({"id": name, "name": name})).await;

@@ -3,7 +3,7 @@
 use super::metrics::instant;
 use crate::AppState;
 use crate::encode;
-use crate::extract::{Json, Listing, Member, Path, Sent};
+use crate::extract::{Json, Listing, Member, Path, Seen, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use actors::RuleDefinition;
@@ -98,7 +98,12 @@ impl Rule {
     }
 }
 
-async fn create_rule(State(state): State<AppState>, member: Member, rule: Sent<Rule>) -> Result<Response, Problem> {
+async fn create_rule(
+    State(state): State<AppState>,
+    member: Member,
+    seen: Seen,
+    rule: Sent<Rule>,
+) -> Result<Response, Problem> {
     member.may(Permission::AlertDefine)?;
     let Json(mut rule) = rule?;
     let name = rule.name.take().ok_or_else(|| Problem::invalid("bad_body", "`name` is missing"))?;
@@ -107,7 +112,8 @@ async fn create_rule(State(state): State<AppState>, member: Member, rule: Sent<R
         let detail = format!("there is an alert rule `{name}` already; change it with PUT …/alert-rules/{name}");
         return Err(Problem::conflict("exists", detail));
     }
-    let defined = define_rule(&state, &member, name, rule).await?;
+    seen.note(format_args!("`{name}`"));
+    let defined = define_rule(&state, &member, &seen, name, rule).await?;
     Ok((StatusCode::CREATED, axum::Json(defined)).into_response())
 }
 
@@ -115,6 +121,7 @@ async fn put_rule(
     State(state): State<AppState>,
     member: Member,
     Path((_, name)): Path<(String, String)>,
+    seen: Seen,
     rule: Sent<Rule>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertDefine)?;
@@ -122,12 +129,21 @@ async fn put_rule(
     if rule.name.as_ref().is_some_and(|other| *other != name) {
         return Err(Problem::invalid("bad_body", "`name` in the body is not the one in the path"));
     }
-    Ok(axum::Json(define_rule(&state, &member, name.parse()?, rule).await?))
+    Ok(axum::Json(define_rule(&state, &member, &seen, name.parse()?, rule).await?))
 }
 
-async fn define_rule(state: &AppState, member: &Member, name: ItemName, rule: Rule) -> Result<Value, Problem> {
+/// Defines a rule, and tells the audit log what it says.
+async fn define_rule(
+    state: &AppState,
+    member: &Member,
+    seen: &Seen,
+    name: ItemName,
+    rule: Rule,
+) -> Result<Value, Problem> {
     let definition = rule.definition()?;
     let shown = rule_json(&name, &definition);
+    let said = ["severity", "for", "condition"].map(|member| shown[member].as_str().unwrap_or_default());
+    seen.note(format_args!("over {}: {}", definition.metric, said.join(" ")));
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
     Ok(shown)
 }

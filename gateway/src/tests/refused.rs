@@ -104,6 +104,29 @@ async fn the_audit_log_says_whom_and_what() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_audit_log_says_what_an_alert_rule_became_before_the_answer() {
+    let listening = Listening::start(Limits::default()).await;
+    let (_, root) = listening.signed_in().await;
+    let server = &listening.server;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    let sql = "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute')";
+    assert_eq!(server.call("PUT", &at("metrics/m"), &root, json!({"sql": sql})).await.status, 200);
+    let rule = |condition: &str| json!({"name": "many", "metric": "m", "condition": condition, "for": "1m"});
+    for (method, path, body, status, action, target) in [
+        ("POST", "alert-rules", rule("n > 1"), 201, "", "alert-rules `many` over m: warning 1m n > 1"),
+        ("PUT", "alert-rules/many", rule("n > 2"), 200, "/{rule}", "alert-rules/many over m: warning 1m n > 2"),
+        ("DELETE", "alert-rules/many", Value::Null, 204, "/{rule}", "alert-rules/many"),
+    ] {
+        assert_eq!(server.call(method, &at(path), &root, body).await.status, status);
+        // as another process would find it in the store, whatever becomes of this one
+        let (entries, _) = server.state.system.store().audit_log(&"acme".parse().unwrap(), 1, None).await.unwrap();
+        let found = (entries[0].action.clone(), entries[0].target.clone(), entries[0].outcome.clone());
+        let action = format!("{method} /api/v1/workspaces/{{ws}}/alert-rules{action}");
+        assert_eq!(found, (action, at(target), "ok".to_owned()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_makes_a_workspace_does_not_read_who_looked_for_it_before() {
     let listening = Listening::start(Limits::default()).await;
     let (_, root) = listening.signed_in().await;
