@@ -40,7 +40,13 @@ pub(crate) fn secret_of(text: &str) -> Option<Vec<u8>> {
     SECRET_BYTES.contains(&secret.len()).then_some(secret)
 }
 
-/// The header `webhook-signature`: HMAC-SHA256 (RFC 2104) of id, time in seconds and body.
+/// The header `webhook-signature`: one for each secret, so that a receiver may know either.
+fn signatures(secrets: &[Vec<u8>], id: &str, seconds: i64, body: &str) -> String {
+    let all: Vec<String> = secrets.iter().map(|secret| signature(secret, id, seconds, body)).collect();
+    all.join(" ")
+}
+
+/// HMAC-SHA256 (RFC 2104) of id, time in seconds and body.
 fn signature(secret: &[u8], id: &str, seconds: i64, body: &str) -> String {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes a key of any length");
     mac.update(format!("{id}.{seconds}.{body}").as_bytes());
@@ -214,11 +220,12 @@ impl Courier {
         }
     }
 
-    /// Sends `body` as the message `id`. What the receiver answers beyond its head is not read.
+    /// Sends `body` as the message `id`, signed with each of the secrets. What the receiver answers beyond its head is not
+    /// read.
     pub(crate) async fn post(
         &self,
         url: &str,
-        secret: &[u8],
+        secrets: &[Vec<u8>],
         [id, body]: [&str; 2],
         now: Micros,
     ) -> Result<Answer, String> {
@@ -230,7 +237,7 @@ impl Courier {
             .header(CONTENT_TYPE, "application/json")
             .header("webhook-id", id)
             .header("webhook-timestamp", seconds)
-            .header("webhook-signature", signature(secret, id, seconds, body))
+            .header("webhook-signature", signatures(secrets, id, seconds, body))
             .header("idempotency-key", id)
             .body(body.to_owned());
         let answer = request.send().await.map_err(|error| reason(&error))?;

@@ -267,8 +267,12 @@ impl State {
 async fn attempt(deps: &Deps, due: &Due) -> Attempt {
     let delivery = &due.delivery;
     let began = Instant::now();
-    let answer = match deps.sealer.open(&sealed_for(&delivery.workspace, &delivery.webhook), &due.secret) {
-        Ok(secret) => deps.notifier.courier.post(&due.url, &secret, [&delivery.id, &due.body], deps.clock.now()).await,
+    let (owner, now) = (sealed_for(&delivery.workspace, &delivery.webhook), deps.clock.now());
+    let previous = due.previous.iter().filter(|(_, until)| *until > now).map(|(secret, _)| secret);
+    let secrets: Result<Vec<Vec<u8>>, _> =
+        [&due.secret].into_iter().chain(previous).map(|sealed| deps.sealer.open(&owner, sealed)).collect();
+    let answer = match secrets {
+        Ok(secrets) => deps.notifier.courier.post(&due.url, &secrets, [&delivery.id, &due.body], now).await,
         Err(error) => Err(error.to_string()),
     };
     histogram!("tidewatch_webhook_seconds").record(began.elapsed().as_secs_f64());

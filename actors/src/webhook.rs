@@ -153,14 +153,30 @@ impl WebhookChange {
         }
         Ok(())
     }
-
-    fn secret(&self) -> Result<Option<Vec<u8>>, Fault> {
-        let Some(text) = &self.secret else { return Ok(None) };
-        let fits = secret_of(text);
-        fits.map(Some)
-            .ok_or_else(|| bad("`secret` must be `whsec_` and 24 to 64 bytes in base64; leave it out to get one"))
-    }
 }
+
+/// A secret that somebody brought; `None` where they brought none.
+fn brought(text: Option<&str>) -> Result<Option<Vec<u8>>, Fault> {
+    let Some(text) = text else { return Ok(None) };
+    let fits = secret_of(text);
+    fits.map(Some).ok_or_else(|| bad("`secret` must be `whsec_` and 24 to 64 bytes in base64; leave it out to get one"))
+}
+
+/// The secret that was brought, or a new one beside its text: nobody sees that again.
+fn or_made(text: Option<&str>) -> Result<(Vec<u8>, Option<String>), Fault> {
+    Ok(match brought(text)? {
+        Some(secret) => (secret, None),
+        None => {
+            let secret = new_secret();
+            let text = secret_text(&secret);
+            (secret, Some(text))
+        }
+    })
+}
+
+/// How long the secret before a rotation signs too, unless said, and at most.
+const OVERLAP: Span = Span::seconds(24 * 3_600);
+const OVERLAP_MAX: Span = Span::seconds(30 * 24 * 3_600);
 
 impl System {
     /// A new webhook, and its secret as text where it was made here: nobody sees it again.
@@ -177,20 +193,14 @@ impl System {
         if new.url.is_none() {
             return Err(bad("`url` is missing"));
         }
-        let (secret, shown) = match new.secret()? {
-            Some(secret) => (secret, None),
-            None => {
-                let secret = new_secret();
-                let text = secret_text(&secret);
-                (secret, Some(text))
-            }
-        };
+        let (secret, shown) = or_made(new.secret.as_deref())?;
         let (id, now) = (Uuid::now_v7().to_string(), self.now());
         let mut webhook = Webhook {
             secret: deps.sealer.seal(&sealed_for(workspace, &id), &secret),
             id,
             workspace: workspace.clone(),
             url: String::new(),
+            previous: None,
             events: EVENTS.map(str::to_owned).to_vec(),
             severities: None,
             disabled: None,
@@ -213,19 +223,43 @@ impl System {
         let (store, now) = (self.store(), self.now());
         let mut webhook = self.webhook(workspace, id).await?;
         change.apply(self, &mut webhook).await?;
-        if let Some(secret) = change.secret()? {
-            webhook.secret = self.deps().sealer.seal(&sealed_for(workspace, id), &secret);
-        }
+        let secret = brought(change.secret.as_deref())?;
         if change.enabled == Some(true) {
             webhook.disabled = None;
         }
         webhook.updated_at = now;
         let mut found = store.update_webhook(&webhook).await?;
+        if let Some(secret) = secret {
+            let sealed = self.deps().sealer.seal(&sealed_for(workspace, id), &secret);
+            found = store.rotate_webhook_secret(workspace, id, &sealed, None, now).await?;
+        }
         if change.enabled == Some(false) && webhook.disabled.is_none() {
             found = store.disable_webhook(workspace, id, &format!("disabled by {by}"), now).await?;
         }
         // it may have been deleted meanwhile
         if found { self.webhook(workspace, id).await } else { Err(unknown("webhook", "unknown_webhook", id)) }
+    }
+
+    /// Gives a webhook another secret, while the one in force signs too for as long as `overlap`: the webhook, and the
+    /// secret as text where it was made here.
+    pub async fn rotate_webhook_secret(
+        &self,
+        workspace: &WorkspaceId,
+        id: &str,
+        secret: Option<&str>,
+        overlap: Option<Span>,
+    ) -> Result<(Webhook, Option<String>), Fault> {
+        let (secret, shown) = or_made(secret)?;
+        let (overlap, now) = (overlap.unwrap_or(OVERLAP), self.now());
+        if overlap > OVERLAP_MAX {
+            return Err(bad(format!("`overlap` may be {} days at most", OVERLAP_MAX.0 / 86_400_000_000)));
+        }
+        let until = Some(now.plus(overlap)).filter(|until| *until > now);
+        let sealed = self.deps().sealer.seal(&sealed_for(workspace, id), &secret);
+        match self.store().rotate_webhook_secret(workspace, id, &sealed, until, now).await? {
+            true => Ok((self.webhook(workspace, id).await?, shown)),
+            false => Err(unknown("webhook", "unknown_webhook", id)),
+        }
     }
 
     pub async fn remove_webhook(&self, workspace: &WorkspaceId, id: &str) -> Result<(), Fault> {

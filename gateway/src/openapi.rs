@@ -242,10 +242,13 @@ const OPERATIONS: &[Operation] = &[
         .gives(201, "Webhook"),
     Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "One webhook.").needs(Permission::AlertDefine)
         .gives(200, "Webhook"),
-    Operation::new("patch", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Changes what is given. What waits for a webhook that is disabled fails.").needs(Permission::AlertDefine)
+    Operation::new("patch", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Changes what is given; `secret` without an overlap. What waits for a webhook that is disabled fails.").needs(Permission::AlertDefine)
         .takes("WebhookChanges")
         .gives(200, "Webhook"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/webhooks/{webhook}", "webhooks", "Removes a webhook and its deliveries.").needs(Permission::AlertDefine),
+    Operation::new("post", "/api/v1/workspaces/{ws}/webhooks/{webhook}/secret", "webhooks", "Another secret, `secret` or one that is made and shown in this answer and nowhere else. Until `previous_secret_until` the one of before signs too: `webhook-signature` then holds two signatures with a space between, and a receiver by Standard Webhooks takes a message if either is good. `overlap` is 24 hours unless said and 30 days at most; `0s` ends the old secret at once, as for one that leaked. A second rotation within the overlap ends the oldest.").needs(Permission::AlertDefine)
+        .takes("SecretRotation")
+        .gives(200, "Webhook"),
     Operation::new("get", "/api/v1/workspaces/{ws}/webhooks/{webhook}/deliveries", "webhooks", "What was on its way to a webhook, the newest first; `state` is `pending`, `delivered` or `failed`.").needs(Permission::AlertDefine)
         .query(&[LIMIT, BEFORE])
         .gives(200, "Deliveries"),
@@ -397,8 +400,9 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("WebhookChanges", "url? string, events? string[], severities? string[] null, secret? string, enabled? boolean"),
     (
         "Webhook",
-        "id string, url string, events string[], severities string[] null, enabled boolean, disabled_reason string null, created_at time, updated_at time, secret? string",
+        "id string, url string, events string[], severities string[] null, enabled boolean, disabled_reason string null, previous_secret_until time null, created_at time, updated_at time, secret? string",
     ),
+    ("SecretRotation", "secret? string, overlap? string"),
     ("Webhooks", "webhooks Webhook[]"),
     (
         "Delivery",
@@ -478,6 +482,7 @@ fn example(schema: &str) -> Option<Value> {
             "url": "https://hooks.example.com/tidewatch", "events": ["alert.firing", "alert.resolved"],
             "severities": ["critical"],
         }),
+        "SecretRotation" => json!({"overlap": "24h"}),
         "WebhookChanges" => json!({"events": ["alert.firing"], "enabled": true}),
         "NewPortfolio" => json!({"id": "main", "name": "Main", "currency": "USD"}),
         "Positions" => json!({"positions": [position]}),

@@ -12,22 +12,27 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use engine::event::Micros;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use sql::store::{Delivery, Webhook};
+use streams::span::Text;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/api/v1/workspaces/{ws}/webhooks", get(list).post(create))
         .route("/api/v1/workspaces/{ws}/webhooks/{webhook}", get(one).patch(change).delete(remove))
         .route("/api/v1/workspaces/{ws}/webhooks/{webhook}/deliveries", get(deliveries))
+        .route("/api/v1/workspaces/{ws}/webhooks/{webhook}/secret", post(rotate))
         .route("/api/v1/workspaces/{ws}/webhooks/{webhook}/test", post(test))
 }
 
-fn shown(webhook: &Webhook) -> Value {
+fn shown(webhook: &Webhook, now: Micros) -> Value {
+    let previous = webhook.previous.as_ref().map(|(_, until)| *until).filter(|until| *until > now);
     json!({
         "id": webhook.id, "url": webhook.url, "events": webhook.events, "severities": webhook.severities,
         "enabled": webhook.disabled.is_none(), "disabled_reason": webhook.disabled,
+        "previous_secret_until": previous.map(rfc3339),
         "created_at": rfc3339(webhook.created_at), "updated_at": rfc3339(webhook.updated_at),
     })
 }
@@ -69,7 +74,8 @@ fn said<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<Vec<
 async fn list(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertDefine)?;
     let webhooks = state.system.store().webhooks(&member.workspace).await?;
-    Ok(axum::Json(json!({"webhooks": webhooks.iter().map(shown).collect::<Vec<Value>>()})))
+    let now = state.system.now();
+    Ok(axum::Json(json!({"webhooks": webhooks.iter().map(|webhook| shown(webhook, now)).collect::<Vec<Value>>()})))
 }
 
 async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -> Result<Response, Problem> {
@@ -82,12 +88,38 @@ async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -
         secret: new.secret,
         enabled: None,
     };
-    let (webhook, secret) = state.system.create_webhook(&member.workspace, asked).await?;
-    let mut answer = shown(&webhook);
+    let made = state.system.create_webhook(&member.workspace, asked).await?;
+    Ok((StatusCode::CREATED, axum::Json(with_secret(made, state.system.now()))).into_response())
+}
+
+/// A webhook and, this once, the secret that was made for it.
+fn with_secret((webhook, secret): (Webhook, Option<String>), now: Micros) -> Value {
+    let mut answer = shown(&webhook, now);
     if let Some(secret) = secret {
         answer["secret"] = secret.into();
     }
-    Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
+    answer
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rotation {
+    secret: Option<String>,
+    /// How long the secret of before signs, too.
+    overlap: Option<Text>,
+}
+
+async fn rotate(
+    State(state): State<AppState>,
+    member: Member,
+    Path((_, id)): Path<(String, String)>,
+    rotation: Sent<Rotation>,
+) -> Result<axum::Json<Value>, Problem> {
+    member.may(Permission::AlertDefine)?;
+    let Json(Rotation { secret, overlap }) = rotation?;
+    let overlap = overlap.map(|text| text.0);
+    let rotated = state.system.rotate_webhook_secret(&member.workspace, &id, secret.as_deref(), overlap).await?;
+    Ok(axum::Json(with_secret(rotated, state.system.now())))
 }
 
 async fn one(
@@ -96,7 +128,7 @@ async fn one(
     Path((_, id)): Path<(String, String)>,
 ) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::AlertDefine)?;
-    Ok(axum::Json(shown(&state.system.webhook(&member.workspace, &id).await?)))
+    Ok(axum::Json(shown(&state.system.webhook(&member.workspace, &id).await?, state.system.now())))
 }
 
 async fn change(
@@ -109,7 +141,7 @@ async fn change(
     let Json(Changes { url, events, severities, secret, enabled }) = changes?;
     let change = WebhookChange { url, events, severities, secret, enabled };
     let webhook = state.system.change_webhook(&member.workspace, &id, change, &member.name).await?;
-    Ok(axum::Json(shown(&webhook)))
+    Ok(axum::Json(shown(&webhook, state.system.now())))
 }
 
 async fn remove(

@@ -84,6 +84,7 @@ migrations! {
     8 "0008_security",
     9 "0009_tables",
     10 "0010_webhooks",
+    11 "0011_webhook_rotation",
 }
 
 /// Which database a store is.

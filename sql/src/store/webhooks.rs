@@ -24,6 +24,8 @@ pub struct Webhook {
     pub severities: Option<Vec<String>>,
     /// Sealed.
     pub secret: String,
+    /// The one before it, sealed, which signs too until then.
+    pub previous: Option<(String, Micros)>,
     /// Why nothing is sent any more; `None`: it is.
     pub disabled: Option<String>,
     pub created_at: Micros,
@@ -73,6 +75,8 @@ pub struct Due {
     pub url: String,
     /// Sealed.
     pub secret: String,
+    /// The one before it, sealed, which signs too until then.
+    pub previous: Option<(String, Micros)>,
 }
 
 /// What came of trying a delivery once.
@@ -104,6 +108,7 @@ impl FromRow for Webhook {
             events: words(&row.json("events_json")?),
             severities: severities.is_some().then(|| row.json("severities_json")).transpose()?.as_ref().map(words),
             secret: row.try_get("secret")?,
+            previous: previous(row)?,
             disabled: row.try_get("disabled")?,
             created_at: row.time("created_at")?,
             updated_at: row.time("updated_at")?,
@@ -138,8 +143,13 @@ impl FromRow for Due {
             body: row.try_get("body")?,
             url: row.try_get("url")?,
             secret: row.try_get("secret")?,
+            previous: previous(row)?,
         })
     }
+}
+
+fn previous(row: &Row) -> Result<Option<(String, Micros)>, sqlx::Error> {
+    Ok(row.try_get::<Option<String>>("previous_secret")?.zip(row.time_if_any("previous_until")?))
 }
 
 fn words(array: &Value) -> Vec<String> {
@@ -198,23 +208,49 @@ impl Store {
             .map_err(failed("read webhook"))
     }
 
-    /// Replaces all of a webhook but when it was made: whether there is one.
+    /// Replaces all of a webhook but its secrets and when it was made: whether there is one.
     pub async fn update_webhook(&self, webhook: &Webhook) -> Result<bool, StoreError> {
         let changed = query(
-            "UPDATE webhooks SET url = $3, events_json = $4, severities_json = $5, secret = $6, disabled = $7, \
-             updated_at = $8 WHERE workspace = $1 AND id = $2",
+            "UPDATE webhooks SET url = $3, events_json = $4, severities_json = $5, disabled = $6, updated_at = $7 \
+             WHERE workspace = $1 AND id = $2",
         )
         .bind(webhook.workspace.as_str())
         .bind(&webhook.id)
         .bind(&webhook.url)
         .bind(json!(webhook.events).to_string())
         .bind(webhook.severities.as_ref().map(|severities| json!(severities).to_string()))
-        .bind(&webhook.secret)
         .bind(&webhook.disabled)
         .bind(webhook.updated_at)
         .execute(self.write(&webhook.workspace))
         .await
         .map_err(failed("change webhook"))?;
+        Ok(changed > 0)
+    }
+
+    /// Gives a webhook another secret, sealed: whether there is one. The one in force becomes the previous one where it
+    /// is to sign `until` then, too; else there is none.
+    pub async fn rotate_webhook_secret(
+        &self,
+        workspace: &WorkspaceId,
+        id: &str,
+        secret: &str,
+        until: Option<Micros>,
+        at: Micros,
+    ) -> Result<bool, StoreError> {
+        let previous = if until.is_some() { "secret" } else { "NULL" };
+        let sql = format!(
+            "UPDATE webhooks SET previous_secret = {previous}, previous_until = $4, secret = $3, updated_at = $5 \
+             WHERE workspace = $1 AND id = $2"
+        );
+        let changed = query(&sql)
+            .bind(workspace.as_str())
+            .bind(id)
+            .bind(secret)
+            .bind(until)
+            .bind(at)
+            .execute(self.write(workspace))
+            .await
+            .map_err(failed("change the secret of a webhook"))?;
         Ok(changed > 0)
     }
 
@@ -268,7 +304,9 @@ impl Store {
 
     /// All sealed secrets, for a new key to seal them again: workspace, webhook, secret.
     pub async fn all_webhook_secrets(&self) -> Result<Vec<(WorkspaceId, String, String)>, StoreError> {
-        let rows = query("SELECT workspace, id, secret FROM webhooks").fetch_all(self.read(Scope::Installation)).await;
+        let sql = "SELECT workspace, id, secret FROM webhooks UNION ALL \
+                   SELECT workspace, id, previous_secret FROM webhooks WHERE previous_secret IS NOT NULL";
+        let rows = query(sql).fetch_all(self.read(Scope::Installation)).await;
         let rows = rows.map_err(failed("list webhook secrets"))?;
         let read = |row: &Row| Ok((row.name("workspace")?, row.try_get("id")?, row.try_get("secret")?));
         rows.iter().map(read).collect::<Result<_, _>>().map_err(failed("list webhook secrets"))
@@ -282,7 +320,10 @@ impl Store {
         old: &str,
         new: &str,
     ) -> Result<bool, StoreError> {
-        let changed = query("UPDATE webhooks SET secret = $4 WHERE workspace = $1 AND id = $2 AND secret = $3")
+        let sql = "UPDATE webhooks SET secret = CASE WHEN secret = $3 THEN $4 ELSE secret END, \
+                   previous_secret = CASE WHEN previous_secret = $3 THEN $4 ELSE previous_secret END \
+                   WHERE workspace = $1 AND id = $2 AND $3 IN (secret, previous_secret)";
+        let changed = query(sql)
             .bind(workspace.as_str())
             .bind(id)
             .bind(old)
@@ -346,7 +387,7 @@ impl Store {
         without: &[&str],
     ) -> Result<Vec<Due>, StoreError> {
         let mut sql = Builder::new(
-            "SELECT d.*, w.url, w.secret FROM (SELECT p.seq, \
+            "SELECT d.*, w.url, w.secret, w.previous_secret, w.previous_until FROM (SELECT p.seq, \
              row_number() OVER (PARTITION BY p.workspace, p.webhook ORDER BY p.next_at, p.seq) AS place \
              FROM webhook_deliveries p WHERE p.state = 'pending' AND p.next_at <= ",
         );
@@ -539,6 +580,7 @@ pub(super) mod testing {
             events: vec!["alert.firing".into(), "alert.resolved".into()],
             severities: None,
             secret: "sealed".into(),
+            previous: None,
             disabled: None,
             created_at: Micros(1),
             updated_at: Micros(1),
@@ -622,6 +664,32 @@ mod tests {
         assert!(!store.reseal_webhook(&acme, "1", "other", "new").await.unwrap());
         assert!(store.reseal_webhook(&acme, "1", "sealed", "new").await.unwrap());
         assert_eq!(store.webhook(&acme, "1").await.unwrap().unwrap().secret, "new");
+    }
+
+    #[tokio::test]
+    async fn a_secret_that_is_rotated_stays_beside_the_new_one_or_goes() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        store.create_webhook(&webhook(&acme, "1")).await.unwrap();
+        tell(&store, &acme, &[notice("alert.firing", "a", 5)]).await;
+        assert!(!store.rotate_webhook_secret(&acme, "2", "second", None, Micros(3)).await.unwrap());
+        assert!(store.rotate_webhook_secret(&acme, "1", "second", Some(Micros(9)), Micros(3)).await.unwrap());
+        let both = Some(("sealed".to_owned(), Micros(9)));
+        assert_eq!((&due(&store, 5).await[0].secret, &due(&store, 5).await[0].previous), (&"second".into(), &both));
+        // what is changed otherwise at the same time takes no secret back
+        let other = Webhook { url: "https://example.com/other".into(), ..webhook(&acme, "1") };
+        assert!(store.update_webhook(&other).await.unwrap());
+        let found = store.webhook(&acme, "1").await.unwrap().unwrap();
+        assert_eq!((found.secret.as_str(), &found.previous, &found.url), ("second", &both, &other.url));
+        // a new key seals both
+        let sealed: Vec<String> = store.all_webhook_secrets().await.unwrap().into_iter().map(|one| one.2).collect();
+        assert_eq!(sealed, ["second", "sealed"]);
+        assert!(store.reseal_webhook(&acme, "1", "sealed", "again").await.unwrap());
+        let found = store.webhook(&acme, "1").await.unwrap().unwrap();
+        assert_eq!((found.secret.as_str(), found.previous), ("second", Some(("again".to_owned(), Micros(9)))));
+        assert!(store.rotate_webhook_secret(&acme, "1", "third", None, Micros(4)).await.unwrap());
+        let found = store.webhook(&acme, "1").await.unwrap().unwrap();
+        assert_eq!((found.secret.as_str(), found.previous, found.updated_at), ("third", None, Micros(4)));
     }
 
     #[tokio::test]
