@@ -7,6 +7,7 @@ mod layers; // memory first, then Redis, then whoever can load it
 mod link; // the connection to Redis, which may be gone at any time
 mod shared; // the second layer, as Redis keeps it
 mod bucket; // token buckets that several nodes share
+mod tries; // tries of a password that several nodes count together
 
 #[cfg(test)]
 mod tests;
@@ -16,3 +17,4 @@ pub use config::{CacheError, Config, RedisConfig};
 pub use layers::{Ask, Cache, Class, Kept, Warmth};
 pub use link::Standing;
 pub use tag::Tag;
+pub use tries::Patience;

@@ -299,6 +299,36 @@ async fn nodes_take_from_one_bucket_and_redis_fills_it() {
 }
 
 #[tokio::test]
+async fn nodes_count_tries_together_and_who_failed_too_often_waits_ever_longer() {
+    let Some(mut server) = redis() else { return };
+    let dir = TempDir::new().unwrap();
+    let (a, b) = (node(&server, "i", &dir.path().join("a")).await, node(&server, "i", &dir.path().join("b")).await);
+    let patience = |free| Patience { free, longest: Duration::from_secs(60), forget: Duration::from_secs(900) };
+    let count = async |node: &Cache, account: &str| {
+        node.count_try([(account, patience(3)), ("address", patience(7))]).await.map(|wait| wait.as_secs_f64())
+    };
+    for node in [&a, &b, &a] {
+        assert_eq!(count(node, "ann").await, Some(0.0));
+    }
+    let wait = count(&b, "ann").await.unwrap();
+    assert!((0.5..=1.0).contains(&wait), "{wait}");
+    // what was no failure is taken back on whatever node
+    b.take_back_try(["ann", "address"]).await;
+    assert_eq!(count(&a, "ann").await, Some(0.0));
+    tokio::time::sleep(Duration::from_millis(1_050)).await;
+    assert_eq!(count(&a, "ann").await, Some(0.0));
+    let wait = count(&b, "ann").await.unwrap();
+    assert!((1.0..=2.0).contains(&wait), "{wait}");
+    b.forget_tries("ann").await;
+    assert_eq!(count(&a, "ann").await, Some(0.0));
+    // of all accounts together there were 5, and there may be 7
+    assert_eq!((count(&a, "bob").await, count(&b, "eve").await), (Some(0.0), Some(0.0)));
+    assert!(count(&a, "joe").await.unwrap() > 0.0);
+    server.stop();
+    assert_eq!(count(&a, "ann").await, None);
+}
+
+#[tokio::test]
 async fn an_address_that_cannot_be_is_refused_with_what_to_write() {
     for url in ["localhost:6379", "http://localhost"] {
         let settings = RedisConfig { url: Some(url.into()), ..RedisConfig::default() };

@@ -4,6 +4,7 @@ use crate::config::AuthConfig;
 use crate::oidc::{Identity, Oidc};
 use crate::permission::{Access, Role, Scope, parse_scopes};
 use crate::problem::Problem;
+use crate::throttle::{Throttle, Try};
 use actors::{SealError, Sealer, sealed_for};
 use argon2::password_hash::{PasswordHasher, SaltString};
 use argon2::{Argon2, PasswordHash, PasswordVerifier};
@@ -12,13 +13,12 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use engine::event::{Micros, Span, WorkspaceId};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sql::store::{ApiKey, RefreshToken, Spent, Store, StoreError, Totp, User};
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,16 +39,6 @@ pub const PASSWORD_CHARS_MIN: usize = 8;
 const PASSWORD_BYTES_MAX: usize = 1 << 10;
 /// How long a sign-in waits for its turn to be checked: each check takes 19 MiB, so few run at once.
 const HASH_WAIT: Duration = Duration::from_secs(5);
-
-/// Wrong passwords in a row for one account from one address before each further try has to wait.
-const FREE_TRIES: u32 = 5;
-/// The same for all accounts together, from one address.
-const FREE_TRIES_OF_ADDRESS: u32 = 100;
-/// No e-mail address: where the failures of an address are counted.
-const ANY_ACCOUNT: &str = "";
-const TRY_WAIT_MAX: Span = Span::seconds(60);
-/// Failures are forgotten after this long without another.
-const FORGET_TRIES: Span = Span::seconds(15 * 60);
 
 /// Who somebody is and what they may do is looked up again after this long, so that a change made by another process
 /// takes effect; a change made by this one does at once.
@@ -96,7 +86,7 @@ pub struct Auth {
     hashing: Arc<Semaphore>,
     /// Checked for users that do not exist, so that they take as long as those that do.
     dummy_hash: Arc<str>,
-    tries: Mutex<HashMap<(String, Option<IpAddr>), Tries>>,
+    throttle: Throttle,
     callers: Remembered<[u8; 32], Caller>,
     accesses: Remembered<(WorkspaceId, String), Option<Access>>,
     tiers: Remembered<WorkspaceId, String>,
@@ -155,20 +145,6 @@ struct Claims {
     sid: String,
     iat: i64,
     exp: i64,
-}
-
-/// Failed sign-ins of one account from one address.
-struct Tries {
-    failed: u32,
-    last: Micros,
-}
-
-impl Tries {
-    /// No try before this instant.
-    fn until(&self, free: u32) -> Micros {
-        let Some(over) = self.failed.checked_sub(free) else { return Micros::MIN };
-        self.last.plus(Span::seconds(1 << over.min(10)).min(TRY_WAIT_MAX))
-    }
 }
 
 /// A secret as it is configured: itself, or a file that holds it.
@@ -239,7 +215,7 @@ impl Auth {
             bootstrap,
             hashing: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from))),
             dummy_hash: dummy_hash.into(),
-            tries: Mutex::default(),
+            throttle: Throttle::default(),
             callers: Remembered::default(),
             accesses: Remembered::default(),
             tiers: Remembered::default(),
@@ -289,23 +265,21 @@ impl Auth {
         email: &str,
         password: String,
         otp: Option<&str>,
-        from: Option<IpAddr>,
-        now: Micros,
+        at: Try<'_>,
     ) -> Result<Tokens, Problem> {
         let email: String = email.to_lowercase().chars().take(320).collect();
-        self.count_try(&email, from, now)?;
-        let user = match self.check_sign_in(store, &email, password, otp, now).await {
+        self.throttle.count(&email, at).await?;
+        let user = match self.check_sign_in(store, &email, password, otp, at.now).await {
             Ok(user) => user,
             Err(problem) => {
                 if !is_wrong_guess(&problem) {
-                    self.take_back_try(&email, from);
+                    self.throttle.take_back(&email, at).await;
                 }
                 return Err(problem);
             }
         };
-        self.take_back_try(&email, from);
-        self.tries.lock().remove(&(email, from));
-        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await
+        self.throttle.succeeded(&email, at).await;
+        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), at.now).await
     }
 
     async fn check_sign_in(
@@ -368,16 +342,15 @@ impl Auth {
         store: &Store,
         caller: &Caller,
         password: String,
-        from: Option<IpAddr>,
-        now: Micros,
+        at: Try<'_>,
     ) -> Result<User, Problem> {
         let user = store.user_by_id(&caller.id).await?.ok_or_else(unauthenticated)?;
-        self.count_try(&user.email, from, now)?;
+        self.throttle.count(&user.email, at).await?;
         let known = user.password_hash.clone();
         let too_long = password.len() > PASSWORD_BYTES_MAX;
         let checked = self.hashing(move || !too_long && verify(&password, &known)).await;
         if !matches!(checked, Ok(false)) {
-            self.take_back_try(&user.email, from);
+            self.throttle.take_back(&user.email, at).await;
         }
         match checked? {
             true => Ok(user),
@@ -392,16 +365,15 @@ impl Auth {
         store: &Store,
         user: &User,
         code: Option<&str>,
-        from: Option<IpAddr>,
-        now: Micros,
+        at: Try<'_>,
     ) -> Result<(), Problem> {
         let Some(sealed) = store.totp(&user.id).await?.secret else { return Ok(()) };
         let missing = "this account has a second factor: send a code of your authenticator as `code`";
         let code = code.ok_or_else(|| Problem::forbidden(missing).code("otp_required"))?;
-        self.count_try(&user.email, from, now)?;
-        let spent = self.spend_code(store, user, &sealed, code, now).await;
+        self.throttle.count(&user.email, at).await?;
+        let spent = self.spend_code(store, user, &sealed, code, at.now).await;
         if !matches!(spent, Ok(false)) {
-            self.take_back_try(&user.email, from);
+            self.throttle.take_back(&user.email, at).await;
         }
         match spent? {
             true => Ok(()),
@@ -715,42 +687,6 @@ impl Auth {
         self.tiers.forget();
     }
 
-    /// Counts a try as failed before it is known whether it is, so that tries at the same time count as those one after
-    /// the other do; refuses it where there were too many.
-    fn count_try(&self, email: &str, from: Option<IpAddr>, now: Micros) -> Result<(), Problem> {
-        let mut all = self.tries.lock();
-        let until = |email: &str, free| all.get(&(email.to_owned(), from)).map_or(Micros::MIN, |t| t.until(free));
-        let until = until(email, FREE_TRIES).max(until(ANY_ACCOUNT, FREE_TRIES_OF_ADDRESS));
-        if until > now {
-            let wait = Duration::from_micros(until.since(now).0.unsigned_abs());
-            let detail = format!("too many failed sign-ins; try again in {} s", wait.as_secs() + 1);
-            let refused = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_sign_ins", detail);
-            return Err(refused.retry_after(wait));
-        }
-        if all.len() >= REMEMBER_MAX {
-            all.retain(|_, tries| tries.until(FREE_TRIES) > now);
-        }
-        for email in [email, ANY_ACCOUNT] {
-            let tries = all.entry((email.to_owned(), from)).or_insert(Tries { failed: 0, last: now });
-            if tries.last.plus(FORGET_TRIES) < now {
-                tries.failed = 0;
-            }
-            tries.failed = tries.failed.saturating_add(1);
-            tries.last = now;
-        }
-        Ok(())
-    }
-
-    /// A try that was counted was no wrong guess.
-    fn take_back_try(&self, email: &str, from: Option<IpAddr>) {
-        let mut all = self.tries.lock();
-        for email in [email, ANY_ACCOUNT] {
-            if let Some(tries) = all.get_mut(&(email.to_owned(), from)) {
-                tries.failed = tries.failed.saturating_sub(1);
-            }
-        }
-    }
-
     /// Runs work that takes much memory and time, little of it at once.
     async fn hashing<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
         let busy = |_| {
@@ -1037,28 +973,6 @@ mod tests {
             let config = AuthConfig { secret, ..AuthConfig::default() };
             let error = Auth::new(&config).err().unwrap().to_string();
             assert!(error.contains("openssl rand -base64 48"), "{error}");
-        }
-    }
-
-    #[test]
-    fn after_five_wrong_passwords_each_try_waits_longer_up_to_a_minute() {
-        let auth = auth();
-        let address = Some(IpAddr::from([10, 0, 0, 1]));
-        let mut now = NOW;
-        for _ in 0..5 {
-            assert!(auth.count_try("ann@example.com", address, now).is_ok());
-        }
-        for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
-            let almost = now.plus(Span(Span::seconds(wait).0 - 1));
-            let refused = auth.count_try("ann@example.com", address, almost).unwrap_err();
-            assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS, "{wait}");
-            for (email, from) in [("ann@example.com", Some(IpAddr::from([10, 0, 0, 2]))), ("bob@example.com", address)]
-            {
-                assert!(auth.count_try(email, from, almost).is_ok(), "{email} {from:?}");
-                auth.take_back_try(email, from);
-            }
-            now = now.plus(Span::seconds(wait));
-            assert!(auth.count_try("ann@example.com", address, now).is_ok());
         }
     }
 

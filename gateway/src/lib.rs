@@ -6,6 +6,7 @@ mod problem; // errors as clients see them
 mod permission; // what a role may do
 mod quota; // how much a workspace and a user may ask for
 mod oidc; // sign-in by an OpenID Connect issuer
+mod throttle; // who guesses passwords has to wait
 mod auth; // passwords, tokens, API keys
 mod extract; // what handlers take from a request
 

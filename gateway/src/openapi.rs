@@ -99,7 +99,7 @@ const OPERATIONS: &[Operation] = &[
         .gives_as(200, TEXT, "Text"),
     Operation::new("get", "/openapi.json", "health", "This document.").gives(200, "Object"),
     Operation::new("get", "/docs", "health", "This document for people.").gives_as(200, HTML, "Text"),
-    Operation::new("post", "/api/v1/auth/login", "sign-in", "Signs in; `otp` is the code of a second factor where the account has one. Failures in a row for one account from one address have to wait: 429.")
+    Operation::new("post", "/api/v1/auth/login", "sign-in", "Signs in; `otp` is the code of a second factor where the account has one. After 5 failures in a row for one account from one address, or 100 from one address, each further try has to wait, from 1 s up to 60 s: 429. Nodes that share a Redis count together.")
         .takes("Login")
         .gives(200, "Tokens"),
     Operation::new("post", "/api/v1/auth/refresh", "sign-in", "A new pair for a refresh token, which is spent; its reuse ends the whole sign-in.")

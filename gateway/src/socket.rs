@@ -142,8 +142,8 @@ mod tests {
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();
-            let tokens =
-                auth.login(system.store(), "root@example.com", password, None, None, system.now()).await.unwrap();
+            let at = crate::throttle::Try { from: None, now: system.now(), cache: system.cache() };
+            let tokens = auth.login(system.store(), "root@example.com", password, None, at).await.unwrap();
             let token = json!(tokens)["access_token"].as_str().unwrap().to_owned();
             let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
             let state = AppState::new(system, Arc::new(auth), hub, Arc::new(config), Arc::default(), metrics).unwrap();

@@ -6,6 +6,7 @@ use crate::extract::{Address, Json, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::Role;
 use crate::problem::Problem;
+use crate::throttle::Try;
 use actors::rows::rfc3339;
 use axum::extract::State;
 use axum::http::header::{COOKIE as COOKIE_HEADER, LOCATION, SET_COOKIE};
@@ -16,6 +17,7 @@ use axum::{Extension, Router};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::net::IpAddr;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -43,6 +45,11 @@ struct Login {
     otp: Option<String>,
 }
 
+/// A password or code that is tried now.
+fn tried(state: &AppState, from: Option<IpAddr>) -> Try<'_> {
+    Try { from, now: state.system.now(), cache: state.system.cache() }
+}
+
 async fn login(
     State(state): State<AppState>,
     Address(from): Address,
@@ -52,8 +59,8 @@ async fn login(
     if let Some(Extension(seen)) = seen {
         seen.tell(login.email.chars().take(254).collect());
     }
-    let (store, now) = (state.system.store(), state.system.now());
-    Ok(axum::Json(state.auth.login(store, &login.email, login.password, login.otp.as_deref(), from, now).await?))
+    let (store, at) = (state.system.store(), tried(&state, from));
+    Ok(axum::Json(state.auth.login(store, &login.email, login.password, login.otp.as_deref(), at).await?))
 }
 
 /// The issuers that somebody may sign in with.
@@ -217,8 +224,8 @@ async fn change_password(
     Address(from): Address,
     Json(change): Json<PasswordChange>,
 ) -> Result<StatusCode, Problem> {
-    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
-    let user = state.auth.confirm_password(store, &caller, change.password, from, now).await?;
+    let (caller, store) = (caller.user()?, state.system.store());
+    let user = state.auth.confirm_password(store, &caller, change.password, tried(&state, from)).await?;
     state.auth.change_password(store, &user, change.new_password).await?;
     state.took_from(&Group::User(user.id.into()));
     Ok(StatusCode::NO_CONTENT)
@@ -239,9 +246,9 @@ async fn enrol(
     Address(from): Address,
     Json(body): Json<Factor>,
 ) -> Result<axum::Json<Value>, Problem> {
-    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
-    let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
-    state.auth.confirm_code(store, &user, body.code.as_deref(), from, now).await?;
+    let (caller, store, at) = (caller.user()?, state.system.store(), tried(&state, from));
+    let user = state.auth.confirm_password(store, &caller, body.password, at).await?;
+    state.auth.confirm_code(store, &user, body.code.as_deref(), at).await?;
     let (secret, url) = state.auth.enrol(store, &user).await?;
     Ok(axum::Json(json!({"secret": secret, "url": url})))
 }
@@ -266,9 +273,9 @@ async fn disable(
     Address(from): Address,
     Json(body): Json<Factor>,
 ) -> Result<StatusCode, Problem> {
-    let (caller, store, now) = (caller.user()?, state.system.store(), state.system.now());
-    let user = state.auth.confirm_password(store, &caller, body.password, from, now).await?;
-    state.auth.confirm_code(store, &user, body.code.as_deref(), from, now).await?;
+    let (caller, store, at) = (caller.user()?, state.system.store(), tried(&state, from));
+    let user = state.auth.confirm_password(store, &caller, body.password, at).await?;
+    state.auth.confirm_code(store, &user, body.code.as_deref(), at).await?;
     if !store.delete_totp(&user.id).await? {
         return Err(Problem::not_found("not_enrolled", "this account has no second factor"));
     }

@@ -69,6 +69,33 @@ async fn what_a_tier_gives_an_hour_is_one_quota_for_all_nodes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_guesses_passwords_has_to_wait_at_all_nodes() {
+    let redis = match RedisServer::start() {
+        Ok(redis) => redis,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    let nodes = two(&redis, &config()).await;
+    let sign_in = async |node: usize, password: &str| {
+        let body = json!({"email": "root@example.com", "password": password});
+        nodes[node].call("POST", "/api/v1/auth/login", "", body).await
+    };
+    // a right password leaves no trace
+    for n in 0..10 {
+        assert_eq!(sign_in(n % 2, PASSWORD).await.status, 200);
+    }
+    for n in 0..5 {
+        assert_eq!(sign_in(n % 2, "wrong horse").await.status, 401);
+    }
+    for node in [0, 1] {
+        let refused = sign_in(node, PASSWORD).await;
+        assert_eq!((refused.status, refused.code()), (429, "too_many_sign_ins"));
+        assert!(refused.headers.contains_key("retry-after"));
+    }
+    eventually("it may try again", async || sign_in(0, PASSWORD).await.status == 200).await;
+    assert_eq!(sign_in(1, "wrong horse").await.status, 401, "it begins anew at both");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_redis_each_node_counts_on_and_serves_and_says_so() {
     let mut redis = match RedisServer::start() {
         Ok(redis) => redis,

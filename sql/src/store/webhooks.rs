@@ -242,7 +242,7 @@ impl Store {
             "UPDATE webhooks SET previous_secret = {previous}, previous_until = $4, secret = $3, updated_at = $5 \
              WHERE workspace = $1 AND id = $2"
         );
-        let changed = query(&sql)
+        let changed = query(sql)
             .bind(workspace.as_str())
             .bind(id)
             .bind(secret)
