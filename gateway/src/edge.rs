@@ -5,16 +5,18 @@ use crate::AppState;
 use crate::extract::Seen;
 use crate::problem::{Code, Problem};
 use crate::quota::Standing;
-use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
 };
+use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use sql::store::AuditEntry;
+use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,6 +115,13 @@ impl Told {
     /// The last one told counts: a workspace's quota over the user's.
     pub(crate) fn tell(&self, standing: Standing) {
         *self.0.lock() = Some(standing);
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Told {
+    type Rejection = Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(parts.extensions.get::<Told>().cloned().unwrap_or_default())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::AppState;
 use crate::config::Limits;
+use crate::edge::Told;
 use crate::extract::Member;
 use crate::problem::Problem;
 use crate::quota::Tier;
@@ -124,17 +125,20 @@ fn check_open(stream: &StreamName) -> Result<(), Problem> {
     Err(Problem::conflict("engine_stream", detail))
 }
 
-/// Takes in the events of a request; answers once the good ones are durable.
+/// Takes in the events of a request; answers once the good ones are durable. How the events of the workspace stand is
+/// told before and behind them.
 pub(crate) async fn take_body(
     state: &AppState,
     member: &Member,
     stream: &StreamName,
     unit: TsUnit,
-    headers: &HeaderMap,
-    body: Body,
+    (headers, body): (&HeaderMap, Body),
+    told: &Told,
 ) -> Result<Value, Problem> {
     check_open(stream)?;
     let tier = state.tier(&member.workspace).await?;
+    let tell = || _ = state.quotas.events(&member.workspace, &tier, state.system.now()).map(|s| told.tell(s));
+    tell();
     state.quotas.may_ingest(&member.workspace, &tier, state.system.now())?;
     let (format, encoding) = (format_of(headers)?, Encoding::of(headers)?);
     // before the body is read: a stream that is not there needs none
@@ -144,7 +148,9 @@ pub(crate) async fn take_body(
     let large = is_large(&body, encoding);
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
-    take(state, &member.workspace, stream, &tier, decoded).await
+    let answer = take(state, &member.workspace, stream, &tier, decoded).await?;
+    tell();
+    Ok(answer)
 }
 
 /// Takes in events that were decoded, and counts them: the answer, once the good ones are durable.

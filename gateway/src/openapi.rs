@@ -145,7 +145,7 @@ const OPERATIONS: &[Operation] = &[
         .takes("Assignment")
         .gives(200, "Member"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
-    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used. Of a user's requests those that only read are not counted, since consoles poll; a key's are.")
+    Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used; of events, `limit_at_once` is the ten seconds' worth that may come at once. Of a user's requests those that only read are not counted, since consoles poll; a key's are.")
         .gives(200, "Usage"),
     Operation::new("get", "/api/v1/workspaces/{ws}/grants", "workspaces", "What members may do beyond their roles.")
         .needs(Permission::WorkspaceManage)
@@ -169,7 +169,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it.").needs(Permission::StreamDefine)
         .takes("StreamDefinition")
         .gives(200, "Stream"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`.").needs(Permission::StreamIngest)
+    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`. Where the tier bounds events a second, ten seconds' worth may come at once, a larger request goes through too and the next ones wait for it, and the `RateLimit-*` headers tell of the workspace's events: `RateLimit-Policy: 10000;w=10` is 1,000 a second; over it 429 `ingest_rate`.").needs(Permission::StreamIngest)
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said. Within a year of 1970 an integer is refused (`ts_out_of_range`), since a count in the wrong unit lands there; RFC 3339 may name any time from year 1 to a day from now.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),

@@ -69,6 +69,9 @@ struct Bucket {
     at: Micros,
 }
 
+/// Events of so many seconds may come at once.
+const EVENTS_WINDOW: u64 = 10;
+
 /// A bucket's size and speed.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Rate {
@@ -92,9 +95,14 @@ impl Rate {
         cache::Rate { burst: self.burst, per_second: self.per_second }
     }
 
-    /// Ten seconds' worth may come at once.
-    fn of_events(per_second: u32) -> Rate {
-        Rate { burst: f64::from(per_second) * 10.0, per_second: f64::from(per_second), window: 10 }
+    pub(crate) fn of_events(per_second: u32) -> Rate {
+        let per_second = f64::from(per_second);
+        Rate { burst: per_second * EVENTS_WINDOW as f64, per_second, window: EVENTS_WINDOW }
+    }
+
+    /// What a full bucket holds.
+    pub(crate) fn burst(self) -> u64 {
+        self.burst as u64
     }
 }
 
@@ -228,15 +236,21 @@ impl Quotas {
         Ok(own.or_stricter(shared, rate))
     }
 
+    /// How the events of a workspace stand, where its tier bounds them.
+    pub(crate) fn events(&self, id: &WorkspaceId, tier: &Tier, now: Micros) -> Option<Standing> {
+        let rate = Rate::of_events(tier.events_per_second?);
+        Some(self.standing(Of::Events(id.clone()), rate, None, now))
+    }
+
     /// Whether events may come now; asked before they are read.
     pub(crate) fn may_ingest(&self, id: &WorkspaceId, tier: &Tier, now: Micros) -> Result<(), Problem> {
-        let Some(most) = tier.events_per_second else { return Ok(()) };
-        let standing = self.standing(Of::Events(id.clone()), Rate::of_events(most), None, now);
+        let Some((most, standing)) = tier.events_per_second.zip(self.events(id, tier, now)) else { return Ok(()) };
         if standing.wait.is_zero() {
             return Ok(());
         }
         let detail = format!(
-            "this workspace sends more than events_per_second = {most} of its tier; wait, or ask for another tier"
+            "this workspace sends more than events_per_second = {most} of its tier, and {EVENTS_WINDOW} s of that at \
+             once; wait, or ask for another tier"
         );
         Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "ingest_rate", detail).retry_after(standing.wait))
     }

@@ -463,14 +463,20 @@ async fn a_tier_bounds_requests_events_and_metrics_and_says_where_one_stands() {
         let at = "/api/v1/workspaces/acme/streams/market.trades/events";
         server.call("POST", at, &ann, json!(events)).await
     };
-    assert_eq!(send().await.status, 200);
+    let first = send().await;
+    assert_eq!((first.status, &first.headers["ratelimit-policy"]), (200, &HeaderValue::from_static("10000;w=10")));
+    let remaining = first.headers["ratelimit-remaining"].to_str().unwrap().parse::<u64>().unwrap();
+    assert!((1_000..10_000).contains(&remaining), "{remaining}");
     assert_eq!(send().await.status, 200, "the last one may make a debt");
     let refused = send().await;
     assert_eq!((refused.status, refused.code()), (429, "ingest_rate"));
     assert!(refused.headers.contains_key("retry-after"));
+    assert_eq!((&refused.headers["ratelimit-limit"], &refused.headers["ratelimit-remaining"]), (&"10000", &"0"));
     let usage = server.get("/api/v1/workspaces/acme/usage", &ann).await.body;
     assert_eq!((&usage["tier"], &usage["requests"]["remaining"]), (&json!("free"), &json!(0)), "{usage}");
     assert_eq!(usage["metrics"], json!({"used": 0, "limit": 20}));
+    let events = &usage["events"];
+    assert_eq!((&events["limit_per_second"], &events["limit_at_once"]), (&json!(1_000), &json!(10_000)));
     assert_eq!(server.call("PATCH", "/api/v1/workspaces/acme", &root, json!({"tier": "enterprise"})).await.status, 200);
     assert_eq!(ask().await.status, 200);
     // a workspace of the default tier has no quota of its own, only its user's

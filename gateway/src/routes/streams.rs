@@ -1,6 +1,7 @@
 //! Streams: their schemas, and the events sent to them.
 
 use crate::AppState;
+use crate::edge::Told;
 use crate::extract::{Json, Member, Path, Query, Sent};
 use crate::ingest::take_body;
 use crate::permission::Permission;
@@ -94,6 +95,7 @@ async fn ingest(
     member: Member,
     Path((_, stream)): Path<(String, String)>,
     Query(parameters): Query<Parameters>,
+    told: Told,
     headers: HeaderMap,
     body: Body,
 ) -> Result<axum::Json<Value>, Problem> {
@@ -101,5 +103,5 @@ async fn ingest(
     member.may_on(Permission::StreamIngest, &format!("streams/{stream}"))?;
     let unit = parameters.ts_unit.map_or(Ok(TsUnit::default()), |unit| unit.parse());
     let unit = unit.map_err(|error: String| Problem::invalid("bad_parameter", error))?;
-    Ok(axum::Json(take_body(&state, &member, &stream, unit, &headers, body).await?))
+    Ok(axum::Json(take_body(&state, &member, &stream, unit, (&headers, body), &told).await?))
 }

@@ -171,7 +171,10 @@ async fn usage(State(state): State<AppState>, member: Member) -> Result<axum::Js
         "tier": name,
         "requests": rate(Of::Requests(id.clone(), member.user.clone()), tier.requests_per_hour).await,
         "agent_runs": rate(Of::Runs(id.clone()), tier.agent_runs_per_hour).await,
-        "events": {"accepted": events, "limit_per_second": tier.events_per_second},
+        "events": {
+            "accepted": events, "limit_per_second": tier.events_per_second,
+            "limit_at_once": tier.events_per_second.map(|most| Rate::of_events(most).burst()),
+        },
         "metrics": {"used": metrics, "limit": tier.metrics},
         "streams": {"used": own, "limit": tier.streams},
     })))

@@ -26,7 +26,7 @@ export interface Usage {
   tier: string;
   requests: Quota | null;
   agent_runs: Quota | null;
-  events: { accepted: number; limit_per_second: number | null };
+  events: { accepted: number; limit_per_second: number | null; limit_at_once: number | null };
   metrics: { used: number; limit: number | null };
   streams: { used: number; limit: number | null };
 }
