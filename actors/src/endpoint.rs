@@ -259,6 +259,14 @@ mod tests {
     }
 
     #[test]
+    fn each_secret_signs_and_a_space_is_between() {
+        let secrets = [vec![1; 32], vec![2; 32]];
+        let alone = secrets.each_ref().map(|secret| signature(secret, "msg_1", 7, "{}"));
+        assert_eq!(signatures(&secrets, "msg_1", 7, "{}"), alone.join(" "));
+        assert_ne!(alone[0], alone[1]);
+    }
+
+    #[test]
     fn a_secret_reads_back_as_it_is_shown_and_others_are_refused() {
         let secret = new_secret();
         assert_eq!(secret_of(&secret_text(&secret)), Some(secret.clone()));
@@ -362,7 +370,7 @@ mod tests {
         let courier = Courier::new(false, Duration::from_secs(5)).unwrap();
         let url = format!("https://localhost:{port}/");
         assert!(matches!(courier.check(&url).await, Err(BadUrl::Private(_))));
-        let refused = courier.post(&url, &[7; 32], ["msg_1", "{}"], Micros(1)).await.unwrap_err();
+        let refused = courier.post(&url, &[vec![7; 32]], ["msg_1", "{}"], Micros(1)).await.unwrap_err();
         assert!(refused.contains("`localhost` has an address that is not public"), "{refused}");
         let dialled = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(dialled.is_err(), "nothing may have connected");

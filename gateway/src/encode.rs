@@ -5,9 +5,11 @@ use actors::json::AnyValue;
 use actors::rows::rfc3339;
 use actors::{PortfolioSummary, System, Throughput};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
-use arrow::datatypes::{DataType, FieldRef, TimeUnit, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, FieldRef, Schema, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
+use arrow::json::ReaderBuilder;
 use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, NullableEncoder, make_encoder};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
 use engine::alert::Labels;
 use engine::event::Micros;
 use engine::metric::Rows;
@@ -152,9 +154,9 @@ pub(crate) type Labelled = (String, Vec<(String, String)>);
 
 /// Keys whose rows HAVING took back.
 pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<Labelled>, ArrowError> {
-    let options = arrow::util::display::FormatOptions::new().with_null("null");
+    let options = FormatOptions::new().with_null("null");
     let columns: Vec<_> = (gone.schema_ref().fields().iter().zip(gone.columns()))
-        .map(|(field, column)| Ok((field.name(), arrow::util::display::ArrayFormatter::try_new(column, &options)?)))
+        .map(|(field, column)| Ok((field.name(), ArrayFormatter::try_new(column, &options)?)))
         .collect::<Result<_, ArrowError>>()?;
     let keys = (0..gone.num_rows()).map(|row| {
         let pairs: Vec<(String, String)> =
@@ -165,23 +167,36 @@ pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<Labelled>, ArrowError>
     Ok(keys.collect())
 }
 
-/// A row that came as JSON, as [`metric_rows`] would have given it; `None` where it lacks what every row has.
-pub(crate) fn metric_row(program: &Program, row: &Map<String, Value>) -> Option<MetricRow> {
-    let fields = &program.output().fields()[2..2 + program.key_count()];
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let pairs: Vec<(String, String)> = fields
-        .iter()
-        .map(|field| (field.name().clone(), row.get(field.name()).map_or_else(String::new, text)))
-        .collect();
-    let end = chrono::DateTime::parse_from_rfc3339(row.get("window_end")?.as_str()?).ok()?;
-    Some(MetricRow {
-        key: pairs.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>().join("|").into(),
-        pairs,
-        json: serde_json::to_string(row).ok()?.into(),
-        window_end: Micros(end.timestamp_micros()),
-        is_final: row.get("final")?.as_bool()?,
-        revision: row.get("revision")?.as_i64()?,
-    })
+/// Rows that came as JSON, as [`metric_rows`] would have given them.
+pub(crate) fn stored_rows(program: &Program, rows: &[Map<String, Value>]) -> Result<Vec<MetricRow>, ArrowError> {
+    let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
+    let schema = Arc::new(Schema::new(program.output().fields()[..2 + program.key_count()].to_vec()));
+    let mut decoder = ReaderBuilder::new(schema.clone()).with_batch_size(rows.len().max(1)).build_decoder()?;
+    let lines = rows.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>().map_err(broken)?;
+    decoder.decode(lines.join("\n").as_bytes())?;
+    let batch = decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(schema));
+    let labels = Labels::new(program, &batch).map_err(|error| ArrowError::ExternalError(Box::new(error)))?;
+    let ends = batch.column(1).as_primitive::<TimestampMicrosecondType>();
+    let read = |(at, (row, line)): (usize, (&Map<String, Value>, String))| MetricRow {
+        key: labels.key(at).into(),
+        pairs: labels.pairs(at),
+        json: line.into(),
+        window_end: Micros(ends.value(at)),
+        is_final: row.get("final").and_then(Value::as_bool).unwrap_or_default(),
+        revision: row.get("revision").and_then(Value::as_i64).unwrap_or_default(),
+    };
+    Ok(rows.iter().zip(lines).enumerate().map(read).collect())
+}
+
+/// The text of a filter as a column of this type shows its values: `10` is `10.0` where they are doubles. `None` for what
+/// is no value of the type.
+pub(crate) fn shown_in(kind: &DataType, text: &str) -> Option<String> {
+    if matches!(kind, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) {
+        return Some(text.to_owned());
+    }
+    let value = arrow::compute::cast(&StringArray::from(vec![text.trim()]), kind).ok()?;
+    let shown = ArrayFormatter::try_new(&value, &FormatOptions::new()).ok()?;
+    value.is_valid(0).then(|| shown.value(0).to_string())
 }
 
 /// A column with each of its values as JSON text, without the quotes where that is a string; what JSON writes as null
@@ -269,7 +284,7 @@ pub(crate) fn throughput(rates: &Throughput) -> Value {
 mod tests {
     use super::*;
     use arrow::array::{ArrayRef, Float64Array, TimestampMicrosecondArray};
-    use arrow::datatypes::{Field, Schema};
+    use arrow::datatypes::Field;
 
     #[test]
     fn an_event_has_micros_embedded_json_and_no_nulls() {
@@ -293,5 +308,24 @@ mod tests {
         assert_eq!(read[0], first);
         assert_eq!(read[1], json!({"ts": "1970-01-01T00:00:02.000000Z", "price": 1.0, "extra": "no json"}));
         assert_eq!(objects(&batch, Vec::new(), false, |row| row == 1).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_filter_means_a_value_however_it_is_written() {
+        let time = DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into()));
+        for (kind, texts, shown) in [
+            (&DataType::Float64, &["10", "10.0", "1e1", " 10"][..], Some("10.0")),
+            (&DataType::Int64, &["7", "007", "+7"], Some("7")),
+            (&DataType::Int64, &["7.5", "seven", ""], None),
+            (&DataType::Decimal128(10, 2), &["1.1", "1.10"], Some("1.10")),
+            (&DataType::Boolean, &["true"], Some("true")),
+            (&time, &["2026-01-01T01:00:00+01:00", "2026-01-01T00:00:00.000000Z"], Some("2026-01-01T00:00:00Z")),
+            (&DataType::Utf8, &["10"], Some("10")),
+            (&DataType::Utf8, &[" 10.0"], Some(" 10.0")),
+        ] {
+            for text in texts {
+                assert_eq!(shown_in(kind, text).as_deref(), shown, "{text} as {kind}");
+            }
+        }
     }
 }

@@ -255,9 +255,13 @@ impl Hub {
             return Ok(channel);
         }
         let json_columns = match (&name.topic, workspace) {
-            (Topic::Stream(stream), Some(workspace)) => load::json_columns(system, workspace, stream, name).await?,
+            (Topic::Stream(stream), Some(workspace)) => load::json_columns(system, workspace, stream).await?,
             _ => Vec::new(),
         };
+        let mut name = name.clone();
+        if let Some(workspace) = workspace {
+            name.filter = load::typed_filter(system, workspace, &name).await?;
+        }
         let log = match (&name.topic, workspace) {
             (Topic::Stream(_), Some(workspace)) => {
                 let epoch = self.log_epoch.get_or_try_init(|| load::log_epoch(system)).await?;
@@ -275,7 +279,7 @@ impl Hub {
             Some((epoch, log)) => (epoch, place::before(log.tail().0)),
             None => (self.epoch_of(&name.topic), self.floor.load(Ordering::Acquire)),
         };
-        let channel = self.make(workspace.cloned(), name.clone(), json_columns, start);
+        let channel = self.make(workspace.cloned(), name, json_columns, start);
         channels.push(channel.clone());
         Ok(channel)
     }

@@ -471,7 +471,7 @@ async fn a_tier_bounds_requests_events_and_metrics_and_says_where_one_stands() {
     let refused = send().await;
     assert_eq!((refused.status, refused.code()), (429, "ingest_rate"));
     assert!(refused.headers.contains_key("retry-after"));
-    assert_eq!((&refused.headers["ratelimit-limit"], &refused.headers["ratelimit-remaining"]), (&"10000", &"0"));
+    assert_eq!(["limit", "remaining"].map(|of| &refused.headers[format!("ratelimit-{of}")]), ["10000", "0"]);
     let usage = server.get("/api/v1/workspaces/acme/usage", &ann).await.body;
     assert_eq!((&usage["tier"], &usage["requests"]["remaining"]), (&json!("free"), &json!(0)), "{usage}");
     assert_eq!(usage["metrics"], json!({"used": 0, "limit": 20}));
@@ -1074,6 +1074,59 @@ async fn a_client_signs_in_first_and_by_message_or_subprotocol() {
     let (mut socket, response) = tokio_tungstenite::connect_async(request).await.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "tidewatch.v1");
     assert_eq!(ask(&mut socket, json!({"type": "ping", "ref": 8})).await, json!({"type": "ok", "ref": 8}));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_keeps_what_has_its_value_however_that_is_written() {
+    let listening = Listening::start(Limits::default()).await;
+    let (mut socket, root) = listening.signed_in().await;
+    let sql = "SELECT value, date_trunc('year', ts) AS year, count(*) AS n FROM analytics.events \
+               GROUP BY value, date_trunc('year', ts), tumble(ts, INTERVAL '1 second')";
+    let at = "/api/v1/workspaces/acme/metrics/m";
+    let definition = json!({"sql": sql, "emit": "10ms", "max_delay": "0s"});
+    assert_eq!(listening.server.call("PUT", at, &root, definition).await.status, 200);
+    let send = async |second: u32| {
+        let ts = format!("2026-01-01T00:00:{second:02}Z");
+        let events = json!([{"event": "x", "value": 10, "ts": ts}, {"event": "y", "value": 11.5, "ts": ts}]);
+        let at = "/api/v1/workspaces/acme/streams/analytics.events/events";
+        assert_eq!(listening.server.call("POST", at, &root, events).await.body["accepted"], 2);
+    };
+    send(0).await;
+    send(5).await; // the first window is final
+    let rows = format!("{at}/rows?final=true");
+    while listening.server.get(&rows, &root).await.body["rows"].as_array().unwrap().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let subscribe = |channel: &str| json!({"type": "subscribe", "workspace": "acme", "channel": channel});
+    for (channel, detail) in [
+        ("streams/analytics.events?value=ten", "`ten` is no value of `value`, whose type is Float64"),
+        ("metrics/m?year=soon", "`soon` is no value of `year`"),
+    ] {
+        let refused = ask(&mut socket, subscribe(channel)).await;
+        assert_eq!(refused["code"], "bad_filter");
+        assert!(refused["detail"].as_str().unwrap().contains(detail), "{refused}");
+    }
+    for channel in ["metrics/m?colour=red", "streams/analytics.events?colour=red"] {
+        assert_eq!(ask(&mut socket, subscribe(channel)).await["code"], "unknown_parameter");
+    }
+    let key = "10.0|2026-01-01T00:00:00Z";
+    for filter in ["value=10", "value=10.0", "value=1e1&year=2026-01-01T01:00:00%2B01:00"] {
+        let mut socket = listening.connect().await;
+        ask(&mut socket, json!({"type": "auth", "token": root})).await;
+        assert_eq!(ask(&mut socket, subscribe(&format!("metrics/m?{filter}"))).await["type"], "ok");
+        let snapshot = hear(&mut socket).await["event"]["snapshot"]["rows"].clone();
+        let keys: Vec<&String> = snapshot.as_object().unwrap().keys().collect();
+        assert_eq!(keys, [key], "{filter}: the final row and the open window are of one key");
+    }
+    for filter in ["value=10", "value=10.0", "value=1e1"] {
+        assert_eq!(ask(&mut socket, subscribe(&format!("streams/analytics.events?{filter}"))).await["type"], "ok");
+    }
+    send(6).await;
+    for _ in 0..3 {
+        let heard = hear(&mut socket).await;
+        let events = heard["event"]["value"]["events"].as_array().unwrap();
+        assert_eq!((events.len(), &events[0]["value"]), (1, &json!(10.0)), "{heard}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -177,8 +177,8 @@ async fn metric_rows(
     for _ in 0..PAGES_MAX {
         let page = system.metric_rows(workspace, metric, query.clone()).await?;
         // in order of windows: a later row of a key is a newer one
-        let read = page.rows.iter().filter_map(|row| encode::metric_row(&program, row));
-        finals.extend(read.map(|row| (row.key.clone(), row)));
+        let read = encode::stored_rows(&program, &page.rows).map_err(Problem::internal)?;
+        finals.extend(read.into_iter().map(|row| (row.key.clone(), row)));
         match page.next {
             Some(next) => query.after = Some(next),
             None => break,
@@ -188,20 +188,52 @@ async fn metric_rows(
     Ok(rows)
 }
 
-/// The columns of a stream that hold JSON. Also checks that the stream has the columns of the filter.
+/// A filter whose values are written as those are that it is compared with.
+pub(super) async fn typed_filter(
+    system: &System,
+    workspace: &WorkspaceId,
+    name: &ChannelName,
+) -> Result<Vec<(String, String)>, Problem> {
+    if name.filter.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (of, columns) = match &name.topic {
+        Topic::Stream(stream) => {
+            let schema = system.schema(workspace, stream).await?;
+            (format!("stream `{stream}` has no column"), schema.arrow().fields().clone())
+        }
+        Topic::Metric(metric) => {
+            let (program, ..) = system.live_rows(workspace, metric).await?;
+            let keys = program.output().fields()[2..2 + program.key_count()].to_vec();
+            (format!("metric `{metric}` has no key"), keys.into())
+        }
+        _ => return Ok(name.filter.clone()),
+    };
+    let typed = |(column, text): &(String, String)| {
+        let Some((_, field)) = columns.find(column) else {
+            let known: Vec<&str> = columns.iter().map(|field| field.name().as_str()).collect();
+            let detail = format!("{of} `{column}`; it has {}", known.join(", "));
+            return Err(Problem::invalid("unknown_parameter", detail));
+        };
+        match encode::shown_in(field.data_type(), text) {
+            Some(shown) => Ok((column.clone(), shown)),
+            None => {
+                let text: String = text.chars().take(40).collect();
+                let detail = format!("`{text}` is no value of `{column}`, whose type is {}", field.data_type());
+                Err(Problem::invalid("bad_filter", detail))
+            }
+        }
+    };
+    name.filter.iter().map(typed).collect()
+}
+
+/// The columns of a stream that hold JSON.
 pub(super) async fn json_columns(
     system: &System,
     workspace: &WorkspaceId,
     stream: &StreamName,
-    name: &ChannelName,
 ) -> Result<Vec<String>, Problem> {
     let schema = system.schema(workspace, stream).await?;
-    if let Some((column, _)) = name.filter.iter().find(|(column, _)| schema.arrow().column_with_name(column).is_none())
-    {
-        let columns: Vec<&str> = schema.columns.iter().map(|column| column.name.as_str()).collect();
-        let detail = format!("stream `{stream}` has no column `{column}`; it has {}", columns.join(", "));
-        return Err(Problem::invalid("unknown_parameter", detail));
-    }
     let json = schema.columns.iter().filter(|column| column.kind == ColumnType::Json);
     Ok(json.map(|column| column.name.clone()).chain(["extra".to_owned()]).collect())
 }

@@ -32,7 +32,7 @@ pub(crate) struct ChannelName {
     /// As the client wrote it, which is how it comes back.
     pub(crate) text: Arc<str>,
     pub(crate) topic: Topic,
-    /// Columns and the text each must have.
+    /// Columns and the value each must have: as the client wrote it, of a channel that is open as the column shows it.
     pub(crate) filter: Vec<(String, String)>,
 }
 
