@@ -1,10 +1,9 @@
 //! Rows of store and memory as one table: what was committed meanwhile is neither missing nor there twice.
 
-use crate::rows;
+use crate::rows::{self, Row};
 use crate::system::RowsQuery;
 use crate::workspace::Recent;
 use engine::event::Micros;
-use serde_json::{Map, Value};
 use sql::store::{FinalRow, Place, WITHDRAWN};
 use std::collections::{BTreeMap, HashSet};
 
@@ -39,29 +38,25 @@ pub(crate) fn merge(
 }
 
 /// Provisional rows that a query asks for, in order of window, without those that are among `finals` by now.
-pub(crate) fn live(
-    recent: &Recent,
-    query: &RowsQuery,
-    finals: &[Map<String, Value>],
-) -> Result<Vec<Map<String, Value>>, arrow::error::ArrowError> {
+pub(crate) fn live(recent: &Recent, query: &RowsQuery, finals: &[Row]) -> Result<Vec<Row>, arrow::error::ArrowError> {
     let Ok(program) = &recent.program else { return Ok(Vec::new()) };
     let columns: Vec<&str> =
         program.output().fields().iter().take(2 + program.key_count()).map(|f| f.name().as_str()).collect();
-    let identity = |row: &Map<String, Value>| -> Vec<Value> {
-        columns.iter().map(|column| row.get(*column).cloned().unwrap_or_default()).collect()
+    let identity = |row: &Row| -> Vec<Option<String>> {
+        columns.iter().map(|column| row.get(*column).map(|value| value.get().to_owned())).collect()
     };
-    let known: HashSet<String> = finals.iter().map(|row| Value::Array(identity(row)).to_string()).collect();
+    let known: HashSet<Vec<Option<String>>> = finals.iter().map(identity).collect();
     let mut all = Vec::new();
     let bound = |at: Option<Micros>| at.map(rows::rfc3339);
     let (from, to) = (bound(query.from), bound(query.to));
     for part in &recent.live {
         all.extend(rows::to_json(part)?.into_iter().filter(|row| {
-            let start = row.get("window_start").and_then(Value::as_str).unwrap_or_default();
+            let start = row.get("window_start").map_or("", |start| start.get().trim_matches('"'));
             // RFC 3339 of one shape sorts as text
             from.as_deref().is_none_or(|from| start >= from)
                 && to.as_deref().is_none_or(|to| start < to)
                 && matches(row, &query.keys)
-                && !known.contains(&Value::Array(identity(row)).to_string())
+                && !known.contains(&identity(row))
         }));
     }
     Ok(all)
@@ -72,16 +67,18 @@ pub(crate) fn has_keys(key: &str, wanted: &[(String, Option<String>)]) -> bool {
     if wanted.is_empty() {
         return true;
     }
-    serde_json::from_str::<Map<String, Value>>(key).is_ok_and(|key| matches(&key, wanted))
+    serde_json::from_str::<Row>(key).is_ok_and(|key| matches(&key, wanted))
 }
 
-fn matches(row: &Map<String, Value>, wanted: &[(String, Option<String>)]) -> bool {
-    wanted.iter().all(|(name, value)| match (row.get(name), value) {
-        (Some(Value::Null) | None, value) => value.is_none(),
-        (Some(_), None) => false,
-        (Some(Value::String(text)), Some(value)) => text == value,
-        // read as the row was: 1.10 is 1.1 there
-        (Some(other), Some(value)) => serde_json::from_str::<Value>(value).is_ok_and(|value| value == *other),
+/// Whether a row has these values, written as rows show them.
+fn matches(row: &Row, wanted: &[(String, Option<String>)]) -> bool {
+    wanted.iter().all(|(name, wanted)| match (row.get(name).map_or("null", |value| value.get()), wanted) {
+        ("null", wanted) => wanted.is_none(),
+        (_, None) => false,
+        (value, Some(wanted)) if value.starts_with('"') => {
+            serde_json::from_str::<String>(value).is_ok_and(|text| text == *wanted)
+        }
+        (value, Some(wanted)) => value == wanted,
     })
 }
 

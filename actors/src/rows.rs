@@ -9,8 +9,9 @@ use arrow::json::writer::{LineDelimited, WriterBuilder};
 use engine::event::{ItemName, Micros};
 use engine::metric::Rows;
 use engine::program::Program;
-use serde_json::{Map, Value};
+use serde_json::value::{RawValue, to_raw_value};
 use sql::store::{FinalRow, WITHDRAWN};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -119,14 +120,24 @@ pub fn to_store(metric: &ItemName, program: &Program, rows: &Rows) -> Result<Vec
     Ok(kept)
 }
 
-/// A row the store kept, as the contract shows it.
-pub fn from_store(row: &FinalRow) -> Result<Map<String, Value>, serde_json::Error> {
-    let mut map = bounds(row.window_start, row.window_end);
-    map.extend(serde_json::from_str::<Map<String, Value>>(&row.key)?);
-    map.extend(serde_json::from_str::<Map<String, Value>>(&row.row)?);
-    map.insert("final".into(), true.into());
-    map.insert("revision".into(), row.revision.into());
-    Ok(map)
+/// A row as the contract shows it. Its members stay the JSON text they are: as numbers, decimals would lose digits.
+pub type Row = BTreeMap<String, Box<RawValue>>;
+
+/// A row the store kept.
+pub fn from_store(row: &FinalRow) -> Result<Row, serde_json::Error> {
+    let mut shown: Row = serde_json::from_str(&row.row)?;
+    shown.extend(serde_json::from_str::<Row>(&row.key)?);
+    shown.insert("window_start".into(), to_raw_value(&rfc3339(row.window_start))?);
+    shown.insert("window_end".into(), to_raw_value(&rfc3339(row.window_end))?);
+    stand(&mut shown, Some(row.revision))?;
+    Ok(shown)
+}
+
+/// Says how a row stands: final, with its revision, or provisional.
+fn stand(row: &mut Row, revision: Option<i64>) -> Result<(), serde_json::Error> {
+    row.insert("final".into(), to_raw_value(&revision.is_some())?);
+    row.insert("revision".into(), to_raw_value(&revision.unwrap_or(0))?);
+    Ok(())
 }
 
 /// Rows the store kept, in the columns of [`Program::output`].
@@ -156,32 +167,34 @@ pub fn from_store_columns(program: &Program, rows: &[FinalRow]) -> Result<Rows, 
 }
 
 /// Rows from memory, as the contract shows them.
-pub fn to_json(rows: &Rows) -> Result<Vec<Map<String, Value>>, ArrowError> {
-    let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
-    let lines = json_lines(&rows.batch)?;
-    lines
-        .iter()
-        .enumerate()
-        .map(|(row, line)| {
-            let mut map: Map<String, Value> = serde_json::from_str(line).map_err(broken)?;
-            let revision = rows.revisions.as_ref().map(|revisions| revisions[row]);
-            map.insert("final".into(), revision.is_some().into());
-            map.insert("revision".into(), revision.unwrap_or(0).into());
-            Ok(map)
-        })
-        .collect()
-}
-
-fn bounds(start: Micros, end: Micros) -> Map<String, Value> {
-    let mut map = Map::new();
-    map.insert("window_start".into(), rfc3339(start).into());
-    map.insert("window_end".into(), rfc3339(end).into());
-    map
+pub fn to_json(rows: &Rows) -> Result<Vec<Row>, ArrowError> {
+    let read = |(at, line): (usize, &String)| {
+        let mut row: Row = serde_json::from_str(line)?;
+        stand(&mut row, rows.revisions.as_ref().map(|revisions| revisions[at]))?;
+        Ok(row)
+    };
+    let shown: Result<_, serde_json::Error> = json_lines(&rows.batch)?.iter().enumerate().map(read).collect();
+    shown.map_err(|error| ArrowError::JsonError(error.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_of_the_store_is_shown_to_the_last_digit() {
+        let row = FinalRow {
+            metric: "m".parse().unwrap(),
+            window_start: Micros(0),
+            window_end: Micros(1_000_000),
+            key: r#"{"amount":12345678901234567.8901234567}"#.into(),
+            revision: 2,
+            row: r#"{"least":0.10,"x":"y","none":null}"#.into(),
+        };
+        let shown = serde_json::to_string(&from_store(&row).unwrap()).unwrap();
+        let expected = r#"{"amount":12345678901234567.8901234567,"final":true,"least":0.10,"none":null,"revision":2,"window_end":"1970-01-01T00:00:01.000000Z","window_start":"1970-01-01T00:00:00.000000Z","x":"y"}"#;
+        assert_eq!(shown, expected);
+    }
 
     #[test]
     fn a_decimal_is_read_from_the_store_to_its_last_digit() {

@@ -13,7 +13,7 @@ use crate::notifier::Notifier;
 use crate::outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
 use crate::query::{self, QueryPool};
 use crate::root::{RootActor, RootMsg};
-use crate::rows;
+use crate::rows::{self, Row};
 use crate::seal::Sealer;
 use crate::silence;
 use crate::table::{StoredTable, TableInfo};
@@ -33,6 +33,7 @@ use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use ractor::{Actor, ActorRef, RpcReplyPort};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
@@ -235,8 +236,16 @@ pub struct RowsQuery {
 /// A page of a metric's rows, as the contract shows them, in order of window and key.
 #[derive(Clone, Debug)]
 pub struct RowsPage {
-    pub rows: Vec<Map<String, Value>>,
+    pub rows: Vec<Row>,
     pub next: Option<String>,
+}
+
+impl RowsPage {
+    /// The rows to compute with: numbers are doubles where they are no integers.
+    pub fn values(&self) -> Vec<Map<String, Value>> {
+        let value = |text: &Box<RawValue>| serde_json::from_str(text.get()).unwrap_or_default();
+        self.rows.iter().map(|row| row.iter().map(|(name, text)| (name.clone(), value(text))).collect()).collect()
+    }
 }
 
 /// A metric's program, its provisional rows, and the event time of the stream they come from.
@@ -1119,7 +1128,10 @@ impl System {
         let mut decoder = arrow::json::ReaderBuilder::new(schema.clone()).build_decoder().map_err(Fault::internal)?;
         let mut batches = Vec::new();
         for rows in all.chunks(1024) {
-            decoder.serialize(rows).map_err(Fault::internal)?;
+            let lines =
+                rows.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>().map_err(Fault::internal)?;
+            // as text: numbers of JSON values have 53 bits, decimals up to 38 digits
+            decoder.decode(lines.join("\n").as_bytes()).map_err(Fault::internal)?;
             batches.extend(decoder.flush().map_err(Fault::internal)?);
         }
         Ok(Table { name, schema, batches })

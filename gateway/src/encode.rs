@@ -2,7 +2,7 @@
 
 pub(crate) use actors::alert_json as alert;
 use actors::json::AnyValue;
-use actors::rows::rfc3339;
+use actors::rows::{Row, rfc3339};
 use actors::{PortfolioSummary, System, Throughput};
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, FieldRef, Schema, TimeUnit, TimestampMicrosecondType};
@@ -168,7 +168,7 @@ pub(crate) fn gone_keys(gone: &RecordBatch) -> Result<Vec<Labelled>, ArrowError>
 }
 
 /// Rows that came as JSON, as [`metric_rows`] would have given them.
-pub(crate) fn stored_rows(program: &Program, rows: &[Map<String, Value>]) -> Result<Vec<MetricRow>, ArrowError> {
+pub(crate) fn stored_rows(program: &Program, rows: &[Row]) -> Result<Vec<MetricRow>, ArrowError> {
     let broken = |error: serde_json::Error| ArrowError::JsonError(error.to_string());
     let schema = Arc::new(Schema::new(program.output().fields()[..2 + program.key_count()].to_vec()));
     let mut decoder = ReaderBuilder::new(schema.clone()).with_batch_size(rows.len().max(1)).build_decoder()?;
@@ -177,13 +177,13 @@ pub(crate) fn stored_rows(program: &Program, rows: &[Map<String, Value>]) -> Res
     let batch = decoder.flush()?.unwrap_or_else(|| RecordBatch::new_empty(schema));
     let labels = Labels::new(program, &batch).map_err(|error| ArrowError::ExternalError(Box::new(error)))?;
     let ends = batch.column(1).as_primitive::<TimestampMicrosecondType>();
-    let read = |(at, (row, line)): (usize, (&Map<String, Value>, String))| MetricRow {
+    let read = |(at, (row, line)): (usize, (&Row, String))| MetricRow {
         key: labels.key(at).into(),
         pairs: labels.pairs(at),
         json: line.into(),
         window_end: Micros(ends.value(at)),
-        is_final: row.get("final").and_then(Value::as_bool).unwrap_or_default(),
-        revision: row.get("revision").and_then(Value::as_i64).unwrap_or_default(),
+        is_final: row.get("final").is_some_and(|text| text.get() == "true"),
+        revision: row.get("revision").and_then(|text| text.get().parse().ok()).unwrap_or_default(),
     };
     Ok(rows.iter().zip(lines).enumerate().map(read).collect())
 }

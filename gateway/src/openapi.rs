@@ -169,7 +169,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("put", "/api/v1/workspaces/{ws}/streams/{stream}", "streams", "Defines a stream, or adds columns to it.").needs(Permission::StreamDefine)
         .takes("StreamDefinition")
         .gives(200, "Stream"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`. Where the tier bounds events a second, ten seconds' worth may come at once, a larger request goes through too and the next ones wait for it, and the `RateLimit-*` headers tell of the workspace's events: `RateLimit-Policy: 10000;w=10` is 1,000 a second; over it 429 `ingest_rate`.").needs(Permission::StreamIngest)
+    Operation::new("post", "/api/v1/workspaces/{ws}/streams/{stream}/events", "streams", "Takes in events; answers once they are durable, with the `offset` of the last in the log that all workspaces share: it only grows, and says nothing else. Good events count although others are bad. `Content-Encoding: gzip` or `zstd`. Where the tier bounds events a second, ten seconds' worth may come at once, a larger request goes through too and the next ones wait for it, and the `RateLimit-*` headers tell of the workspace's events: `RateLimit-Policy: 10000;w=10` is 1,000 a second; over it 429 `ingest_rate`.").needs(Permission::StreamIngest)
         .query(&[("ts_unit", "What an integer `ts` counts: s, ms, us or ns; ms unless said. Within a year of 1970 an integer is refused (`ts_out_of_range`), since a count in the wrong unit lands there; RFC 3339 may name any time from year 1 to a day from now.")])
         .takes_as(EVENTS, "Events")
         .gives(200, "Ingested"),
@@ -198,7 +198,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("delete", "/api/v1/workspaces/{ws}/metrics/{metric}", "metrics", "Removes a metric and its rows.").needs(Permission::MetricDefine),
     Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/plan", "metrics", "How a metric runs: its `panes` (how many are held, how wide, how many make a window and how many windows share one; null where it goes row by row), its `state` in bytes and groups beside the bounds `limits.metric_state_*`, over which it stops as `state_limit`, the reference tables it shares with other metrics, all state of the `workspace`, and the `cost` of its batches since the process started, in microseconds.").needs(Permission::MetricRead)
         .gives(200, "MetricPlan"),
-    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. Any other parameter filters by the key column of that name, read as a value of its type: `?symbol=AAPL`, `?day=2026-01-01T00:00:00Z`. No parameter may stand twice.").needs(Permission::MetricRead)
+    Operation::new("get", "/api/v1/workspaces/{ws}/metrics/{metric}/rows", "metrics", "Rows, history and open windows alike. A decimal has all its digits; NaN and Infinity are null, and stay so in what is stored. Any other parameter filters by the key column of that name, read as a value of its type: `?symbol=AAPL`, `?day=2026-01-01T00:00:00Z`. No parameter may stand twice.").needs(Permission::MetricRead)
         .query(&[
             ("from", "Windows that start then or later, RFC 3339."),
             ("to", "Windows that start earlier, RFC 3339."),
@@ -687,7 +687,14 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
     (
         429,
         "Too often: `Retry-After` says when to come again.",
-        &["quota_exceeded", "ingest_rate", "too_many_sign_ins", "too_many_queries"],
+        &[
+            "quota_exceeded",
+            "ingest_rate",
+            "too_many_sign_ins",
+            "too_many_queries",
+            "too_many_live_queries",
+            "too_many_connections",
+        ],
     ),
     (
         503,

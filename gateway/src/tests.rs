@@ -1130,6 +1130,40 @@ async fn a_filter_keeps_what_has_its_value_however_that_is_written() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decimal_of_a_final_row_has_all_its_digits_over_http_and_in_sql() {
+    let listening = Listening::start(Limits::default()).await;
+    let (_, root) = listening.signed_in().await;
+    let server = &listening.server;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    let columns = json!({"columns": [{"name": "amount", "type": "decimal(38,10)", "nullable": false}]});
+    assert_eq!(server.call("PUT", &at("streams/bank.bookings"), &root, columns).await.status, 200);
+    let sql = "SELECT max(amount) AS most FROM bank.bookings GROUP BY tumble(ts, INTERVAL '1 second')";
+    let definition = json!({"sql": sql, "max_delay": "0s"});
+    assert_eq!(server.call("PUT", &at("metrics/m"), &root, definition).await.status, 200);
+    let amount = "12345678901234567.8901234567";
+    for second in [0, 5] {
+        let events = json!([{"amount": amount, "ts": format!("2026-01-01T00:00:{second:02}Z")}]);
+        let sent = server.call("POST", &at("streams/bank.bookings/events"), &root, events).await;
+        assert_eq!(sent.body["accepted"], 1, "{}", sent.body);
+    }
+    let rows = async || {
+        let request = Request::builder().uri(at("metrics/m/rows?final=true"));
+        let request = request.header("authorization", format!("Bearer {root}")).body(Body::empty()).unwrap();
+        let answer = server.router.clone().oneshot(request).await.unwrap().into_body();
+        String::from_utf8(axum::body::to_bytes(answer, 1 << 20).await.unwrap().to_vec()).unwrap()
+    };
+    let mut text = rows().await;
+    while !text.contains("\"final\":true") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        text = rows().await;
+    }
+    assert!(text.contains(&format!("\"most\":{amount},")), "{text}");
+    let sql = "SELECT CAST(most AS VARCHAR) AS most FROM metrics.m WHERE final";
+    let asked = server.call("POST", &at("query"), &root, json!({"sql": sql})).await;
+    assert_eq!(asked.body["rows"], json!([[amount]]), "{}", asked.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_published_comes_to_subscribers_as_events_and_as_rows() {
     let listening = Listening::start(Limits::default()).await;
     let (mut socket, root) = listening.signed_in().await;

@@ -195,7 +195,7 @@ async fn newest_rows(
         loop {
             let page = RowsQuery { from, limit: 1_000, after, keys: wanted.clone(), ..RowsQuery::default() };
             let page = system.metric_rows(ws, &metric.name, page).await?;
-            rows.extend(page.rows);
+            rows.extend(page.values());
             after = page.next;
             if after.is_none() || rows.len() >= ROWS_READ_MAX {
                 break;

@@ -316,7 +316,7 @@ async fn finals(system: &System, id: &WorkspaceId, seed: u64) -> Windows {
     let query = RowsQuery { limit: 100_000, only_final: Some(true), ..RowsQuery::default() };
     let Ok(page) = system.metric_rows(id, &"sums".parse().unwrap(), query).await else { return Windows::new() };
     let mut windows = Windows::new();
-    for row in page.rows {
+    for row in page.values() {
         let start = chrono::DateTime::parse_from_rfc3339(row["window_start"].as_str().unwrap()).unwrap();
         let key = (row["symbol"].as_str().unwrap().to_owned(), start.timestamp() - START / 1_000_000);
         let sums = (row["n"].as_i64().unwrap(), row["total"].as_f64().unwrap() as i64);

@@ -185,7 +185,7 @@ impl World {
             let text = row["symbol"].as_str().unwrap().to_owned();
             (text, row["n"].as_i64().unwrap(), row["final"].as_bool().unwrap())
         };
-        page.rows.iter().map(row).collect()
+        page.values().iter().map(row).collect()
     }
 
     /// Events counted by `sums`, in windows open and closed.
@@ -371,7 +371,7 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     world.trades("chained", "A", 60, 1, "good").await.unwrap();
     assert_eq!(world.counted("chained").await, 3 * 9 + 1, "a question waits for the restarts");
     let query = RowsQuery { limit: 100, ..RowsQuery::default() };
-    let finals = world.system.metric_rows(&id, &"finals".parse().unwrap(), query).await.unwrap().rows;
+    let finals = world.system.metric_rows(&id, &"finals".parse().unwrap(), query).await.unwrap().values();
     assert_eq!(finals.iter().map(|row| row["n"].as_i64().unwrap()).collect::<Vec<_>>(), [9, 9, 9]);
     eventually("the letters are stored", async || {
         world.system.store().dead_letters(&id, None, 10, None).await.unwrap().0.len() == 3
@@ -386,7 +386,7 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     let definition = serde_json::from_value(definition).unwrap();
     world.system.define_metric(&id, "all".parse().unwrap(), definition).await.unwrap();
     let query = RowsQuery { limit: 100, ..RowsQuery::default() };
-    let all = world.system.metric_rows(&id, &"all".parse().unwrap(), query).await.unwrap().rows;
+    let all = world.system.metric_rows(&id, &"all".parse().unwrap(), query).await.unwrap().values();
     assert_eq!(all[0]["n"], 3 * 9 + 1);
     assert_eq!(world.system.actors().await[0].restarts, restarts);
 }
@@ -470,7 +470,7 @@ async fn an_event_that_cannot_be_computed_goes_to_the_dead_letters_and_the_rest_
     eventually("it is over the event", async || {
         let (metric, query) = ("sums".parse().unwrap(), RowsQuery { limit: 100, ..RowsQuery::default() });
         let rows = world.system.metric_rows(&poisoned, &metric, query);
-        rows.await.is_ok_and(|page| page.rows.iter().filter_map(|row| row["n"].as_i64()).sum::<i64>() == 29)
+        rows.await.is_ok_and(|page| page.values().iter().filter_map(|row| row["n"].as_i64()).sum::<i64>() == 29)
     })
     .await;
     eventually("the letter is stored", async || {
@@ -665,7 +665,7 @@ async fn a_column_that_a_metric_reads_stays_and_a_metric_that_cannot_be_planned_
     assert_eq!(stopped.iter().map(|metric| metric.name.as_str()).collect::<Vec<_>>(), ["doubled", "sales"]);
     assert!(stopped[1].reason.contains('x'), "{}", stopped[1].reason);
     let query = RowsQuery { limit: 10, ..RowsQuery::default() };
-    let rows = world.system.metric_rows(&id, &"sales".parse().unwrap(), query).await.unwrap().rows;
+    let rows = world.system.metric_rows(&id, &"sales".parse().unwrap(), query).await.unwrap().values();
     assert_eq!((rows.len(), &rows[0]["s"], &rows[0]["final"]), (1, &4.into(), &true.into()));
     // defined anew it runs
     world.define("acme", "sales", &sql.replace("sum(x)", "sum(y)")).await;
@@ -800,7 +800,7 @@ impl World {
         loop {
             let page = self.system.metric_rows(&name.parse().unwrap(), &metric.parse().unwrap(), query.clone()).await;
             let page = page.unwrap();
-            sum += page.rows.iter().map(|row| row["n"].as_i64().unwrap()).sum::<i64>();
+            sum += page.values().iter().map(|row| row["n"].as_i64().unwrap()).sum::<i64>();
             match page.next {
                 Some(next) => query.after = Some(next),
                 None => return sum,

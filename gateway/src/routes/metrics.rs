@@ -4,7 +4,8 @@ use crate::AppState;
 use crate::extract::{Json, Listing, Member, Path, Sent};
 use crate::permission::Permission;
 use crate::problem::Problem;
-use actors::{MetricDefinition, MetricInfo, RowsQuery, Step, TableInfo, UnplannedMetric};
+use actors::rows::Row;
+use actors::{MetricDefinition, MetricInfo, RowsPage, RowsQuery, Step, TableInfo, UnplannedMetric};
 use arrow::datatypes::{DataType, Field};
 use axum::Router;
 use axum::extract::State;
@@ -14,7 +15,7 @@ use engine::event::{ItemName, Micros, StreamName};
 use engine::limit::{StateLimits, StateSize};
 use engine::window::Window;
 use engine::workspace::Cause;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sql::plan::MetricSql;
 use streams::span::{Text, format};
@@ -273,15 +274,18 @@ async fn rows(
     member: Member,
     Path((_, name)): Path<(String, String)>,
     page: Listing,
-) -> Result<axum::Json<Value>, Problem> {
+) -> Result<axum::Json<Page>, Problem> {
     member.may_on(Permission::MetricRead, &format!("metrics/{name}"))?;
-    let page =
-        state.system.metric_rows(&member.workspace, &name.parse()?, rows_query(page, state.system.now())?).await?;
-    let mut answer = json!({"rows": page.rows});
-    if let Some(next) = page.next {
-        answer["next"] = next.into();
-    }
-    Ok(axum::Json(answer))
+    let query = rows_query(page, state.system.now())?;
+    let RowsPage { rows, next } = state.system.metric_rows(&member.workspace, &name.parse()?, query).await?;
+    Ok(axum::Json(Page { rows, next }))
+}
+
+#[derive(Serialize)]
+struct Page {
+    rows: Vec<Row>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
 }
 
 #[cfg(test)]
