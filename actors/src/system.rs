@@ -243,7 +243,7 @@ pub struct RowsPage {
 impl RowsPage {
     /// The rows to compute with: numbers are doubles where they are no integers.
     pub fn values(&self) -> Vec<Map<String, Value>> {
-        let value = |text: &Box<RawValue>| serde_json::from_str(text.get()).unwrap_or_default();
+        let value = |text: &RawValue| serde_json::from_str(text.get()).unwrap_or_default();
         self.rows.iter().map(|row| row.iter().map(|(name, text)| (name.clone(), value(text))).collect()).collect()
     }
 }

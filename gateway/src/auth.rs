@@ -16,7 +16,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use sql::store::{ApiKey, RefreshToken, Spent, Store, StoreError, Totp, User};
+use sql::store::{ApiKey, AuditEntry, RefreshToken, Spent, Store, StoreError, Totp, User};
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::path::PathBuf;
@@ -636,7 +636,7 @@ impl Auth {
                     Some(access) => access,
                     None => {
                         let since = self.accesses.changes();
-                        match self.stored_access(store, caller, workspace).await {
+                        match self.stored_access(store, caller, workspace, now).await {
                             Ok(access) => {
                                 self.accesses.put(key, access.clone(), since, now);
                                 access
@@ -671,13 +671,43 @@ impl Auth {
         store: &Store,
         caller: &Caller,
         workspace: &WorkspaceId,
+        now: Micros,
     ) -> Result<Option<Access>, Problem> {
-        if let Some(role) = store.role(workspace, &caller.id).await? {
+        let mut role = store.role(workspace, &caller.id).await?;
+        if role.is_none() && store.invitation(workspace, &caller.name).await?.is_some() {
+            self.accept(store, caller, workspace, now).await?;
+            role = store.role(workspace, &caller.id).await?;
+        }
+        if let Some(role) = role {
             let grants = parse_scopes(&store.granted(workspace, &caller.id).await?)?;
             return Ok(Some(Access::of_user(role.parse()?, grants)));
         }
         let exists = caller.admin && store.workspace(workspace).await?.is_some();
         Ok(exists.then(|| Access::of_user(Role::Admin, Vec::new())))
+    }
+
+    /// Whoever comes to a workspace that they are invited to accepts.
+    async fn accept(
+        &self,
+        store: &Store,
+        caller: &Caller,
+        workspace: &WorkspaceId,
+        now: Micros,
+    ) -> Result<(), Problem> {
+        if store.accept_invitation(workspace, &caller.name, &caller.id, now).await? {
+            let entry = AuditEntry {
+                at: now,
+                workspace: Some(workspace.clone()),
+                actor: caller.name.clone(),
+                action: "accept invitation".into(),
+                target: format!("workspaces/{workspace}"),
+                outcome: "ok".into(),
+                from: String::new(),
+                request_id: String::new(),
+            };
+            store.audit(&entry).await?;
+        }
+        Ok(())
     }
 
     /// Who may do what has changed: nothing that was looked up before counts any more.
@@ -748,7 +778,7 @@ fn verify(password: &str, known: &str) -> bool {
     PasswordHash::new(known).is_ok_and(|known| Argon2::default().verify_password(password.as_bytes(), &known).is_ok())
 }
 
-fn check_email(email: &str) -> Result<(), Problem> {
+pub(crate) fn check_email(email: &str) -> Result<(), Problem> {
     let good = email.len() <= 254
         && !email.contains(|c: char| c.is_whitespace() || c.is_control())
         && email

@@ -14,7 +14,7 @@ use engine::alert::Labels;
 use engine::event::Micros;
 use engine::metric::Rows;
 use engine::program::Program;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sql::store::Alert;
 use std::sync::Arc;
 

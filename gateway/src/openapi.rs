@@ -125,7 +125,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more; `code` is a last one.").takes("Factor"),
     Operation::new("get", "/api/v1/permissions", "sign-in", "Every permission, every role and what it may do.")
         .gives(200, "Permissions"),
-    Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace.").gives(200, "Me"),
+    Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace; where I am only invited (`invited`) my first request to it accepts, and `DELETE …/members/ME` declines.").gives(200, "Me"),
     Operation::new("get", "/api/v1/users", "sign-in", "All users. Admins only.").gives(200, "Users"),
     Operation::new("post", "/api/v1/users", "sign-in", "A new user. Admins only.").takes("NewUser").gives(201, "User"),
     Operation::new("get", "/api/v1/packs", "workspaces", "What a workspace of one domain can start with.").gives(200, "Packs"),
@@ -140,17 +140,17 @@ const OPERATIONS: &[Operation] = &[
         .takes("WorkspaceChanges")
         .gives(200, "Workspace"),
     Operation::new("delete", "/api/v1/workspaces/{ws}", "workspaces", "Deletes the workspace with all that is in it.").needs(Permission::WorkspaceDelete),
-    Operation::new("get", "/api/v1/workspaces/{ws}/members", "workspaces", "Members and their roles.").gives(200, "Members"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a user a role here.").needs(Permission::WorkspaceManage)
+    Operation::new("get", "/api/v1/workspaces/{ws}/members", "workspaces", "Members and their roles, and who is invited (`invited`), who goes by the address as `user`.").gives(200, "Members"),
+    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a member a role here, and so does an admin of the installation any user. Anybody else is invited: the answer is the same whether or not somebody has the address, and whoever has it, now or later, becomes a member with their first request to the workspace.").needs(Permission::WorkspaceManage)
         .takes("Assignment")
         .gives(200, "Member"),
-    Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
+    Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership or an invitation, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
     Operation::new("get", "/api/v1/workspaces/{ws}/usage", "workspaces", "The workspace's tier and how much of it is used; of events, `limit_at_once` is the ten seconds' worth that may come at once. Of a user's requests those that only read are not counted, since consoles poll; a key's are.")
         .gives(200, "Usage"),
     Operation::new("get", "/api/v1/workspaces/{ws}/grants", "workspaces", "What members may do beyond their roles.")
         .needs(Permission::WorkspaceManage)
         .gives(200, "Grants"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/grants", "workspaces", "Grants a user a permission, mostly on one resource: `portfolio:read@portfolio/main`. Somebody who is no member becomes a guest.")
+    Operation::new("put", "/api/v1/workspaces/{ws}/grants", "workspaces", "Grants a user a permission, mostly on one resource: `portfolio:read@portfolio/main`. Somebody who is no member is invited as a guest.")
         .needs(Permission::WorkspaceManage)
         .takes("NewGrant")
         .gives(200, "Grants"),
@@ -325,7 +325,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ),
     ("Workspaces", "workspaces Workspace[], next? string"),
     ("Assignment", "email string, role string"),
-    ("Member", "user string, email string, role string, since time"),
+    ("Member", "user string, email string, role string, since time, invited boolean"),
     ("Members", "members Member[]"),
     ("NewKey", "name string, role string, scopes? string[], expires_at? time"),
     (
@@ -656,7 +656,6 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "unknown_run",
             "unknown_thread",
             "unknown_member",
-            "unknown_user",
             "unknown_key",
             "unknown_grant",
             "unknown_issuer",

@@ -36,6 +36,7 @@ struct Server {
 }
 
 /// An answer, read.
+#[derive(Clone)]
 struct Answer {
     status: u16,
     body: Value,
@@ -657,6 +658,84 @@ async fn a_silenced_alert_is_listed_as_such() {
         let silenced = alert["labels"]["symbol"] == "A" && alert["state"] == "firing";
         assert_eq!(alert["silenced"], silenced, "{alert}");
     }
+}
+
+/// Takes out what is different about two answers by nature.
+fn mask(value: &mut Value, name: &str) {
+    match value {
+        Value::Object(members) => members.iter_mut().for_each(|(key, value)| match key.as_str() {
+            "since" | "created_at" => *value = Value::Null,
+            _ => mask(value, name),
+        }),
+        Value::Array(values) => values.iter_mut().for_each(|value| mask(value, name)),
+        Value::String(text) => *text = text.replace(name, "NAME"),
+        _ => {}
+    }
+}
+
+#[tokio::test]
+async fn an_address_is_invited_alike_whether_or_not_somebody_has_it_and_accepts_by_coming() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme"})).await;
+    let at = |path: &str| format!("/api/v1/workspaces/acme/{path}");
+    let (mut answers, scope) = (Vec::new(), "portfolio:read@portfolio/main");
+    for name in ["bob", "nobody"] {
+        let email = format!("{name}@example.com");
+        let invited = server.call("PUT", &at("members"), &ann, json!({"email": email, "role": "viewer"})).await;
+        let granted = server.call("PUT", &at("grants"), &ann, json!({"email": email, "scope": scope})).await;
+        let none =
+            server.call("DELETE", &at(&format!("grants?email={email}&scope=metric:read")), &ann, Value::Null).await;
+        let listed = [server.get(&at("members"), &ann).await, server.get(&at("grants"), &ann).await];
+        let all = [[invited, granted, none].as_slice(), &listed].concat();
+        // with the address and the time of each taken out
+        let alike = |answer: &Answer| {
+            let mut body = answer.body.clone();
+            mask(&mut body, name);
+            (answer.status, body)
+        };
+        answers.push(all.iter().map(alike).collect::<Vec<_>>());
+        assert_eq!((all[0].body["user"].as_str(), &all[0].body["invited"]), (Some(&*email), &json!(true)));
+        assert_eq!(all[1].body["grants"][0]["user"], json!(email));
+        assert_eq!((all[2].status, all[2].code()), (404, "unknown_grant"));
+        let gone = server.call("DELETE", &at(&format!("members/{email}")), &ann, Value::Null).await;
+        assert_eq!(gone.status, 204, "{}", gone.body);
+    }
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(server.get(&at("metrics"), &bob).await.status, 404, "the invitation was taken back");
+
+    let invite = json!({"email": "Bob@example.com", "role": "viewer"});
+    server.call("PUT", &at("members"), &ann, invite).await;
+    server.call("PUT", &at("grants"), &ann, json!({"email": "bob@example.com", "scope": scope})).await;
+    let mine = async || server.get("/api/v1/me", &bob).await.body["workspaces"][0].clone();
+    assert_eq!(
+        (&mine().await["id"], &mine().await["invited"]),
+        (&json!("acme"), &json!(true)),
+        "looking accepts nothing"
+    );
+    let members = async || server.get(&at("members"), &ann).await.body["members"][1].clone();
+    assert_eq!(members().await["invited"], true);
+    assert_eq!(server.get(&at("metrics"), &bob).await.status, 200);
+    assert_eq!(mine().await["invited"], false);
+    let bob_there = members().await;
+    assert_eq!((&bob_there["invited"], &bob_there["role"]), (&json!(false), &json!("viewer")));
+    assert_ne!(bob_there["user"], "bob@example.com");
+    assert_eq!(server.get(&at("grants"), &ann).await.body["grants"][0]["user"], bob_there["user"]);
+    let log = server.get(&at("audit"), &ann).await.body.to_string();
+    assert!(log.contains("accept invitation"), "{log}");
+    // of a member it is told who they are, and of anybody to who administers the installation
+    let changed =
+        server.call("PUT", &at("members"), &ann, json!({"email": "bob@example.com", "role": "analyst"})).await;
+    assert_eq!((&changed.body["user"], &changed.body["role"]), (&bob_there["user"], &json!("analyst")));
+    server.call("POST", "/api/v1/workspaces", &root, json!({"id": "other"})).await;
+    let given = json!({"email": "bob@example.com", "role": "viewer"});
+    let given = server.call("PUT", "/api/v1/workspaces/other/members", &root, given).await;
+    assert_eq!((&given.body["user"], &given.body["invited"]), (&bob_there["user"], &json!(false)));
+    assert_eq!(
+        server.call("PUT", &at("members"), &ann, json!({"email": "x", "role": "viewer"})).await.code(),
+        "bad_email"
+    );
 }
 
 #[tokio::test]

@@ -330,7 +330,8 @@ async fn an_alert_rule_is_after_a_kill_what_was_answered_and_the_audit_log_says_
     api.login().await;
     define(&api, "team").await;
     let rules = "/api/v1/workspaces/team/alert-rules";
-    let (mut expected, mut noted) = (BTreeMap::from(["now", "once"].map(|name| (name, format!("n > {MANY}")))), Vec::new());
+    let (mut expected, mut noted) =
+        (BTreeMap::from(["now", "once"].map(|name| (name, format!("n > {MANY}")))), Vec::new());
     for step in 0..4 {
         let (name, condition) = (["now", "once"][step % 2], format!("n > {}", 100 + step));
         if step < 3 {
@@ -347,8 +348,9 @@ async fn an_alert_rule_is_after_a_kill_what_was_answered_and_the_audit_log_says_
         process.ready(&client).await;
         let listed = api.call(Method::GET, rules, Value::Null).await;
         let listed = listed["rules"].as_array().unwrap().iter();
-        let listed: BTreeMap<&str, String> =
-            listed.map(|rule| (rule["name"].as_str().unwrap(), rule["condition"].as_str().unwrap().to_owned())).collect();
+        let listed: BTreeMap<&str, String> = listed
+            .map(|rule| (rule["name"].as_str().unwrap(), rule["condition"].as_str().unwrap().to_owned()))
+            .collect();
         assert_eq!(listed, expected, "after step {step}");
     }
     let log = api.call(Method::GET, "/api/v1/workspaces/team/audit", Value::Null).await;

@@ -2,7 +2,7 @@
 
 use super::metrics::instant;
 use crate::AppState;
-use crate::auth::new_key;
+use crate::auth::{check_email, new_key};
 use crate::extract::{Json, Member, Path, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::{PERMISSIONS, Permission, ROLES, Role, Scope, parse_scopes};
@@ -15,7 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sql::store::{ApiKey, Grant};
+use sql::store::{ApiKey, Grant, Invitation, User};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -36,13 +36,31 @@ async fn permissions() -> axum::Json<Value> {
 }
 
 fn member_json(member: &sql::store::Member) -> Value {
-    json!({"user": member.user, "email": member.email, "role": member.role, "since": rfc3339(member.since)})
+    json!({
+        "user": member.user, "email": member.email, "role": member.role, "since": rfc3339(member.since),
+        "invited": false,
+    })
+}
+
+/// Somebody who is invited goes by the address, whoever has it: nothing here tells whether anybody does.
+fn invited_json(one: &Invitation) -> Value {
+    json!({
+        "user": one.email, "email": one.email, "role": one.role, "since": rfc3339(one.invited_at), "invited": true,
+    })
+}
+
+/// Both by e-mail address.
+fn by_email(mut shown: Vec<Value>) -> Vec<Value> {
+    shown.sort_by(|a, b| a["email"].as_str().cmp(&b["email"].as_str()));
+    shown
 }
 
 async fn members(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may_see_people()?;
-    let members: Vec<Value> = state.system.store().members(&member.workspace).await?.iter().map(member_json).collect();
-    Ok(axum::Json(json!({"members": members})))
+    let store = state.system.store();
+    let mut members: Vec<Value> = store.members(&member.workspace).await?.iter().map(member_json).collect();
+    members.extend(store.invitations(&member.workspace).await?.iter().map(invited_json));
+    Ok(axum::Json(json!({"members": by_email(members)})))
 }
 
 #[derive(Deserialize)]
@@ -63,16 +81,72 @@ async fn set_member(
     seen.note(format_args!("{} as {}", new.email, new.role));
     let role: Role = new.role.parse()?;
     covers(&member, role)?;
+    check_email(&new.email)?;
     let store = state.system.store();
-    let user = store.user_by_email(&new.email).await?.ok_or_else(|| unknown_user(&new.email))?;
+    let Some(user) = known(&state, &member, &new.email).await? else {
+        let invitation = invite(&state, &member, &new.email, Some(role), None).await?;
+        return Ok(axum::Json(invited_json(&invitation)));
+    };
     if role != Role::Owner {
         another_owner(&state, &member, &user.id).await?;
     }
-    store.set_member(&member.workspace, &user.id, role.as_str(), state.system.now()).await?;
+    let now = state.system.now();
+    store.accept_invitation(&member.workspace, &user.email, &user.id, now).await?; // none is left behind
+    store.set_member(&member.workspace, &user.id, role.as_str(), now).await?;
     state.took_from(&Group::User(user.id.as_str().into()));
     let members = store.members(&member.workspace).await?;
     let set = members.iter().find(|other| other.user == user.id).map(member_json);
     Ok(axum::Json(set.unwrap_or(Value::Null)))
+}
+
+/// The user with this address, where `member` may know of them: a member of the workspace, or anybody for who
+/// administers the installation.
+async fn known(state: &AppState, member: &Member, email: &str) -> Result<Option<User>, Problem> {
+    let store = state.system.store();
+    let Some(user) = store.user_by_email(email).await? else { return Ok(None) };
+    let is_known = store.role(&member.workspace, &user.id).await?.is_some() || member.admin;
+    Ok(is_known.then_some(user))
+}
+
+/// The most invitations of a workspace that nobody has accepted yet.
+const INVITATIONS_MAX: usize = 1_000;
+
+/// Asks whoever has this address to become a member, or adds to what they are asked to. The answer is the same whether or
+/// not anybody has it, and nobody is a member of what they have not come to.
+async fn invite(
+    state: &AppState,
+    member: &Member,
+    email: &str,
+    role: Option<Role>,
+    scope: Option<&Scope>,
+) -> Result<Invitation, Problem> {
+    let (store, email) = (state.system.store(), email.to_lowercase());
+    let all = store.invitations(&member.workspace).await?;
+    let mut invitation = match all.iter().find(|other| other.email == email) {
+        Some(found) => found.clone(),
+        None if all.len() >= INVITATIONS_MAX => {
+            let detail =
+                format!("this workspace has {INVITATIONS_MAX} open invitations, the most there can be; end some");
+            return Err(Problem::conflict("limit_reached", detail));
+        }
+        None => Invitation {
+            email,
+            role: Role::Guest.to_string(),
+            scopes: Vec::new(),
+            invited_by: member.name.clone(),
+            invited_at: state.system.now(),
+        },
+    };
+    if let Some(role) = role {
+        invitation.role = role.to_string();
+    }
+    if let Some(scope) = scope.map(ToString::to_string).filter(|scope| !invitation.scopes.contains(scope)) {
+        has_room(invitation.scopes.len())?;
+        invitation.scopes.push(scope);
+    }
+    store.put_invitation(&member.workspace, &invitation).await?;
+    state.auth.forget();
+    Ok(invitation)
 }
 
 async fn remove_member(
@@ -87,6 +161,9 @@ async fn remove_member(
     let store = state.system.store();
     let members = store.members(&member.workspace).await?;
     let found = members.iter().find(|other| other.user == user || other.email == user.to_lowercase());
+    if found.is_none() && store.delete_invitation(&member.workspace, &user.to_lowercase()).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
     let found = found.ok_or_else(|| Problem::not_found("unknown_member", format!("`{user}` is no member here")))?;
     another_owner(&state, &member, &found.user).await?;
     store.remove_member(&member.workspace, &found.user).await?;
@@ -130,14 +207,36 @@ fn grant_json(grant: &Grant) -> Value {
 
 async fn grants(State(state): State<AppState>, member: Member) -> Result<axum::Json<Value>, Problem> {
     member.may(Permission::WorkspaceManage)?;
-    let grants: Vec<Value> = state.system.store().grants(&member.workspace).await?.iter().map(grant_json).collect();
-    Ok(axum::Json(json!({"grants": grants})))
+    let store = state.system.store();
+    let mut grants: Vec<Value> = store.grants(&member.workspace).await?.iter().map(grant_json).collect();
+    grants.extend(store.invitations(&member.workspace).await?.iter().flat_map(invited_grants));
+    Ok(axum::Json(json!({"grants": by_email(grants)})))
+}
+
+/// What will be granted to somebody who is invited.
+fn invited_grants(one: &Invitation) -> Vec<Value> {
+    let grant = |scope: &String| Grant {
+        user: one.email.clone(),
+        email: one.email.clone(),
+        scope: scope.clone(),
+        created_by: one.invited_by.clone(),
+        created_at: one.invited_at,
+    };
+    one.scopes.iter().map(|scope| grant_json(&grant(scope))).collect()
 }
 
 /// The most grants of one member.
 const GRANTS_MAX: usize = 200;
 
-/// Grants a scope. Somebody who is no member becomes one as a guest, who may do nothing else.
+fn has_room(grants: usize) -> Result<(), Problem> {
+    if grants < GRANTS_MAX {
+        return Ok(());
+    }
+    let detail = format!("a member has {GRANTS_MAX} grants at most; a role may serve better");
+    Err(Problem::conflict("limit_reached", detail))
+}
+
+/// Grants a scope. Somebody who is no member is invited as a guest, who may do nothing else.
 async fn put_grant(
     State(state): State<AppState>,
     member: Member,
@@ -151,15 +250,20 @@ async fn put_grant(
     if !member.access.covers(Role::Guest, Some(&scopes)) {
         return Err(Problem::forbidden(format!("you may not grant `{}`, which you do not hold yourself", new.scope)));
     }
+    check_email(&new.email)?;
     let (store, now) = (state.system.store(), state.system.now());
-    let user = store.user_by_email(&new.email).await?.ok_or_else(|| unknown_user(&new.email))?;
+    let Some(user) = known(&state, &member, &new.email).await? else {
+        let mut invited = None;
+        for scope in &scopes {
+            invited = Some(invite(&state, &member, &new.email, None, Some(scope)).await?);
+        }
+        return Ok(axum::Json(json!({"grants": invited.iter().flat_map(invited_grants).collect::<Vec<_>>()})));
+    };
+    store.accept_invitation(&member.workspace, &user.email, &user.id, now).await?; // none is left behind
     if store.role(&member.workspace, &user.id).await?.is_none() {
         store.set_member(&member.workspace, &user.id, Role::Guest.as_str(), now).await?;
     }
-    if store.granted(&member.workspace, &user.id).await?.len() + scopes.len() > GRANTS_MAX {
-        let detail = format!("a member has {GRANTS_MAX} grants at most; a role may serve better");
-        return Err(Problem::conflict("limit_reached", detail));
-    }
+    has_room(store.granted(&member.workspace, &user.id).await?.len())?;
     for scope in scopes {
         let grant = Grant {
             user: user.id.clone(),
@@ -186,9 +290,12 @@ async fn remove_grant(
     let Query(old) = old?;
     seen.note(format_args!("{} {}", old.email, old.scope));
     let store = state.system.store();
-    let user = store.user_by_email(&old.email).await?.ok_or_else(|| unknown_user(&old.email))?;
+    let Some(user) = known(&state, &member, &old.email).await? else {
+        uninvite(&state, &member, &old).await?;
+        return Ok(StatusCode::NO_CONTENT);
+    };
     if !store.delete_grant(&member.workspace, &user.id, &old.scope).await? {
-        return Err(Problem::not_found("unknown_grant", format!("`{}` holds no grant of this scope", user.email)));
+        return Err(no_grant(&old));
     }
     let group = Group::User(user.id.as_str().into());
     state.took_from(&group); // at once, whatever becomes of the rest
@@ -201,12 +308,24 @@ async fn remove_grant(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn unknown_user(email: &str) -> Problem {
-    let email: String = email.chars().take(80).collect();
-    Problem::not_found(
-        "unknown_user",
-        format!("there is no user `{email}`; an admin makes users by POST /api/v1/users"),
-    )
+/// Takes a scope out of an invitation; one that asks to nothing any more ends.
+async fn uninvite(state: &AppState, member: &Member, old: &NewGrant) -> Result<(), Problem> {
+    let (store, email) = (state.system.store(), old.email.to_lowercase());
+    let invitation = store.invitation(&member.workspace, &email).await?;
+    let Some(mut invitation) = invitation.filter(|one| one.scopes.contains(&old.scope)) else {
+        return Err(no_grant(old));
+    };
+    invitation.scopes.retain(|scope| *scope != old.scope);
+    match invitation.scopes.is_empty() && invitation.role == Role::Guest.as_str() {
+        true => _ = store.delete_invitation(&member.workspace, &email).await?,
+        false => store.put_invitation(&member.workspace, &invitation).await?,
+    }
+    Ok(())
+}
+
+fn no_grant(old: &NewGrant) -> Problem {
+    let email: String = old.email.chars().take(80).collect();
+    Problem::not_found("unknown_grant", format!("`{email}` holds no grant of this scope"))
 }
 
 fn key_json(key: &ApiKey) -> Value {

@@ -4,7 +4,7 @@ use crate::AppState;
 use crate::auth::{By, Caller, Refreshed, Tokens};
 use crate::extract::{Address, Json, Path, Query, Seen, Sent};
 use crate::hub::Group;
-use crate::permission::Role;
+use crate::permission::{Access, Role};
 use crate::problem::Problem;
 use crate::throttle::Try;
 use actors::rows::rfc3339;
@@ -203,8 +203,17 @@ async fn me(State(state): State<AppState>, caller: Caller) -> Result<axum::Json<
         let access = state.auth.access(store, &caller, &workspace.id, state.system.now()).await?;
         shown.push(json!({
             "id": workspace.id, "name": workspace.name, "role": role, "tier": workspace.tier,
-            "permissions": access.names(),
+            "permissions": access.names(), "invited": false,
         }));
+    }
+    if let By::Session { .. } = &caller.by {
+        for (workspace, role) in store.invited_to(&caller.name).await? {
+            let access = Access::of_user(role.parse()?, Vec::new());
+            shown.push(json!({
+                "id": workspace.id, "name": workspace.name, "role": role, "tier": workspace.tier,
+                "permissions": access.names(), "invited": true,
+            }));
+        }
     }
     let user = json!({"id": caller.id, "email": caller.name, "admin": caller.admin});
     Ok(axum::Json(json!({"user": user, "workspaces": shown})))

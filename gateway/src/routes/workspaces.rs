@@ -35,9 +35,11 @@ async fn list(State(state): State<AppState>, caller: Caller, mut page: Listing) 
     page.done()?;
     let store = state.system.store();
     let mut all: Vec<(Workspace, Role)> = Vec::new();
-    for (workspace, role) in store.workspaces_of(&caller.id).await? {
+    let (own, invited) = (store.workspaces_of(&caller.id).await?, store.invited_to(&caller.name).await?);
+    for (workspace, role) in own.into_iter().chain(invited) {
         all.push((workspace, role.parse()?));
     }
+    all.sort_by(|a, b| a.0.id.cmp(&b.0.id));
     if caller.admin {
         let own: Vec<WorkspaceId> = all.iter().map(|(workspace, _)| workspace.id.clone()).collect();
         let others = store.all_workspaces().await?.into_iter().filter(|other| !own.contains(&other.id));

@@ -117,7 +117,9 @@ async fn member(state: &AppState, caller: &Caller, wanted: Option<&str>) -> Resu
         (Some(wanted), _) => wanted.to_owned(),
         (None, By::Key { workspace, .. }) => workspace.to_string(),
         (None, By::Session { .. }) => {
-            let own = state.system.store().workspaces_of(&caller.id).await?;
+            let store = state.system.store();
+            let mut own = store.workspaces_of(&caller.id).await?;
+            own.extend(store.invited_to(&caller.name).await?);
             let [(workspace, _)] = own.as_slice() else {
                 let detail = format!("you belong to {} workspaces; name one with ?workspace=", own.len());
                 return Err(Problem::invalid("workspace_missing", detail));

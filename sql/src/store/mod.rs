@@ -20,6 +20,7 @@ mod dead_letters; // events that could not be used
 mod definitions; // streams, metrics, alert rules and silences
 mod factors; // second factors, and identities of other issuers
 mod grants; // what members may do beyond their role
+mod invitations; // who is asked to become a member
 mod keys; // API keys
 mod portfolios; // portfolios and positions
 mod rows; // final rows of metrics
@@ -39,6 +40,7 @@ pub use dead_letters::DeadLetter;
 pub use definitions::{AlertRule, MetricRow, Silence, StreamRow, TableRow};
 pub use factors::Totp;
 pub use grants::Grant;
+pub use invitations::Invitation;
 pub use keys::ApiKey;
 pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};

@@ -85,6 +85,7 @@ migrations! {
     9 "0009_tables",
     10 "0010_webhooks",
     11 "0011_webhook_rotation",
+    13 "0013_invitations",
 }
 
 /// Which database a store is.

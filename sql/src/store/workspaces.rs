@@ -209,6 +209,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::super::db::Dialect;
+    use super::super::invitations::testing::invitation;
     use super::super::testing::*;
     use super::super::*;
     use super::*;
@@ -296,6 +297,7 @@ mod tests {
             created_at: at,
         };
         store.put_grant(&ws, &grant).await.unwrap();
+        store.put_invitation(&ws, &invitation("bob@example.com", "viewer", &[])).await.unwrap();
         let stream = StreamRow {
             workspace: ws.clone(),
             stream: name("shop.orders"),
@@ -445,6 +447,7 @@ mod tests {
 
         assert_eq!(store.role(&other, "acme").await.unwrap(), None);
         assert!(store.members(&other).await.unwrap().iter().all(|m| m.user == "other"));
+        assert_eq!(store.invitations(&other).await.unwrap(), []);
         assert!(store.list_api_keys(&other).await.unwrap().is_empty());
         assert!(!store.revoke_api_key(&other, "key", Micros(2)).await.unwrap());
         assert!(store.streams(&other).await.unwrap().is_empty());

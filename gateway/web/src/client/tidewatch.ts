@@ -106,6 +106,11 @@ export class Tidewatch {
     return (text ? JSON.parse(text) : undefined) as T;
   }
 
+  /** `DELETE` of `path`. Throws like `get`. */
+  async delete(path: string): Promise<void> {
+    await this.#fetch(path, { method: 'DELETE' });
+  }
+
   /**
    * Runs an agent and hands over its AG-UI events, each once, until the terminal one. The run belongs to the server: a
    * cut stream is resumed by `Last-Event-ID`; aborting `signal` stops listening, and only `cancel` stops the run.

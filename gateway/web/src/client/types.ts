@@ -7,6 +7,8 @@ export interface Workspace {
   role: string;
   tier: string;
   pack?: string | null;
+  /** Of the list in `Me`: not a member yet; the first request to the workspace accepts. */
+  invited?: boolean;
 }
 
 /** What a workspace of one domain can start with. */

@@ -1,5 +1,5 @@
 /** What the whole page shares: the client, who is signed in, where we are, the theme and the time. */
-import { Problem, Tidewatch, type ConnectionState, type Me, type Workspace } from '../client';
+import { Problem, Tidewatch, workspacePath, type ConnectionState, type Me, type Workspace } from '../client';
 
 export const tidewatch = new Tidewatch(location.origin);
 
@@ -26,8 +26,11 @@ class App {
   /** The form for a new workspace is open. */
   creating = $state(false);
 
+  joined: Workspace[] = $derived(this.me?.workspaces.filter(({ invited }) => !invited) ?? []);
+  /** Nothing is asked of these: that would accept. */
+  invitations: Workspace[] = $derived(this.me?.workspaces.filter(({ invited }) => invited) ?? []);
   workspace: Workspace | null = $derived(
-    this.me?.workspaces.find(({ id }) => id === this.route.workspace) ?? this.me?.workspaces[0] ?? null,
+    this.joined.find(({ id }) => id === this.route.workspace) ?? this.joined[0] ?? null,
   );
 
   #leaving = false;
@@ -66,6 +69,18 @@ class App {
   open(workspace: string, metric = ''): void {
     this.creating = false;
     location.hash = `#/${[workspace, metric].filter(Boolean).map(encodeURIComponent).join('/')}`;
+  }
+
+  async join(workspace: string): Promise<void> {
+    await tidewatch.get(workspacePath(workspace));
+    await this.load();
+    this.open(workspace);
+  }
+
+  async decline(workspace: string): Promise<void> {
+    if (!this.me) return;
+    await tidewatch.delete(workspacePath(workspace, 'members', this.me.user.id));
+    await this.load();
   }
 
   toggleTheme(): void {
