@@ -338,6 +338,20 @@ impl Hub {
         })
     }
 
+    /// Takes away the channels of a workspace that has ended: a later one of its name begins anew.
+    pub(crate) fn forget(&self, workspace: &WorkspaceId) {
+        self.channels.write().retain(|(of, topic), channels| {
+            let stays = of.as_ref() != Some(workspace);
+            if !stays {
+                let ends = channels.iter().map(|channel| channel.close());
+                if let Some(end) = ends.max().filter(|_| !matches!(topic, Topic::Stream(_))) {
+                    self.floor.fetch_max(end, Ordering::AcqRel);
+                }
+            }
+            stays
+        });
+    }
+
     /// Takes away the channels that nobody has listened to for a while.
     fn sweep(&self, now: Instant) {
         {

@@ -679,6 +679,13 @@ impl Channel {
         inner.is_closed |= is_idle;
         inner.is_closed.then_some(inner.offset + 1)
     }
+
+    /// Takes no subscriber any more: the offset behind its last.
+    pub(super) fn close(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        inner.is_closed = true;
+        inner.offset + 1
+    }
 }
 
 impl Inner {

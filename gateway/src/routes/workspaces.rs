@@ -227,6 +227,7 @@ async fn update(
 async fn delete(State(state): State<AppState>, member: Member) -> Result<StatusCode, Problem> {
     member.may(Permission::WorkspaceDelete)?;
     state.system.delete_workspace(&member.workspace).await?;
+    state.hub.forget(&member.workspace);
     state.took_from(&Group::Workspace(member.workspace));
     Ok(StatusCode::NO_CONTENT)
 }

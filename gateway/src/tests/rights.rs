@@ -461,6 +461,30 @@ async fn whoever_follows_a_workspace_that_is_deleted_is_told_so_at_once_though_n
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_workspace_of_the_same_name_shows_nothing_of_the_one_before() {
+    let (listening, root, bob) = workspace().await;
+    let server = &listening.server;
+    let at = "/api/v1/workspaces/acme";
+    let sent = server.call("POST", &format!("{at}/streams/market.trades/events"), &root, trade()).await;
+    assert_eq!(sent.body["accepted"], 1);
+    let mut before = signed_in(&listening, &root).await;
+    for channel in ["alerts", "metrics/volume"] {
+        assert_eq!(answer(&mut before, subscribe(channel)).await["type"], "ok");
+    }
+    while !hear(&mut before).await["event"].to_string().contains("\"symbol\":\"A\"") {}
+    assert_eq!(server.call("DELETE", at, &root, Value::Null).await.status, 204);
+
+    assert_eq!(server.call("POST", "/api/v1/workspaces", &bob, json!({"id": "acme"})).await.status, 201);
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
+    let defined = server.call("PUT", &format!("{at}/metrics/volume"), &bob, json!({"sql": sql})).await;
+    assert_eq!(defined.status, 200, "{}", defined.body);
+    let mut after = signed_in(&listening, &bob).await;
+    assert_eq!(answer(&mut after, subscribe("metrics/volume")).await["type"], "ok");
+    let snapshot = hear(&mut after).await;
+    assert_eq!(snapshot["event"]["snapshot"], json!({"rows": {}}), "{snapshot}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refresh_token_that_comes_twice_ends_what_is_connected_by_its_sign_in() {
     let (listening, root, _) = workspace().await;
     let tokens = listening.server.sign_in("root@example.com").await.body;
