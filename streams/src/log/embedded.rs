@@ -25,6 +25,8 @@ use tokio::sync::oneshot;
 
 /// The most bytes written and made durable at once: keeps the wait of the first in a group short.
 const GROUP_BYTES_MAX: usize = 8 << 20;
+/// Of them, the most of one workspace: what the others write waits for no more than that of one that writes much.
+const SHARE_BYTES_MAX: usize = 512 << 10;
 /// A record's length is 32 bits in the file.
 const RECORD_BYTES_MAX: usize = 1 << 30;
 /// Positions are 32 bits too, and the last group comes on top of this.
@@ -401,6 +403,36 @@ struct Writer {
     buffer: Vec<u8>,
 }
 
+/// How much of a group is whose.
+#[derive(Default)]
+struct Shares {
+    all: usize,
+    /// By workspace.
+    each: HashMap<Box<str>, usize>,
+}
+
+impl Shares {
+    /// Takes a record in where it fits into its workspace's share. Once one does not, none after it does, so that those of
+    /// a workspace stay in their order.
+    fn take(&mut self, draft: &Draft) -> bool {
+        let fits = match self.each.get_mut(draft.workspace()) {
+            Some(share) if *share + draft.len() > SHARE_BYTES_MAX => {
+                *share = SHARE_BYTES_MAX;
+                false
+            }
+            Some(share) => {
+                *share += draft.len();
+                true
+            }
+            None => self.each.insert(draft.workspace().into(), draft.len()).is_none(),
+        };
+        if fits {
+            self.all += draft.len();
+        }
+        fits
+    }
+}
+
 impl Writer {
     fn run(mut self) {
         let shared = self.shared.clone();
@@ -442,9 +474,8 @@ impl Writer {
         }
     }
 
-    /// All that waits, up to a bound; `None` when the log is closed and nothing waits.
+    /// All that waits, up to a bound for each workspace and one for all; `None` when the log is closed and nothing waits.
     fn wait_for_group(&self) -> Option<Vec<Entry>> {
-        let limit = GROUP_BYTES_MAX.min(usize::try_from(self.segment_bytes).unwrap_or(usize::MAX));
         let mut queue = self.shared.queue.lock();
         while queue.waiting.is_empty() {
             if queue.closing {
@@ -452,15 +483,26 @@ impl Writer {
             }
             self.shared.wake.wait(&mut queue);
         }
-        let mut bytes = 0;
-        let mut group = Vec::with_capacity(queue.waiting.len());
-        while let Some(entry) = queue.waiting.front() {
-            bytes += entry.draft.as_ref().map_or(0, Draft::len);
-            if bytes > limit && !group.is_empty() {
+        let limit = GROUP_BYTES_MAX.min(usize::try_from(self.segment_bytes).unwrap_or(usize::MAX));
+        let mut shares = Shares::default();
+        let (mut group, mut left) = (Vec::with_capacity(queue.waiting.len()), VecDeque::new());
+        while let Some(entry) = queue.waiting.pop_front() {
+            let bytes = entry.draft.as_ref().map_or(0, Draft::len);
+            if shares.all + bytes > limit && !group.is_empty() {
+                left.push_back(entry);
                 break;
             }
-            group.extend(queue.waiting.pop_front());
+            let takes = match &entry.draft {
+                Some(draft) => shares.take(draft),
+                None => left.is_empty(), // it says that all before it is durable
+            };
+            match takes {
+                true => group.push(entry),
+                false => left.push_back(entry),
+            }
         }
+        left.append(&mut queue.waiting);
+        queue.waiting = left;
         Some(group)
     }
 

@@ -82,6 +82,11 @@ impl Draft {
         self.bytes.len()
     }
 
+    /// Whose it is.
+    pub(super) fn workspace(&self) -> &str {
+        workspace_in(&self.bytes)
+    }
+
     /// Appends the record to `out`, at its place. A schema record bears the offset of the record after it.
     /// All of `out` becomes durable together.
     pub(super) fn seal(mut self, offset: u64, schema: u64, salt: u32, out: &mut Vec<u8>) {

@@ -3,6 +3,7 @@ use crate::log::tests::trades;
 use arrow::array::{ArrayRef, Int64Array};
 use arrow::record_batch::RecordBatch;
 use engine::event::{StreamName, WorkspaceId};
+use futures::FutureExt;
 use futures::executor::block_on;
 use proptest::prelude::*;
 use std::io::ErrorKind;
@@ -548,6 +549,36 @@ fn with_a_group(directory: &Path) -> (Vec<Record>, u64, u64) {
     let end = length();
     drop(log);
     (records, start, end)
+}
+
+#[test]
+fn who_writes_little_does_not_wait_for_all_of_who_writes_much() {
+    let directory = TempDir::new().unwrap();
+    let disk = TestDisk::default();
+    let log = EmbeddedLog::open_on(Box::new(disk.clone()), directory.path(), &Config::default()).unwrap();
+    let gate = disk.0.gate.lock();
+    let first = log.enqueue(short(1)).unwrap();
+    while fs::metadata(newest_file(directory.path())).unwrap().len() == HEADER as u64 {
+        thread::yield_now();
+    }
+    // more than a share each, but for the last, which must not overtake those of its workspace
+    let much = [20_000, 20_000, 20_000, 1].map(|rows| trade_record("much", 1, rows));
+    let much = much.map(|record| log.enqueue(record).unwrap());
+    let mut barrier = Box::pin(log.barrier());
+    assert!((&mut barrier).now_or_never().is_none());
+    let little = log.enqueue(trade_record("little", 1, 1)).unwrap();
+    drop(gate);
+    assert_eq!(block_on(first).unwrap(), Offset(0));
+    assert_eq!(block_on(little).unwrap(), Offset(2), "with the first of the others");
+    block_on(barrier).unwrap();
+    assert_eq!(log.tail(), Offset(6), "all before it is durable");
+    assert_eq!(much.map(|pending| block_on(pending).unwrap().0), [1, 3, 4, 5]);
+    let rows = |record: &Record| match &record.body {
+        Body::Events { batch, .. } => batch.num_rows(),
+        Body::Advance { .. } => 0,
+    };
+    let kept: Vec<usize> = all(&log).iter().map(|(_, record)| rows(record)).collect();
+    assert_eq!(kept, [1, 20_000, 1, 20_000, 20_000, 1]);
 }
 
 #[test]
