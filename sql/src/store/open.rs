@@ -84,6 +84,7 @@ migrations! {
     8 "0008_security",
     9 "0009_tables",
     10 "0010_webhooks",
+    12 "0012_state_parts",
 }
 
 /// Which database a store is.
