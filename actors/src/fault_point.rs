@@ -30,6 +30,19 @@ pub(crate) fn step(workspace: &WorkspaceId, batch: &RecordBatch) {
     }
 }
 
+/// Workspaces whose saved state was refused: it would be computed again, and nobody would notice.
+static REFUSED: Mutex<Vec<WorkspaceId>> = Mutex::new(Vec::new());
+
+/// The saved state of `workspace` cannot be used.
+pub(crate) fn refuse_state(workspace: &WorkspaceId) {
+    REFUSED.lock().push(workspace.clone());
+}
+
+/// Whether that happened.
+pub(crate) fn refused_state(workspace: &WorkspaceId) -> bool {
+    REFUSED.lock().contains(workspace)
+}
+
 /// Panics at an event whose `column` is `value`.
 pub(crate) fn panic_at(workspace: &WorkspaceId, column: &'static str, value: &'static str) {
     on_step(workspace, move |batch| {

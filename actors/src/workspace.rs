@@ -17,6 +17,7 @@ use crate::webhook::notice;
 use arrow::array::RecordBatch;
 use cache::Tag;
 use engine::alert::{Change, Phase, Rule, Trouble};
+use engine::checkpoint::{Changes, Saved, Snapshot};
 use engine::cost::Cost;
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
@@ -24,7 +25,7 @@ use engine::portfolio::Price;
 use engine::program::Program;
 use engine::reference::{TableSchema, TableSize};
 use engine::window::Window;
-use engine::workspace::{Failure, Outputs, Saved, Stop, Workspace};
+use engine::workspace::{Failure, Outputs, Stop, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
@@ -64,7 +65,7 @@ pub(crate) enum WorkspaceMsg {
     Save,
     /// Time to see whether there is nothing to do any more.
     Rest,
-    Saved(Result<u64, Unsaved>),
+    Saved(Written),
     Define {
         name: ItemName,
         definition: MetricDefinition,
@@ -159,6 +160,14 @@ pub(crate) struct Recent {
     pub(crate) live: Vec<Rows>,
 }
 
+/// What became of a commit.
+pub(crate) struct Written {
+    /// Up to where the store has the log now, or what has to be committed again.
+    result: Result<u64, Unsaved>,
+    /// How long the state took to encode; `None`: there was none in it.
+    encoding: Option<Duration>,
+}
+
 /// Results on their way to the store.
 #[derive(Default)]
 pub(crate) struct Unsaved {
@@ -185,6 +194,35 @@ impl Unsaved {
         earlier.alerts.append(&mut self.alerts);
         earlier.dead_letters.append(&mut self.dead_letters);
         *self = earlier;
+    }
+}
+
+/// A commit whose state is not encoded yet, and the alerts to tell of afterwards.
+struct Due {
+    commit: Commit,
+    state: Option<Snapshot>,
+    alerts: Vec<(AlertPhase, Alert)>,
+}
+
+/// The commit with its state, of which it has none yet; or the commit, and why it cannot be.
+async fn encoded(mut commit: Commit, state: Option<Snapshot>) -> Result<Commit, (Commit, Result<(), Arc<StoreError>>)> {
+    let Some(state) = state else { return Ok(commit) };
+    let encoded: Result<Changes, String> = match state.bytes() > ENCODED_AT_ONCE {
+        false => state.encode().map_err(|error| error.to_string()),
+        true => match tokio::task::spawn_blocking(move || state.encode()).await {
+            Ok(encoded) => encoded.map_err(|error| error.to_string()),
+            Err(panic) => Err(panic.to_string()),
+        },
+    };
+    match encoded {
+        Ok(changes) => {
+            commit.state = Some(changes);
+            Ok(commit)
+        }
+        Err(error) => {
+            tracing::error!(workspace = %commit.workspace, error, "the state cannot be encoded");
+            Err((commit, Err(Arc::new(StoreError::Busy { operation: "encode the state" }))))
+        }
     }
 }
 
@@ -245,8 +283,9 @@ pub(crate) struct State {
     alerts_planned: bool,      // and sooner
     tick_due: Option<Instant>, // the earliest tick that was asked for
     idle_due: Option<Instant>,
-    next_state: Instant,  // the whole state is not written more often than pays
+    next_state: Instant,  // the state is not written more often than pays
     next_alerts: Instant, // nor for what has to come with it
+    state_took: Duration, // the last time
     failed_saves: u32,    // in a row
     overfull: bool,       // more waits for the store than `limits.unsaved_bytes`
     withheld: Vec<OwnedSemaphorePermit>,
@@ -259,6 +298,9 @@ const SAVE_EVERY: Duration = Duration::from_millis(500);
 
 /// How long a commit that failed waits at most before it is tried again.
 const SAVE_AGAIN_MOST: Duration = Duration::from_secs(5);
+
+/// State of more bytes is encoded on a thread of its own, since others wait for this one.
+const ENCODED_AT_ONCE: usize = 64 << 10;
 
 /// Writing the state may take this share of the time, and is spread accordingly.
 const STATE_SHARE: u32 = 20;
@@ -343,6 +385,7 @@ impl Actor for WorkspaceActor {
             idle_due: None,
             next_state: Instant::now(),
             next_alerts: Instant::now(),
+            state_took: Duration::ZERO,
             failed_saves: 0,
             overfull: false,
             withheld: Vec::new(),
@@ -519,10 +562,12 @@ impl State {
         let (open, _) = store.alerts(&id, Some("firing"), 10_000, None).await?;
         self.firing = open.into_iter().map(|alert| ((alert.rule.clone(), alert.labels.to_string()), alert)).collect();
         let fresh = match checkpoint.and_then(|c| c.state) {
-            Some(bytes) => match Saved::read(&bytes).and_then(|saved| self.engine.restore(saved)) {
+            Some(state) => match Saved::read(&state).and_then(|saved| self.engine.restore(saved)) {
                 Ok(fresh) => fresh,
                 Err(error) => {
                     tracing::warn!(workspace = %id, %error, "saved state cannot be used; computing it again from the log");
+                    #[cfg(test)]
+                    crate::fault_point::refuse_state(&id);
                     self.read_tables().await?;
                     known
                 }
@@ -1294,7 +1339,7 @@ impl State {
         if self.saving {
             return;
         }
-        let Some((commit, alerts)) = self.commit() else {
+        let Some(Due { commit, state, alerts }) = self.commit() else {
             if !self.unsaved.is_empty() {
                 self.plan_save(myself); // it waits for the state
             }
@@ -1306,7 +1351,16 @@ impl State {
         let (deps, tenant, myself) = (self.deps.clone(), self.tenant.clone(), myself.clone());
         let changed = self.changed_by(&commit);
         tokio::spawn(async move {
-            let Some((commit, result)) = deps.committer.commit(commit).await else { return };
+            let began = state.is_some().then(Instant::now);
+            let (result, encoding) = match encoded(commit, state).await {
+                Ok(commit) => {
+                    let encoding = began.map(|began| began.elapsed());
+                    let Some(answer) = deps.committer.commit(commit).await else { return };
+                    (answer, encoding)
+                }
+                Err(unencoded) => (unencoded, began.map(|began| began.elapsed())),
+            };
+            let (commit, result) = result;
             // before the actor lets the rows go, and also after a failure, which may be that only the answer was lost
             deps.cache.changed(&changed);
             drop(one);
@@ -1321,15 +1375,15 @@ impl State {
                     Err(Unsaved { rows: commit.rows, alerts, dead_letters: commit.dead_letters })
                 }
             };
-            _ = myself.send_message(WorkspaceMsg::Saved(result)); // the actor may have stopped
+            _ = myself.send_message(WorkspaceMsg::Saved(Written { result, encoding })); // the actor may have stopped
         });
     }
 
-    /// What is to be committed now, and the alerts to tell of afterwards. The whole state only when it is due.
+    /// What is to be committed now. The state only when it is due.
     ///
     /// Final rows that a replay repeats are known by what they are; alerts and dead letters come with the state that
     /// has them behind it, so that no replay repeats them.
-    fn commit(&mut self) -> Option<(Commit, Vec<(AlertPhase, Alert)>)> {
+    fn commit(&mut self) -> Option<Due> {
         let began = Instant::now();
         let mut offset = self.tenant.counters.saved.load(Relaxed);
         let mut state = None;
@@ -1338,15 +1392,14 @@ impl State {
         let rows_only = self.dirty && began < due;
         if self.dirty && began >= due {
             match self.engine.save() {
-                Ok(bytes) => {
-                    self.tenant.counters.state_bytes.store(bytes.len() as u64, Relaxed);
-                    (state, offset, self.dirty) = (Some(bytes), self.applied, false);
+                Ok(taken) => {
+                    self.tenant.counters.state_bytes.store(self.engine.bytes() as u64, Relaxed);
+                    (state, offset, self.dirty) = (Some(taken), self.applied, false);
                 }
                 Err(error) => tracing::error!(workspace = %self.tenant.id, %error, "the state cannot be saved"),
             }
-            let (now, took) = (Instant::now(), began.elapsed());
-            self.next_state = now + (took * STATE_SHARE).min(REPLAY_MOST);
-            self.next_alerts = now + (took * ALERTS_SHARE).min(REPLAY_MOST);
+            self.state_took = began.elapsed();
+            self.plan_next_state();
         }
         let rows = std::mem::take(&mut self.unsaved.rows);
         let Unsaved { alerts, dead_letters, .. } =
@@ -1359,7 +1412,15 @@ impl State {
         let loud = alerts.iter().filter(|(_, alert)| !self.tenant.is_silenced(alert));
         let notices = loud.filter_map(|(phase, alert)| notice(*phase, alert)).collect();
         let workspace = self.tenant.id.clone();
-        Some((Commit { workspace, offset, state, rows, alerts: stored, notices, dead_letters }, alerts))
+        let commit = Commit { workspace, offset, state: None, rows, alerts: stored, notices, dead_letters };
+        Some(Due { commit, state, alerts })
+    }
+
+    /// The more the last one took, the later the next one is.
+    fn plan_next_state(&mut self) {
+        let now = Instant::now();
+        self.next_state = now + (self.state_took * STATE_SHARE).min(REPLAY_MOST);
+        self.next_alerts = now + (self.state_took * ALERTS_SHARE).min(REPLAY_MOST);
     }
 
     /// What of the cached history is not as it was once this is in the store.
@@ -1368,8 +1429,15 @@ impl State {
         blocks::changed_by(&self.tenant.id, &commit.rows, width)
     }
 
-    fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, result: Result<u64, Unsaved>) {
+    fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, Written { result, encoding }: Written) {
         self.saving = false;
+        if let Some(encoding) = encoding {
+            self.state_took += encoding;
+            self.plan_next_state();
+            if result.is_err() {
+                self.engine.forget_saved(); // it may be there or not
+            }
+        }
         self.in_store = Arc::new([]);
         match result {
             Ok(offset) => {
@@ -1430,9 +1498,12 @@ impl State {
 
     async fn drain(&mut self) {
         (self.next_state, self.next_alerts) = (Instant::now(), Instant::now());
-        if let Some((commit, alerts)) = self.commit() {
+        if let Some(Due { commit, state, alerts }) = self.commit() {
             let changed = self.changed_by(&commit);
-            let committed = self.deps.committer.commit(commit).await;
+            let committed = match encoded(commit, state).await {
+                Ok(commit) => self.deps.committer.commit(commit).await,
+                Err(unencoded) => Some(unencoded),
+            };
             self.deps.cache.changed(&changed);
             match committed {
                 Some((commit, Ok(()))) => {
@@ -1864,12 +1935,13 @@ fn sift(
     let (mut computed, mut poison) = (Vec::new(), Vec::new());
     let mut parts = vec![batch.clone()];
     while let Some(part) = parts.pop() {
-        let before = engine.save()?;
+        let before = engine.state()?;
         match catch_unwind(AssertUnwindSafe(|| step(&mut engine, &part))) {
             Ok(outputs) => computed.push((part, outputs)),
             Err(panic) => {
                 engine = empty()?;
                 let fresh = engine.restore(Saved::read(&before)?)?;
+                engine.forget_saved(); // the store has another one
                 assert!(fresh.is_empty(), "state of {fresh:?} was lost between two batches");
                 let half = part.num_rows() / 2;
                 if half > 0 {

@@ -82,6 +82,8 @@ pub(crate) struct Watch {
     pub(crate) rule: Rule,
     pub(crate) standing: HashMap<String, Standing>,
     pub(crate) trouble: Option<Trouble>,
+    /// It stands elsewhere than at the last checkpoint.
+    pub(crate) changed: bool,
     /// Nothing that is over was seen before this.
     oldest_over: Micros,
 }
@@ -104,7 +106,7 @@ pub(crate) struct Verdict {
 
 impl Watch {
     pub(crate) fn new(rule: Rule) -> Self {
-        Self { rule, standing: HashMap::new(), trouble: None, oldest_over: Micros::MIN }
+        Self { rule, standing: HashMap::new(), trouble: None, changed: false, oldest_over: Micros::MIN }
     }
 
     /// Evaluates the rule over new rows.
@@ -117,6 +119,7 @@ impl Watch {
             trouble = Some(Trouble { reason: error.strip_backtrace(), rows: view.rows.batch.num_rows() as u64 });
         }
         let Some(trouble) = trouble else { return };
+        self.changed = true;
         let before = self.trouble.as_ref().map_or(0, |trouble| trouble.rows);
         self.trouble = Some(Trouble { rows: before + trouble.rows, ..trouble.clone() });
         out.trouble.push((self.rule.name.clone(), trouble));
@@ -157,6 +160,7 @@ impl Watch {
         let fresh = Standing { since: at, firing: hold <= Span::ZERO, seen: end, over: false };
         let Some(standing) = self.standing.get_mut(&key) else {
             if holds {
+                self.changed = true;
                 self.standing.insert(key, fresh);
             }
             return (holds && fresh.firing).then_some((Phase::Firing, at, at));
@@ -166,11 +170,13 @@ impl Watch {
                 return None;
             }
             *standing = fresh;
+            self.changed = true;
             return fresh.firing.then_some((Phase::Firing, at, at));
         }
         if end < standing.seen {
             return None;
         }
+        self.changed = true;
         let (since, at) = (standing.since, at.max(standing.since));
         if holds {
             standing.seen = end;
@@ -236,7 +242,9 @@ impl Watch {
         if settled <= self.oldest_over {
             return;
         }
+        let before = self.standing.len();
         self.standing.retain(|_, standing| !standing.over || standing.seen >= settled);
+        self.changed |= self.standing.len() < before;
         let over = self.standing.values().filter(|standing| standing.over).map(|standing| standing.seen);
         self.oldest_over = over.min().unwrap_or(Micros::MAX);
     }

@@ -13,10 +13,11 @@
 //! late as a whole when it matches a left one that went without a match: it makes no pair and is a dead letter, and the
 //! rows are those of the other events.
 
+use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span, StreamName};
 use crate::key::{KeyId, KeyTable, batch_of};
 use crate::limit::StateSize;
-use crate::metric::{Metric, RestoreError, Rows, Timing, times};
+use crate::metric::{Metric, PANES, REVISIONS, RestoreError, Rows, Timing, times};
 use crate::program::Program;
 use crate::reference::{Tables, evaluate};
 use crate::shared::Shared;
@@ -472,29 +473,23 @@ impl Joined {
         self.metric.bytes() + self.streams.as_ref().map_or(0, StreamJoin::bytes)
     }
 
-    /// The watermark, and the state: panes, revisions and the waiting events of both streams.
-    pub(crate) fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
-        let (closed, panes, revisions) = self.metric.save()?;
-        let mut state = vec![panes, revisions];
-        if let Some(join) = &self.streams {
-            state.extend(join.save()?);
-        }
-        Ok((closed, state))
+    /// As [`Metric::save`], and the waiting events of both streams.
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        self.metric.save(draft)?;
+        self.streams.as_mut().map_or(Ok(()), |join| join.save(draft))
     }
 
     /// The same metric with the state that [`Joined::save`] gave.
-    pub(crate) fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Joined, RestoreError> {
-        let program = self.metric.program().clone();
-        let mut streams = StreamJoin::new(&program, self.most)?;
-        let (panes, revisions) = match (&mut streams, state) {
-            (None, [panes, revisions]) => (panes, revisions),
-            (Some(join), [panes, revisions, left, right]) => {
-                join.load([left, right])?;
-                (panes, revisions)
-            }
-            (_, state) => return Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
-        };
-        let metric = self.metric.emptied().restored(closed, panes, revisions)?;
+    pub(crate) fn restored(&self, closed: Micros, state: Pieces) -> Result<Joined, RestoreError> {
+        let mut streams = StreamJoin::new(self.metric.program(), self.most)?;
+        let state = state.named(match streams {
+            None => &[PANES, REVISIONS],
+            Some(_) => &[PANES, REVISIONS, SIDES[LEFT], SIDES[RIGHT]],
+        })?;
+        if let Some(join) = &mut streams {
+            join.load(&state)?;
+        }
+        let metric = self.metric.emptied().restored(closed, &state)?;
         Ok(Joined { metric, streams, rows: 0, most: self.most })
     }
 }
@@ -531,6 +526,9 @@ fn absorb_with_tables(
 const LEFT: usize = 0;
 const RIGHT: usize = 1;
 
+/// Parts of saved state: the events of either stream.
+const SIDES: [&str; 2] = ["left", "right"];
+
 /// An event that is kept for its matches.
 struct Stored {
     ts: Micros,
@@ -558,6 +556,8 @@ struct Side {
     panes: BTreeMap<Micros, HashSet<KeyId>>,
     count: usize,
     bytes: usize,
+    /// Its events, or what became of them, are others than at the last checkpoint.
+    changed: bool,
 }
 
 /// Bytes of a kept event beside its columns.
@@ -568,10 +568,11 @@ impl Side {
         let places: Vec<usize> = (0..fields.len()).filter(|&at| asked(at)).collect();
         let sorts = places.iter().map(|&at| SortField::new(fields[at].data_type().clone())).collect();
         let converter = RowConverter::new(sorts)?;
-        Ok(Side { places, converter, rows: HashMap::new(), panes: BTreeMap::new(), count: 0, bytes: 0 })
+        Ok(Side { places, converter, rows: HashMap::new(), panes: BTreeMap::new(), count: 0, bytes: 0, changed: false })
     }
 
     fn add(&mut self, id: KeyId, stored: Stored, pane: Micros, keys: &mut KeyTable) {
+        self.changed = true;
         self.count += 1;
         self.bytes += stored.row.len() + STORED_BYTES;
         self.panes.entry(pane).or_default().insert(id);
@@ -840,6 +841,7 @@ impl StreamJoin {
                 continue;
             }
             let mut fate = Fate::Waiting;
+            let before = pairs.came.len();
             for (place, other) in others.between_mut(id, range) {
                 pairs.push(row, id, place, other);
                 if other.fate == Fate::Alone {
@@ -848,6 +850,7 @@ impl StreamJoin {
                 }
                 (fate, other.fate) = (Fate::Matched, Fate::Matched);
             }
+            others.changed |= pairs.came.len() > before;
             if side == LEFT && step.kind == JoinKind::Left && fate == Fate::Waiting {
                 if at < settled {
                     pairs.push_alone(row);
@@ -1034,6 +1037,7 @@ impl StreamJoin {
             }
         }
         if !alone.is_empty() {
+            self.sides[LEFT].changed = true;
             let rows = self.joined_alone(&alone, tables)?;
             self.give(metric, &rows, out)?;
         }
@@ -1056,6 +1060,7 @@ impl StreamJoin {
                     let Some(rows) = side.rows.get_mut(&id) else { continue };
                     let last = |ts: Micros| if at == LEFT { ts } else { near.left_of(ts).1 };
                     let gone = rows.partition_point(|stored| last(stored.ts).pane_start(window.pane()) <= pane);
+                    side.changed |= gone > 0;
                     for stored in rows.drain(..gone) {
                         side.count -= 1;
                         side.bytes -= stored.row.len() + STORED_BYTES;
@@ -1069,28 +1074,34 @@ impl StreamJoin {
         }
     }
 
-    /// The events of both sides: `ts`, `matched`, of the left side of a left join `alone`, and the columns kept.
+    /// The events of either side: `ts`, `matched`, of the left side of a left join `alone`, and the columns kept.
     ///
     /// State without `alone` is older and lacks the events that went without a match: it is not read but made again.
-    fn save(&self) -> Result<[RecordBatch; 2]> {
-        let batch = |at: usize| -> Result<RecordBatch> {
+    fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        for (at, name) in SIDES.iter().enumerate() {
+            let changed = std::mem::take(&mut self.sides[at].changed);
+            if self.sides[at].count == 0 {
+                continue;
+            }
             let (side, schema) = (&self.sides[at], self.schema_of(at));
-            let mut ids: Vec<&KeyId> = side.rows.keys().collect();
-            ids.sort_unstable();
-            let rows: Vec<&Stored> = ids.iter().flat_map(|id| &side.rows[*id]).collect();
-            let parser = side.converter.parser();
-            let kept = side.converter.convert_rows(rows.iter().map(|stored| parser.parse(&stored.row)))?;
-            let own = side.places.iter().map(|&at| Arc::new(schema.field(at).clone().with_nullable(true)));
-            let fields: Vec<FieldRef> = self.beside(at).into_iter().map(Arc::new).chain(own).collect();
-            let of_fate = |fate: Fate| -> ArrayRef {
-                Arc::new(rows.iter().map(|stored| Some(stored.fate == fate)).collect::<BooleanArray>())
-            };
-            let ts = Arc::new(Int64Array::from_iter_values(rows.iter().map(|stored| stored.ts.0)));
-            let beside: [ArrayRef; 3] = [ts, of_fate(Fate::Matched), of_fate(Fate::Alone)];
-            let columns = beside.into_iter().take(self.beside(at).len()).chain(kept).collect();
-            batch_of(Arc::new(Schema::new(fields)), columns, rows.len())
-        };
-        Ok([batch(LEFT)?, batch(RIGHT)?])
+            draft.put(name, changed, || {
+                let mut ids: Vec<&KeyId> = side.rows.keys().collect();
+                ids.sort_unstable();
+                let rows: Vec<&Stored> = ids.iter().flat_map(|id| &side.rows[*id]).collect();
+                let parser = side.converter.parser();
+                let kept = side.converter.convert_rows(rows.iter().map(|stored| parser.parse(&stored.row)))?;
+                let own = side.places.iter().map(|&at| Arc::new(schema.field(at).clone().with_nullable(true)));
+                let fields: Vec<FieldRef> = self.beside(at).into_iter().map(Arc::new).chain(own).collect();
+                let of_fate = |fate: Fate| -> ArrayRef {
+                    Arc::new(rows.iter().map(|stored| Some(stored.fate == fate)).collect::<BooleanArray>())
+                };
+                let ts = Arc::new(Int64Array::from_iter_values(rows.iter().map(|stored| stored.ts.0)));
+                let beside: [ArrayRef; 3] = [ts, of_fate(Fate::Matched), of_fate(Fate::Alone)];
+                let columns = beside.into_iter().take(self.beside(at).len()).chain(kept).collect();
+                Ok(Content::Rows(batch_of(Arc::new(Schema::new(fields)), columns, rows.len())?))
+            })?;
+        }
+        Ok(())
     }
 
     /// The columns in front of those kept in the saved events of a side.
@@ -1104,12 +1115,13 @@ impl StreamJoin {
     }
 
     /// Takes in what [`StreamJoin::save`] gave.
-    fn load(&mut self, saved: [&RecordBatch; 2]) -> Result<(), RestoreError> {
+    fn load(&mut self, saved: &Pieces) -> Result<(), RestoreError> {
         let program = self.program.clone();
         let joins = program.joins().expect("a join has its program");
         let (step, near) = (&joins.steps[0], joins.steps[0].near.expect("the first step joins a stream"));
         let pane = program.window().pane();
-        for (at, batch) in saved.into_iter().enumerate() {
+        for (at, name) in SIDES.iter().enumerate() {
+            let Some(batch) = saved.all(name).next() else { continue };
             let (schema, keys) =
                 if at == LEFT { (&joins.stream, &step.left_keys) } else { (&step.right, &step.right_keys) };
             let beside = self.beside(at);
@@ -1143,6 +1155,7 @@ impl StreamJoin {
                 let last = if at == LEFT { stored.ts } else { near.left_of(stored.ts).1 };
                 side.add(id, stored, last.pane_start(pane), &mut self.keys);
             }
+            side.changed = false;
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 mod accumulate; // aggregate state, one column for all keys of a pane
 pub mod alert; // rules over metrics, and which of them are firing
+pub mod checkpoint; // all of it as it is stored: parts, and which of them changed
 pub mod cost; // what metrics cost, by a stopwatch that is handed in
 pub mod event; // when something happened, in which workspace, on which stream
 pub mod indicator; // market and product indicators: formulas and their state

@@ -1,5 +1,6 @@
 //! One metric of one workspace: when its windows close, and the rows that come of it.
 
+use crate::checkpoint::{Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, Keys, batch_of};
 use crate::panes::{Before, Panes, Tops};
@@ -305,30 +306,29 @@ impl Metric {
             }
     }
 
-    /// The state as two batches, whose meaning is the window's business, and the watermark they stand at.
-    pub(crate) fn save(&mut self) -> Result<(Micros, RecordBatch, RecordBatch)> {
-        let (state, more) = match &mut self.state {
-            State::Panes(panes) => panes.save(&self.frame)?,
-            State::Sessions(sessions) => sessions.save(&self.frame)?,
-        };
-        Ok((self.frame.closed, state, more))
+    /// The parts of the state: [`PANES`] and [`REVISIONS`].
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        match &mut self.state {
+            State::Panes(panes) => panes.save(&self.frame, draft),
+            State::Sessions(sessions) => sessions.save(&self.frame, draft),
+        }
     }
 
     /// This metric, which has none, with the state that [`Metric::save`] gave.
-    pub(crate) fn restored(
-        mut self,
-        closed: Micros,
-        state: &RecordBatch,
-        more: &RecordBatch,
-    ) -> Result<Self, RestoreError> {
+    pub(crate) fn restored(mut self, closed: Micros, state: &Pieces) -> Result<Self, RestoreError> {
         self.frame.closed = closed;
         match &mut self.state {
-            State::Panes(panes) => panes.restore(&mut self.frame, state, more)?,
+            State::Panes(panes) => panes.restore(&mut self.frame, state)?,
             State::Sessions(sessions) => sessions.restore(&mut self.frame, state)?,
         }
         Ok(self)
     }
 }
+
+/// Parts of saved state: of panes, or of the sessions in their place.
+pub(crate) const PANES: &str = "panes";
+/// And which rows of final windows were corrected how often.
+pub(crate) const REVISIONS: &str = "revisions";
 
 /// The planner refuses it, so this is told only to a program made by hand.
 const NO_SESSIONS: &str = "session windows are cut from events, not from the rows of another metric";

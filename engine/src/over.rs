@@ -6,6 +6,7 @@
 //! again from there, so that every row is the one that the corrected rows give, and only changed rows come again.
 
 use crate::accumulate::{Column, Kind};
+use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::indicator::{self, Indicator};
 use crate::key::{KeyTable, batch_of};
@@ -471,7 +472,14 @@ pub struct RowMetric {
     keys: KeyTable,
     places: Option<RowConverter>,
     partitions: Vec<Partition>,
+    /// Those stand elsewhere than at the last checkpoint.
+    changed: bool,
 }
+
+/// Parts of saved state: partitions, and their rows that may still be corrected. Rows name partitions by their number,
+/// so both are written when one changes.
+const PARTITIONS: &str = "partitions";
+const KEPT: &str = "kept";
 
 impl RowMetric {
     pub(crate) fn new(program: Arc<Program>, lateness: Span) -> Result<Self> {
@@ -485,7 +493,7 @@ impl RowMetric {
                 Some(RowConverter::new(fields.collect())?)
             }
         };
-        Ok(Self { program, lateness, closed: Micros::MIN, keys, places, partitions: Vec::new() })
+        Ok(Self { program, lateness, closed: Micros::MIN, keys, places, partitions: Vec::new(), changed: false })
     }
 
     pub(crate) fn program(&self) -> &Arc<Program> {
@@ -531,6 +539,7 @@ impl RowMetric {
         let over = over_of(&program)?;
         let mut dirty: BTreeMap<u32, Vec<Place>> = BTreeMap::new(); // kept rows that were put in or changed
         let mut left: Vec<Left> = Vec::new();
+        self.changed = true;
         if let Some(withdrawn) = withdrawn {
             let (ids, places) = self.places(&program.align(withdrawn)?)?;
             for (place, row) in places {
@@ -629,6 +638,7 @@ impl RowMetric {
             if settled == 0 {
                 continue;
             }
+            self.changed = true;
             let rows: Vec<Kept> = partition.kept.drain(..settled).filter(|kept| kept.is_in).collect();
             if partition.kept.is_empty() {
                 partition.base = None;
@@ -726,11 +736,23 @@ impl RowMetric {
         Ok(())
     }
 
-    /// The state as two batches, partitions and rows that may still be corrected, and how far it has come.
-    pub(crate) fn save(&mut self) -> Result<(Micros, RecordBatch, RecordBatch)> {
+    /// The parts of the state: [`PARTITIONS`] and [`KEPT`].
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        let changed = std::mem::take(&mut self.changed);
+        if self.partitions.is_empty() {
+            return Ok(());
+        }
+        draft.put(PARTITIONS, changed, || self.saved_partitions().map(Content::Rows))?;
+        if self.partitions.iter().all(|partition| partition.kept.is_empty()) {
+            return Ok(());
+        }
+        draft.put(KEPT, changed, || self.saved_kept().map(Content::Rows))
+    }
+
+    fn saved_partitions(&mut self) -> Result<RecordBatch> {
         let program = self.program.clone();
         let over = over_of(&program)?;
-        let (partition_schema, kept_schema) = self.saved_schemas(over)?;
+        let (schema, _) = self.saved_schemas(over)?;
         let count = self.partitions.len();
         let mut columns = self.keys.columns(&(0..count as u32).collect::<Vec<_>>())?;
         let newest = |f: fn(&Place) -> i64| self.partitions.iter().map(move |p| p.newest.as_ref().map(f));
@@ -747,16 +769,20 @@ impl RowMetric {
             let cursors = self.partitions.iter_mut().map(|p| p.base.as_mut().unwrap_or(&mut p.tip));
             columns.extend(save_standings(plan, cursors.map(|cursor| &mut cursor.standings[at]))?);
         }
-        let partitions = batch_of(partition_schema, columns, count)?;
+        batch_of(schema, columns, count)
+    }
+
+    fn saved_kept(&self) -> Result<RecordBatch> {
+        let (_, schema) = self.saved_schemas(over_of(&self.program)?)?;
         let kept = || self.partitions.iter().enumerate().flat_map(|(id, p)| p.kept.iter().map(move |kept| (id, kept)));
         let ids = Int64Array::from_iter_values(kept().map(|(id, _)| id as i64));
         let revisions = Int64Array::from_iter_values(kept().map(|(_, kept)| kept.revision));
         let is_in = Int64Array::from_iter_values(kept().map(|(_, kept)| i64::from(kept.is_in)));
-        let rows = compute::concat_batches(&loose(&program.parts.input), kept().map(|(_, kept)| &kept.row))?;
+        let rows = compute::concat_batches(&loose(&self.program.parts.input), kept().map(|(_, kept)| &kept.row))?;
         let count = rows.num_rows();
         let columns = [Arc::new(ids) as ArrayRef, Arc::new(revisions), Arc::new(is_in)];
         let columns = columns.into_iter().chain(rows.columns().to_vec());
-        Ok((self.closed, partitions, batch_of(kept_schema, columns.collect(), count)?))
+        batch_of(schema, columns.collect(), count)
     }
 
     /// The metric with the state that [`RowMetric::save`] gave.
@@ -764,19 +790,21 @@ impl RowMetric {
         program: Arc<Program>,
         lateness: Span,
         closed: Micros,
-        partitions: &RecordBatch,
-        kept: &RecordBatch,
+        state: Pieces,
     ) -> Result<Self, RestoreError> {
         let mut metric = RowMetric::new(program.clone(), lateness)?;
         metric.closed = closed;
+        let state = state.named(&[PARTITIONS, KEPT])?;
+        let (partitions, kept) = (state.all(PARTITIONS).next(), state.all(KEPT).next());
         let over = over_of(&program)?;
         let (partition_schema, kept_schema) = metric.saved_schemas(over)?;
-        for (found, wanted) in [(partitions, &partition_schema), (kept, &kept_schema)] {
+        for (found, wanted) in partitions.iter().zip([&partition_schema]).chain(kept.iter().zip([&kept_schema])) {
             let types = |s: &SchemaRef| s.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
             if types(found.schema_ref()) != types(wanted) {
                 return Err(RestoreError::Mismatch(format!("found {:?}, want {wanted:?}", found.schema_ref())));
             }
         }
+        let Some(partitions) = partitions else { return Ok(metric) };
         let keys = over.partition.len();
         metric.keys.intern(&partitions.columns()[..keys], partitions.num_rows())?;
         let column = |at: usize| partitions.column(keys + at);
@@ -803,7 +831,7 @@ impl RowMetric {
             }
             metric.partitions.push(Partition { tip: cursor, base: None, kept: VecDeque::new(), newest });
         }
-        metric.restore_kept(kept)?;
+        kept.map_or(Ok(()), |kept| metric.restore_kept(kept))?;
         Ok(metric)
     }
 

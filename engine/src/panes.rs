@@ -1,10 +1,11 @@
 //! Windows cut by time: panes that windows share, merged when a window closes.
 
 use crate::accumulate::{Column, Slot};
+use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, Keys, batch_of};
 use crate::merged::{Index, Merged, Running};
-use crate::metric::{Frame, Groups, RestoreError, Rows, check_saved, instant, times};
+use crate::metric::{Frame, Groups, PANES, REVISIONS, RestoreError, Rows, check_saved, instant, times};
 use crate::program::Program;
 use crate::shared::{Front, Shared};
 use crate::window::Window;
@@ -12,7 +13,7 @@ use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
 use arrow::compute;
 use arrow::datatypes::Int64Type;
 use datafusion_common::Result;
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
@@ -23,16 +24,29 @@ struct Pane {
     changed: Vec<Slot>, // since the last tick or look
     is_changed: Vec<bool>,
     looked_at: Vec<Slot>, // since the last tick, changed before the last look
+    saved: Saved,
+}
+
+/// What the last checkpoint has of a pane.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Saved {
+    Nothing,
+    /// As it was then.
+    Before,
+    AsItIs,
 }
 
 impl Pane {
     fn new(program: &Program, count: usize, bound: usize) -> Self {
         let state = Merged::new(program, count, bound);
-        Self { state, changed: Vec::new(), is_changed: Vec::new(), looked_at: Vec::new() }
+        Self { state, changed: Vec::new(), is_changed: Vec::new(), looked_at: Vec::new(), saved: Saved::Nothing }
     }
 
     /// The slots of keys, which the pane takes in.
     fn slots(&mut self, ids: &[KeyId], keys: &mut Keys) -> Vec<Slot> {
+        if self.saved == Saved::AsItIs {
+            self.saved = Saved::Before;
+        }
         let slots = ids
             .iter()
             .map(|&id| {
@@ -107,7 +121,20 @@ pub(crate) struct Panes {
     running: Option<Running>,             // of windows that overlap
     shown: Option<Micros>,                // end of the window that the last tick showed, of overlapping ones
     pub(crate) looked_at: Option<Micros>, // and the last look
+    /// Panes of the last checkpoint that are no more.
+    lost: Vec<Micros>,
+    /// The revisions are others than at the last checkpoint.
+    revised: bool,
+    /// The last checkpoint has panes in several parts.
+    is_split: bool,
 }
+
+/// Panes are saved in several parts once they have so many rows, and in one again when they have a quarter of it: small
+/// parts cost more than what they hold.
+const SPLIT_ROWS: usize = 2_048;
+
+/// About how many parts the panes of a metric then make. While one of them is written the others stay as they are.
+const PARTS: i64 = 32;
 
 impl Panes {
     pub(crate) fn len(&self) -> usize {
@@ -360,7 +387,11 @@ impl Panes {
     /// Takes a pane out; its keys stay held.
     pub(crate) fn remove(&mut self, start: Micros) -> Option<Merged> {
         self.running = None;
-        self.panes.remove(&start).map(|pane| pane.state)
+        let pane = self.panes.remove(&start)?;
+        if pane.saved != Saved::Nothing {
+            self.lost.push(start);
+        }
+        Some(pane.state)
     }
 
     /// Corrects the final rows of keys in `corrected` after the pane at `start`, which was `before`, was computed anew.
@@ -430,6 +461,7 @@ impl Panes {
 
     /// The row of a key in a final window changes, which `had` a row there so far.
     fn revise(&mut self, frame: &mut Frame, end: Micros, id: KeyId, had: bool) {
+        self.revised = true;
         match self.revisions.entry(end).or_default().entry(id) {
             hashbrown::hash_map::Entry::Occupied(mut revision) => *revision.get_mut() += 1,
             hashbrown::hash_map::Entry::Vacant(empty) => {
@@ -600,12 +632,17 @@ impl Panes {
             if window.last_end(*first.key()).plus(lateness) > closed {
                 break;
             }
-            first.remove().state.ids.iter().for_each(|&id| frame.keys.release(id));
+            let (start, pane) = first.remove_entry();
+            if pane.saved != Saved::Nothing {
+                self.lost.push(start);
+            }
+            pane.state.ids.iter().for_each(|&id| frame.keys.release(id));
         }
         while let Some(first) = self.revisions.first_entry() {
             if first.key().plus(lateness) > closed {
                 break;
             }
+            self.revised = true;
             first.remove().into_keys().for_each(|id| frame.keys.release(id));
         }
         if self.panes.is_empty() {
@@ -613,20 +650,30 @@ impl Panes {
         }
     }
 
-    /// The state as two batches: panes and revisions.
-    pub(crate) fn save(&mut self, frame: &Frame) -> Result<(RecordBatch, RecordBatch)> {
-        let pane_schema = frame.saved_schema(PANE, true)?;
-        let mut parts = Vec::new();
-        for (start, pane) in &mut self.panes {
-            let rows = pane.state.ids.len();
-            let mut columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from_value(start.0, rows))];
-            columns.extend(frame.keys.columns(&pane.state.ids)?);
-            for column in &mut pane.state.columns {
-                columns.extend(column.save()?);
-            }
-            parts.push(batch_of(pane_schema.clone(), columns, rows)?);
+    /// The parts of the state: panes, those of many rows in parts of neighbours, and revisions.
+    pub(crate) fn save(&mut self, frame: &Frame, draft: &mut Draft) -> Result<()> {
+        let rows: usize = self.panes.values().map(|pane| pane.state.ids.len()).sum();
+        let is_split = rows >= if self.is_split { SPLIT_ROWS / 4 } else { SPLIT_ROWS };
+        let regrouped = std::mem::replace(&mut self.is_split, is_split) != is_split;
+        let width = width_of_part(frame);
+        let part = |start: Micros| is_split.then(|| start.pane_start(width));
+        let lost: HashSet<Option<Micros>> = std::mem::take(&mut self.lost).into_iter().map(part).collect();
+        let mut panes: Vec<(Micros, &mut Pane)> = self.panes.iter_mut().map(|(start, pane)| (*start, pane)).collect();
+        for panes in panes.chunk_by_mut(|(a, _), (b, _)| part(*a) == part(*b)) {
+            let at = part(panes[0].0);
+            let changed = panes.iter().any(|(_, pane)| pane.saved != Saved::AsItIs);
+            panes.iter_mut().for_each(|(_, pane)| pane.saved = Saved::AsItIs);
+            let name = at.map_or_else(|| PANES.to_owned(), |start| format!("{PANES}/{}", start.0));
+            draft.put(&name, changed || regrouped || lost.contains(&at), || saved_panes(frame, panes))?;
         }
-        let panes = compute::concat_batches(&pane_schema, &parts)?;
+        let revised = std::mem::take(&mut self.revised);
+        if self.revisions.is_empty() {
+            return Ok(());
+        }
+        draft.put(REVISIONS, revised, || self.saved_revisions(frame))
+    }
+
+    fn saved_revisions(&self, frame: &Frame) -> Result<Content> {
         let flat: Vec<(i64, KeyId, i64)> =
             self.revisions.iter().flat_map(|(end, keys)| keys.iter().map(|(id, n)| (end.0, *id, *n))).collect();
         let ids: Vec<KeyId> = flat.iter().map(|(_, id, _)| *id).collect();
@@ -635,18 +682,20 @@ impl Panes {
             Arc::new(Int64Array::from_iter_values(flat.iter().map(|(.., n)| *n))),
         ];
         columns.extend(frame.keys.columns(&ids)?);
-        Ok((panes, batch_of(frame.saved_schema(REVISION, false)?, columns, flat.len())?))
+        Ok(Content::Rows(batch_of(frame.saved_schema(REVISION, false)?, columns, flat.len())?))
     }
 
     /// Puts back what [`Panes::save`] gave.
-    pub(crate) fn restore(
-        &mut self,
-        frame: &mut Frame,
-        panes: &RecordBatch,
-        revisions: &RecordBatch,
-    ) -> Result<(), RestoreError> {
+    pub(crate) fn restore(&mut self, frame: &mut Frame, saved: &Pieces) -> Result<(), RestoreError> {
+        self.is_split = saved.is_split(PANES);
+        for panes in saved.all(PANES) {
+            self.restore_panes(frame, panes)?;
+        }
+        saved.all(REVISIONS).try_for_each(|revisions| self.restore_revisions(frame, revisions))
+    }
+
+    fn restore_panes(&mut self, frame: &mut Frame, panes: &RecordBatch) -> Result<(), RestoreError> {
         check_saved(panes, &frame.saved_schema(PANE, true)?)?;
-        check_saved(revisions, &frame.saved_schema(REVISION, false)?)?;
         let count = frame.program.key_count();
         let ids = frame.keys.intern(&panes.columns()[1..1 + count], panes.num_rows())?;
         let starts = panes.column(0).as_primitive::<Int64Type>().values();
@@ -655,10 +704,17 @@ impl Panes {
             let mut pane = Pane::new(&frame.program, run.len(), frame.keys.bound());
             pane.slots(&ids[row..row + run.len()], &mut frame.keys);
             pane.settle();
+            pane.saved = Saved::AsItIs;
             load(&mut pane.state.columns, &frame.program, &panes.slice(row, run.len()), 1 + count)?;
             self.panes.insert(Micros(run[0]), pane);
             row += run.len();
         }
+        Ok(())
+    }
+
+    fn restore_revisions(&mut self, frame: &mut Frame, revisions: &RecordBatch) -> Result<(), RestoreError> {
+        check_saved(revisions, &frame.saved_schema(REVISION, false)?)?;
+        let count = frame.program.key_count();
         let ids = frame.keys.intern(&revisions.columns()[2..2 + count], revisions.num_rows())?;
         let (ends, counts) =
             (revisions.column(0).as_primitive::<Int64Type>(), revisions.column(1).as_primitive::<Int64Type>());
@@ -668,6 +724,31 @@ impl Panes {
         }
         Ok(())
     }
+}
+
+/// How much event time one of several parts holds.
+fn width_of_part(frame: &Frame) -> Span {
+    let (window, lateness) = (frame.program.window(), frame.timing.allowed_lateness);
+    let panes = window.size().0.saturating_add(lateness.0) / window.pane().0;
+    Span(window.pane().0 * panes.div_euclid(PARTS).max(1))
+}
+
+fn saved_panes(frame: &Frame, panes: &mut [(Micros, &mut Pane)]) -> Result<Content> {
+    let schema = frame.saved_schema(PANE, true)?;
+    let mut batches = Vec::with_capacity(panes.len());
+    for (start, pane) in panes {
+        let rows = pane.state.ids.len();
+        let mut columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from_value(start.0, rows))];
+        columns.extend(frame.keys.columns(&pane.state.ids)?);
+        for column in &mut pane.state.columns {
+            columns.extend(column.save()?);
+        }
+        batches.push(batch_of(schema.clone(), columns, rows)?);
+    }
+    Ok(Content::Rows(match batches.pop() {
+        Some(only) if batches.is_empty() => only,
+        last => compute::concat_batches(&schema, batches.iter().chain(&last))?,
+    }))
 }
 
 /// Columns of saved panes and of saved revisions in front of the keys.

@@ -1,8 +1,10 @@
 //! Positions valued at the last price of their symbol: of a trade, the middle of a quote or the close of a bar.
 
+use crate::checkpoint::{Content, Draft, Owner};
 use crate::event::{Micros, StreamName};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{Float64Type, TimestampMicrosecondType};
+use datafusion_common::Result;
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -15,14 +17,42 @@ pub struct Price {
 }
 
 /// Last prices by symbol.
-#[derive(Clone, Default, Debug, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Prices(HashMap<String, Price>);
+#[derive(Clone, Default, Debug)]
+pub struct Prices {
+    /// Each with the share of the symbols that it is saved with.
+    held: HashMap<String, (Price, usize)>,
+    /// By share: it was changed since the last checkpoint.
+    changed: Vec<bool>,
+}
+
+/// Symbols that are saved together: those that came first, which mostly are those that come often.
+pub(crate) const SHARE: usize = 4_096;
 
 /// The most symbols one workspace keeps a last price of.
 pub const MAX_SYMBOLS: usize = 200_000;
 
 impl Prices {
+    /// What [`Prices::save`] gave.
+    pub(crate) fn restored(shares: Vec<HashMap<String, Price>>) -> Prices {
+        let changed = vec![false; shares.len()];
+        let shares = shares.into_iter().enumerate();
+        let held = shares.flat_map(|(at, prices)| prices.into_iter().map(move |(symbol, price)| (symbol, (price, at))));
+        Prices { held: held.collect(), changed }
+    }
+
+    /// A part for each share.
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        draft.begin(Owner::Prices);
+        let mut shares: Option<Vec<BTreeMap<&str, Price>>> = None;
+        for (at, changed) in self.changed.iter_mut().enumerate() {
+            let changed = std::mem::take(changed);
+            draft.put(&at.to_string(), changed, || {
+                Ok(Content::json(&shares.get_or_insert_with(|| by_share(&self.held))[at]))
+            })?;
+        }
+        Ok(())
+    }
+
     /// Takes in a batch of a market stream; true when a price changed. Other streams tell no prices.
     pub fn absorb(&mut self, stream: &StreamName, batch: &RecordBatch) -> bool {
         let numbers = |name| batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<Float64Type>());
@@ -44,20 +74,21 @@ impl Prices {
             }
         };
         let mut changed = false;
-        let room = MAX_SYMBOLS.saturating_sub(self.0.len());
+        let room = MAX_SYMBOLS.saturating_sub(self.held.len());
         let mut added = 0;
         for row in 0..batch.num_rows() {
             let Some(price) = price(row).filter(|_| symbol.is_valid(row)) else { continue };
             let new = Price { price, at: Micros(ts.value(row)) };
-            match self.0.get_mut(symbol.value(row)) {
-                Some(old) if new.at >= old.at => {
+            match self.held.get_mut(symbol.value(row)) {
+                Some((old, share)) if new.at >= old.at => {
                     changed |= old.price != new.price;
+                    self.changed[*share] |= *old != new;
                     *old = new;
                 }
                 Some(_) => {}
                 None if added < room => {
                     (changed, added) = (true, added + 1);
-                    self.0.insert(symbol.value(row).to_owned(), new);
+                    self.set(symbol.value(row).to_owned(), new);
                 }
                 None => {}
             }
@@ -67,13 +98,24 @@ impl Prices {
 
     /// Sets the last price of one symbol.
     pub fn set(&mut self, symbol: String, price: Price) {
-        self.0.insert(symbol, price);
+        let share = self.held.get(&symbol).map_or(self.held.len() / SHARE, |(_, share)| *share);
+        if self.changed.len() <= share {
+            self.changed.resize(share + 1, false);
+        }
+        self.changed[share] = true;
+        self.held.insert(symbol, (price, share));
     }
 
     /// The last price of `symbol`; `None` before its first one.
     pub fn get(&self, symbol: &str) -> Option<Price> {
-        self.0.get(symbol).copied()
+        self.held.get(symbol).map(|(price, _)| *price)
     }
+}
+
+fn by_share(held: &HashMap<String, (Price, usize)>) -> Vec<BTreeMap<&str, Price>> {
+    let mut shares = vec![BTreeMap::new(); held.values().map(|(_, share)| share + 1).max().unwrap_or(0)];
+    held.iter().for_each(|(symbol, (price, share))| _ = shares[*share].insert(symbol.as_str(), *price));
+    shares
 }
 
 /// A holding: `qty` units (negative: short) bought at `cost` each on average, in the portfolio's currency.
@@ -196,7 +238,9 @@ mod tests {
     }
 
     fn prices(of: &[(&str, f64)]) -> Prices {
-        Prices(of.iter().map(|(s, price)| ((*s).to_owned(), Price { price: *price, at: Micros(7) })).collect())
+        let mut prices = Prices::default();
+        of.iter().for_each(|(s, price)| prices.set((*s).to_owned(), Price { price: *price, at: Micros(7) }));
+        prices
     }
 
     #[test]

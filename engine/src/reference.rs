@@ -3,6 +3,7 @@
 //! A change is valid from an instant on, until the next one of its key. Which version an event sees is decided by its
 //! event time and by the changes before it in the log, so a replay sees the same.
 
+use crate::checkpoint::{Content, Draft, Owner, ROWS};
 use crate::event::{Micros, StreamName};
 use crate::join::{MATCHES_MOST, ROWS_AT_ONCE};
 use crate::key::batch_of;
@@ -119,6 +120,8 @@ struct Table {
     next_id: u64,
     versions: usize,
     bytes: usize,
+    /// It holds others than at the last checkpoint.
+    changed: bool,
 }
 
 fn converter<'a>(fields: impl Iterator<Item = &'a FieldRef>) -> Result<RowConverter> {
@@ -155,6 +158,7 @@ impl Table {
             next_id: 0,
             versions: 0,
             bytes: 0,
+            changed: false,
         })
     }
 
@@ -228,6 +232,7 @@ impl Table {
         }
         self.bytes += version.row.len() + VERSION_BYTES;
         self.versions += 1;
+        self.changed = true;
         let from = version.from;
         let versions = &mut self.keyed(slot).versions;
         let at = versions.partition_point(|other| other.from < from);
@@ -245,6 +250,7 @@ impl Table {
     }
 
     fn dropped(&mut self, slot: u32, version: &Version) {
+        self.changed = true;
         self.versions -= 1;
         self.bytes -= version.row.len() + VERSION_BYTES;
         for (index, id) in self.indexes.iter_mut().zip(&version.joined) {
@@ -647,16 +653,24 @@ impl Tables {
         Ok(Matches { left, right, rows })
     }
 
-    /// Tables that have rows, each with what [`Tables::load`] takes in.
-    pub(crate) fn save(&self) -> Result<Vec<(StreamName, RecordBatch)>> {
-        let held = self.tables.iter().filter(|(_, table)| table.versions > 0);
-        held.map(|(name, table)| Ok((name.clone(), table.save(|_| true)?))).collect()
+    /// Each table that has rows as a part, which [`Tables::load`] takes in.
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        for (name, table) in self.tables.iter_mut().filter(|(_, table)| table.versions > 0) {
+            let changed = std::mem::take(&mut table.changed);
+            draft.begin(Owner::Table(name));
+            draft.put(ROWS, changed, || table.save(|_| true).map(Content::Rows))?;
+        }
+        Ok(())
     }
 
     /// Takes in saved rows of a table; of one that is not defined any more, none.
     pub(crate) fn load(&mut self, name: &StreamName, saved: &RecordBatch) -> Result<()> {
         match self.table(name)? {
-            Some(table) => table.load(saved),
+            Some(table) => {
+                table.load(saved)?;
+                table.changed = false;
+                Ok(())
+            }
             None => Ok(()),
         }
     }

@@ -3,9 +3,10 @@
 //! An aggregate cannot take a row back. So while rows of a pane may still be corrected they are kept, and a correction
 //! computes the pane anew from them. Where nothing is corrected (no allowed lateness) no row is kept.
 
+use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::key::batch_of;
-use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::metric::{Metric, PANES, REVISIONS, RestoreError, Rows, Timing};
 use crate::program::Program;
 use arrow::array::{AsArray, RecordBatch, UInt32Array};
 use arrow::compute;
@@ -25,7 +26,12 @@ pub struct Rollup {
     keys: Option<RowConverter>, // none where it has no keys
     /// By pane, the rows of panes in which a row may still be corrected; one row a batch.
     kept: BTreeMap<Micros, BTreeMap<Place, RecordBatch>>,
+    /// Those are others than at the last checkpoint.
+    changed: bool,
 }
+
+/// The part of saved state that holds rows which may still be corrected.
+const KEPT: &str = "kept";
 
 impl Rollup {
     /// `upstream` is the metric it reads.
@@ -36,7 +42,7 @@ impl Rollup {
     fn over(metric: Metric, upstream: Arc<Program>) -> Result<Self> {
         let fields = upstream.key_schema.fields().iter().map(|field| SortField::new(field.data_type().clone()));
         let keys = if upstream.key_count() == 0 { None } else { Some(RowConverter::new(fields.collect())?) };
-        Ok(Self { metric, upstream, keys, kept: BTreeMap::new() })
+        Ok(Self { metric, upstream, keys, kept: BTreeMap::new(), changed: false })
     }
 
     /// The same metric without state.
@@ -78,6 +84,7 @@ impl Rollup {
         for place in withdrawn.map(|rows| self.places(rows, 0)).transpose()?.into_iter().flatten() {
             let pane = pane_of(&place);
             if let Some(before) = self.kept.get_mut(&pane).and_then(|rows| rows.remove(&place)) {
+                self.changed = true;
                 corrected.entry(pane).or_default().push(before);
             }
         }
@@ -88,6 +95,7 @@ impl Rollup {
             if before.as_ref() == Some(&now) {
                 continue;
             }
+            self.changed = true;
             if before.is_some() || is_late || revisions[row] > 0 {
                 corrected.entry(pane).or_default().extend(before.into_iter().chain([now]));
             } else {
@@ -110,7 +118,9 @@ impl Rollup {
     pub(crate) fn advance(&mut self, closed: Micros, out: &mut Vec<Rows>) -> Result<()> {
         self.metric.advance(closed, out)?;
         let (width, lateness) = (self.metric.program().window().pane(), self.metric.timing().allowed_lateness);
+        let before = self.kept.len();
         self.kept.retain(|start, _| start.plus(width).plus(lateness) > closed);
+        self.changed |= self.kept.len() < before;
         Ok(())
     }
 
@@ -134,17 +144,22 @@ impl Rollup {
     }
 
     /// As [`Metric::save`], and the rows that are kept.
-    pub(crate) fn save(&mut self) -> Result<(Micros, [RecordBatch; 3])> {
-        let (closed, panes, revisions) = self.metric.save()?;
-        let kept = compute::concat_batches(self.upstream.rows(), self.kept.values().flat_map(BTreeMap::values))?;
-        Ok((closed, [panes, revisions, kept]))
+    pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        self.metric.save(draft)?;
+        let changed = std::mem::take(&mut self.changed);
+        if self.kept.is_empty() {
+            return Ok(());
+        }
+        let kept = self.kept.values().flat_map(BTreeMap::values);
+        draft.put(KEPT, changed, || Ok(Content::Rows(compute::concat_batches(self.upstream.rows(), kept)?)))
     }
 
     /// The state that [`Rollup::save`] gave, under the program and the timing there is.
-    pub(crate) fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Self, RestoreError> {
-        let [panes, revisions, kept] = state else {
-            return Err(RestoreError::Mismatch(format!("found {} batches, want 3", state.len())));
-        };
+    pub(crate) fn restored(&self, closed: Micros, state: Pieces) -> Result<Self, RestoreError> {
+        let state = state.named(&[PANES, REVISIONS, KEPT])?;
+        let metric = self.metric.emptied().restored(closed, &state)?;
+        let mut rollup = Rollup::over(metric, self.upstream.clone())?;
+        let Some(kept) = state.all(KEPT).next() else { return Ok(rollup) };
         let types = |s: &Schema| s.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
         if types(kept.schema_ref()) != types(self.upstream.rows()) {
             return Err(RestoreError::Mismatch(format!(
@@ -153,8 +168,6 @@ impl Rollup {
                 self.upstream.rows()
             )));
         }
-        let metric = self.metric.emptied().restored(closed, panes, revisions)?;
-        let mut rollup = Rollup::over(metric, self.upstream.clone())?;
         let width = rollup.metric.program().window().pane();
         let kept = batch_of(self.upstream.rows().clone(), kept.columns().to_vec(), kept.num_rows())?;
         for (row, place) in rollup.places(&kept, 1)?.into_iter().enumerate() {

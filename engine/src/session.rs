@@ -6,9 +6,10 @@
 //! their rows are withdrawn and the new session's row takes the next revision.
 
 use crate::accumulate::{Column, Slot};
+use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::key::{KeyId, batch_of};
-use crate::metric::{Frame, Groups, RestoreError, Rows, check_saved, times};
+use crate::metric::{Frame, Groups, PANES, RestoreError, Rows, check_saved, times};
 use crate::panes::{evaluate, load};
 use crate::program::{Arguments, Program};
 use crate::runs::Grouper;
@@ -53,6 +54,7 @@ pub(crate) struct Sessions {
     looked_at: Vec<Slot>, // changed before the last look, and not shown by a tick since
     corrected: Vec<Slot>, // closed sessions that late events changed, until their rows are out
     withdrawn: Vec<(KeyId, Micros, Micros, i64)>, // key, first and last event, revision
+    unsaved: bool,        // they are others than at the last checkpoint
 }
 
 /// Rows of a batch whose slots are known but whose values are not taken in yet.
@@ -76,6 +78,7 @@ impl Sessions {
             looked_at: Vec::new(),
             corrected: Vec::new(),
             withdrawn: Vec::new(),
+            unsaved: false,
         }
     }
 
@@ -125,6 +128,7 @@ impl Sessions {
         if front.rows.num_rows() == 0 {
             return Ok(());
         }
+        self.unsaved = true;
         let arguments = front.arguments(&frame.program)?;
         let (part, ids) = (&front.rows, front.ids());
         // a session that is over may be a key's last one: its number must not go to another key meanwhile
@@ -351,12 +355,14 @@ impl Sessions {
             }
         }
         frame.closed = watermark;
+        self.unsaved |= !closed.is_empty() || !over.is_empty();
         self.emit_final(frame, closed, out)?;
         for slot in over {
             self.forget(frame, slot)?;
         }
         if self.due.is_empty() {
-            *self = Sessions::new(&frame.program, self.gap); // keeps no room for the sessions of busy times
+            // keeps no room for the sessions of busy times
+            *self = Sessions { unsaved: self.unsaved, ..Sessions::new(&frame.program, self.gap) };
         }
         Ok(())
     }
@@ -457,8 +463,16 @@ impl Sessions {
         Ok(self.rows(frame, open, false)?.into_iter().collect())
     }
 
-    /// The sessions as a batch; the second one is empty.
-    pub(crate) fn save(&mut self, frame: &Frame) -> Result<(RecordBatch, RecordBatch)> {
+    /// The sessions as one part.
+    pub(crate) fn save(&mut self, frame: &Frame, draft: &mut Draft) -> Result<()> {
+        let changed = std::mem::take(&mut self.unsaved);
+        if self.due.is_empty() {
+            return Ok(());
+        }
+        draft.put(PANES, changed, || self.saved(frame).map(Content::Rows))
+    }
+
+    fn saved(&mut self, frame: &Frame) -> Result<RecordBatch> {
         let slots: Vec<Slot> = self.due.iter().map(|(_, slot)| *slot).collect();
         let sessions = || slots.iter().map(|&slot| &self.all[slot as usize]);
         let ints = |each: &dyn Fn(&Session) -> i64| -> ArrayRef {
@@ -474,12 +488,12 @@ impl Sessions {
                 columns.push(compute::take(&state, &chosen, None)?);
             }
         }
-        let saved = batch_of(frame.saved_schema(SESSION, true)?, columns, slots.len())?;
-        Ok((saved, RecordBatch::new_empty(frame.saved_schema(&[], false)?)))
+        batch_of(frame.saved_schema(SESSION, true)?, columns, slots.len())
     }
 
     /// Puts back what [`Sessions::save`] gave.
-    pub(crate) fn restore(&mut self, frame: &mut Frame, saved: &RecordBatch) -> Result<(), RestoreError> {
+    pub(crate) fn restore(&mut self, frame: &mut Frame, saved: &Pieces) -> Result<(), RestoreError> {
+        let Some(saved) = saved.all(PANES).next() else { return Ok(()) };
         check_saved(saved, &frame.saved_schema(SESSION, true)?)?;
         let first = SESSION.len();
         let ids = frame.keys.intern(&saved.columns()[first..first + frame.program.key_count()], saved.num_rows())?;

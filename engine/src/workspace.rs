@@ -1,11 +1,12 @@
 //! One workspace: event time of its streams, its metrics and alert rules, and the prices it has seen.
 
-use crate::alert::{Change, Rule, Standing, Trouble, Verdict, View, Watch};
+use crate::alert::{Change, Rule, Trouble, Verdict, View, Watch};
+use crate::checkpoint::{self, Content, Draft, Ledger, Owner, Pieces, Saved, SavedMetric, SavedRules, Snapshot, State};
 use crate::cost::{Cost, Stopwatch};
 use crate::event::{ItemName, Micros, Span, StreamName};
 use crate::join::Joined;
 use crate::limit::{Gauge, StateLimits, StateSize};
-use crate::metric::{Metric, RestoreError, Rows, Timing};
+use crate::metric::{Metric, PANES, REVISIONS, RestoreError, Rows, Timing};
 use crate::over::{self, Produced, RowMetric};
 use crate::portfolio::Prices;
 use crate::program::Program;
@@ -14,7 +15,6 @@ use crate::rollup::Rollup;
 use crate::shared::Shared;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::TimestampMicrosecondType;
-use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
 use datafusion_common::{DataFusionError, Result, exec_err};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
@@ -211,32 +211,27 @@ impl Computation {
         self.windows().map_or(Micros::MIN, Metric::horizon)
     }
 
-    fn save(&mut self) -> Result<(Micros, Vec<RecordBatch>)> {
-        let two = |(closed, first, second)| (closed, vec![first, second]);
-        Ok(match self {
-            Computation::Windows(metric) => two(metric.save()?),
-            Computation::Rows(metric) => two(metric.save()?),
-            Computation::Joined(joined) => joined.save()?,
-            Computation::Rollup(rollup) => rollup.save().map(|(closed, state)| (closed, state.to_vec()))?,
-        })
+    fn save(&mut self, draft: &mut Draft) -> Result<()> {
+        match self {
+            Computation::Windows(metric) => metric.save(draft),
+            Computation::Joined(joined) => joined.save(draft),
+            Computation::Rollup(rollup) => rollup.save(draft),
+            Computation::Rows(metric) => metric.save(draft),
+        }
     }
 
-    /// The same metric with the state that [`Computation::save`] gave.
-    fn restored(&self, closed: Micros, state: &[RecordBatch]) -> Result<Computation, RestoreError> {
-        let program = self.program().clone();
-        match (self, state) {
-            (Computation::Windows(metric), [panes, revisions]) => {
-                metric.emptied().restored(closed, panes, revisions).map(Computation::Windows)
+    /// The same metric with the state that [`Computation::save`] gave, which had closed windows up to `closed`.
+    fn restored(&self, closed: Micros, state: Pieces) -> Result<Computation, RestoreError> {
+        Ok(match self {
+            Computation::Windows(metric) => {
+                Computation::Windows(metric.emptied().restored(closed, &state.named(&[PANES, REVISIONS])?)?)
             }
-            (Computation::Rows(metric), [partitions, kept]) => {
-                RowMetric::restore(program, metric.lateness(), closed, partitions, kept).map(Computation::Rows)
+            Computation::Joined(joined) => Computation::Joined(Box::new(joined.restored(closed, state)?)),
+            Computation::Rollup(rollup) => Computation::Rollup(rollup.restored(closed, state)?),
+            Computation::Rows(metric) => {
+                Computation::Rows(RowMetric::restore(metric.program().clone(), metric.lateness(), closed, state)?)
             }
-            (Computation::Joined(joined), state) => {
-                joined.restored(closed, state).map(|joined| Computation::Joined(Box::new(joined)))
-            }
-            (Computation::Rollup(rollup), state) => rollup.restored(closed, state).map(Computation::Rollup),
-            (_, state) => Err(RestoreError::Mismatch(format!("found {} batches", state.len()))),
-        }
+        })
     }
 }
 
@@ -247,6 +242,8 @@ struct Entry {
     /// Of the metric it reads, the rows whose windows end later count.
     since: Micros,
     watches: BTreeMap<ItemName, Watch>,
+    /// A rule came or went since the last checkpoint.
+    rules_changed: bool,
     failure: Option<Stop>,
     gauge: Gauge,
     cost: Cost,
@@ -263,6 +260,8 @@ pub struct Workspace {
     prices: Prices,
     limits: StateLimits,
     stopwatch: Option<Stopwatch>,
+    /// The parts of the last checkpoint; none while nothing is stored that may stay.
+    ledger: Option<Ledger>,
 }
 
 impl Workspace {
@@ -300,9 +299,7 @@ impl Workspace {
                 }
             }
         };
-        let (gauge, cost) = (Gauge::default(), Cost::default());
-        self.metrics
-            .insert(name, Entry { version, metric, since, watches: BTreeMap::new(), failure: None, gauge, cost });
+        self.metrics.insert(name, Entry::new(version, metric, since));
         self.sort_chain();
         self.index_tables()
     }
@@ -384,7 +381,7 @@ impl Workspace {
     pub fn adopt(&mut self, other: Workspace) {
         for (name, mut entry) in other.metrics {
             if let Some(known) = self.metrics.remove(&name) {
-                (entry.version, entry.watches) = (known.version, known.watches);
+                (entry.version, entry.watches, entry.rules_changed) = (known.version, known.watches, true);
             }
             self.metrics.insert(name, entry);
         }
@@ -482,6 +479,7 @@ impl Workspace {
             watch.succeed(before, entry.metric.program(), &live)?;
         }
         entry.watches.insert(name, watch);
+        entry.rules_changed = true;
         if is_first {
             self.overlook(&metric);
         }
@@ -494,7 +492,9 @@ impl Workspace {
     }
 
     fn take_watch(&mut self, rule: &ItemName) -> Option<Watch> {
-        self.metrics.values_mut().find_map(|entry| entry.watches.remove(rule))
+        let (entry, watch) = self.metrics.values_mut().find_map(|e| e.watches.remove(rule).map(|watch| (e, watch)))?;
+        entry.rules_changed = true;
+        Some(watch)
     }
 
     fn find_watch(&self, rule: &ItemName) -> Option<&Watch> {
@@ -823,65 +823,66 @@ impl Workspace {
         entry.look(name, Some(closed).filter(|closed| *closed > Micros::MIN), out);
     }
 
-    /// The whole state as bytes that [`Saved::read`] understands.
-    pub fn save(&mut self) -> Result<Vec<u8>> {
-        let mut blobs = Vec::new();
+    /// What changed since the last checkpoint, to be stored in place of it: everything, where it is not known what is
+    /// stored. Call [`Workspace::forget_saved`] where it did not get there.
+    pub fn save(&mut self) -> Result<Snapshot> {
+        let mut draft = Draft::new(self.ledger.take()); // an error leaves none, so that the next one is whole
         let mut metrics = Vec::new();
         for (name, entry) in &mut self.metrics {
-            let (closed, state) = entry.metric.save()?;
-            let state = state.iter().map(to_ipc).collect::<Result<Vec<_>>>()?;
+            draft.begin(Owner::Metric(name));
+            entry.metric.save(&mut draft)?;
+            entry.save_rules(&mut draft)?;
             metrics.push(SavedMetric {
                 name: name.clone(),
                 version: entry.version,
-                closed,
-                since: Some(entry.since),
+                closed: entry.metric.closed(),
+                since: Some(entry.since).filter(|since| *since > Micros::MIN),
                 failure: entry.failure.as_ref().map(|stop| stop.reason.clone()),
                 cause: entry.failure.as_ref().map(|stop| stop.cause).unwrap_or_default(),
-                lengths: state.iter().map(Vec::len).collect(),
-                standing: entry.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone())).collect(),
-                trouble: entry
-                    .watches
-                    .iter()
-                    .filter_map(|(n, watch)| Some((n.clone(), watch.trouble.clone()?)))
-                    .collect(),
                 looked_at: entry.metric.windows().and_then(Metric::looked_at),
             });
-            blobs.extend(state);
         }
-        let mut tables = Vec::new();
-        for (name, rows) in self.tables.save()? {
-            let rows = to_ipc(&rows)?;
-            tables.push((name, rows.len()));
-            blobs.push(rows);
-        }
-        let header = Header { streams: self.streams.clone(), metrics, tables, prices: self.prices.clone() };
-        let header = serde_json::to_vec(&header).expect("plain data becomes JSON");
-        let mut bytes = [MAGIC.as_slice(), &[0; 4]].concat();
-        bytes.extend((header.len() as u32).to_le_bytes());
-        bytes.extend(header);
-        blobs.iter().for_each(|blob| bytes.extend(blob));
-        let (head, rest) = bytes.split_at_mut(MAGIC.len() + 4);
-        head[MAGIC.len()..].copy_from_slice(&crc32c::crc32c(rest).to_le_bytes());
-        Ok(bytes)
+        self.tables.save(&mut draft)?;
+        self.prices.save(&mut draft)?;
+        let (snapshot, ledger) = draft.finish(self.streams.clone(), metrics);
+        self.ledger = Some(ledger);
+        Ok(snapshot)
+    }
+
+    /// What the last [`Workspace::save`] gave may not be stored: the next one has everything.
+    pub fn forget_saved(&mut self) {
+        self.ledger = None;
+    }
+
+    /// The whole state, which has nothing to do with what is stored.
+    pub fn state(&mut self) -> Result<State> {
+        self.forget_saved();
+        let mut state = State::default();
+        state.apply(self.save()?.encode()?);
+        self.forget_saved();
+        Ok(state)
     }
 
     /// Puts saved state under the metrics defined now. A metric that was defined again since, or whose
     /// state does not fit, is returned by name: it starts from nothing.
     pub fn restore(&mut self, saved: Saved) -> Result<Vec<ItemName>, RestoreError> {
-        self.streams = saved.header.streams;
-        self.prices = saved.header.prices;
+        self.streams = saved.streams;
+        self.prices = Prices::restored(saved.prices);
         for (name, rows) in &saved.tables {
             self.tables.load(name, rows)?;
         }
         let mut fresh: Vec<ItemName> = Vec::new();
-        let mut states: HashMap<ItemName, (SavedMetric, Vec<RecordBatch>)> =
-            saved.states.into_iter().map(|state| (state.0.name.clone(), state)).collect();
+        let mut states: HashMap<ItemName, _> = saved
+            .metrics
+            .into_iter()
+            .map(|(state, pieces, rules)| (state.name.clone(), (state, pieces, rules)))
+            .collect();
         for (name, entry) in &mut self.metrics {
-            let Some((state, batches)) = states.remove(name).filter(|(s, _)| s.version == entry.version) else {
+            let Some((state, pieces, rules)) = states.remove(name).filter(|(s, ..)| s.version == entry.version) else {
                 fresh.push(name.clone());
                 continue;
             };
-            match entry.metric.restored(state.closed, &batches) {
+            match entry.metric.restored(state.closed, pieces) {
                 Ok(metric) => {
                     entry.metric = metric;
                     entry.gauge.set(entry.metric.size());
@@ -897,22 +898,48 @@ impl Workspace {
             if let Some(metric) = entry.metric.windows_mut() {
                 metric.look_from(state.looked_at);
             }
-            for (rule, standing) in state.standing {
-                if let Some(watch) = entry.watches.get_mut(&rule) {
-                    watch.standing = standing;
-                }
-            }
-            for (rule, trouble) in state.trouble {
-                if let Some(watch) = entry.watches.get_mut(&rule) {
-                    watch.trouble = Some(trouble);
-                }
-            }
+            entry.restore_rules(rules);
         }
+        self.ledger = saved.ledger;
         Ok(fresh)
     }
 }
 
 impl Entry {
+    fn new(version: i64, metric: Computation, since: Micros) -> Entry {
+        let (gauge, cost) = (Gauge::default(), Cost::default());
+        Entry { version, metric, since, watches: BTreeMap::new(), rules_changed: true, failure: None, gauge, cost }
+    }
+
+    /// Where the rules stand, as a part of its own.
+    fn save_rules(&mut self, draft: &mut Draft) -> Result<()> {
+        let mut changed = std::mem::take(&mut self.rules_changed);
+        self.watches.values_mut().for_each(|watch| changed |= std::mem::take(&mut watch.changed));
+        if self.watches.values().all(|watch| watch.standing.is_empty() && watch.trouble.is_none()) {
+            return Ok(());
+        }
+        let standing = self.watches.iter().map(|(rule, watch)| (rule.clone(), watch.standing.clone()));
+        let trouble = self.watches.iter().filter_map(|(rule, watch)| Some((rule.clone(), watch.trouble.clone()?)));
+        let rules = || SavedRules { standing: standing.collect(), trouble: trouble.collect() };
+        draft.put(checkpoint::RULES, changed, || Ok(Content::json(&rules())))
+    }
+
+    fn restore_rules(&mut self, saved: SavedRules) {
+        // of a rule that is gone nothing may be there when another one of its name comes
+        self.rules_changed = saved.standing.keys().chain(saved.trouble.keys()).any(|n| !self.watches.contains_key(n));
+        for (rule, standing) in saved.standing {
+            if let Some(watch) = self.watches.get_mut(&rule) {
+                watch.standing = standing;
+            }
+        }
+        for (rule, trouble) in saved.trouble {
+            if let Some(watch) = self.watches.get_mut(&rule) {
+                watch.trouble = Some(trouble);
+            }
+        }
+        self.watches.values_mut().for_each(|watch| watch.changed = false);
+    }
+
     /// Final rows of `upstream`, the metric this one reads, which has closed all windows up to `closed`.
     fn absorb(&mut self, upstream: &Program, closed: Micros, rows: &[Rows], out: &mut Vec<Produced>) -> Result<()> {
         for rows in rows {
@@ -1045,108 +1072,5 @@ pub fn in_a_circle(cycle: &[ItemName]) -> String {
     format!("metrics would read their own rows: {}", path.join(" reads "))
 }
 
-/// Format of saved state; a change that cannot read the old one takes a new number. Behind it stands the CRC-32C of all
-/// that follows, four bytes, little-endian.
-const MAGIC: &[u8; 8] = b"TWSTATE2";
-/// The same without a checksum.
-const MAGIC_1: &[u8; 8] = b"TWSTATE1";
-
-#[derive(Serialize, Deserialize)]
-struct Header {
-    streams: BTreeMap<StreamName, StreamTime>,
-    metrics: Vec<SavedMetric>,
-    /// Name and length.
-    #[serde(default)]
-    tables: Vec<(StreamName, usize)>,
-    prices: Prices,
-}
-
-#[derive(Serialize, Deserialize)]
-struct SavedMetric {
-    name: ItemName,
-    version: i64,
-    closed: Micros,
-    #[serde(default)]
-    since: Option<Micros>,
-    failure: Option<String>,
-    #[serde(default)]
-    cause: Cause,
-    lengths: Vec<usize>,
-    standing: BTreeMap<ItemName, HashMap<String, Standing>>,
-    #[serde(default)]
-    trouble: BTreeMap<ItemName, Trouble>,
-    #[serde(default)]
-    looked_at: Option<Micros>,
-}
-
-/// Saved state of a workspace, read but not yet put under its metrics.
-pub struct Saved {
-    header: Header,
-    states: Vec<(SavedMetric, Vec<RecordBatch>)>,
-    tables: Vec<(StreamName, RecordBatch)>,
-}
-
-impl Saved {
-    /// Reads what [`Workspace::save`] wrote; an error means another version or damage, never a guess.
-    pub fn read(bytes: &[u8]) -> Result<Saved, RestoreError> {
-        let damaged = |what: &str| RestoreError::Mismatch(what.to_owned());
-        let rest = match (bytes.strip_prefix(MAGIC), bytes.strip_prefix(MAGIC_1)) {
-            (Some(summed), _) => match summed.split_first_chunk() {
-                Some((sum, rest)) if *sum == crc32c::crc32c(rest).to_le_bytes() => rest,
-                _ => return Err(damaged("its checksum does not fit")),
-            },
-            (None, Some(rest)) => rest,
-            (None, None) => return Err(damaged("another format version")),
-        };
-        let (length, rest) = rest.split_first_chunk::<4>().ok_or_else(|| damaged("cut short in its header"))?;
-        let (header, mut rest) = rest
-            .split_at_checked(u32::from_le_bytes(*length) as usize)
-            .ok_or_else(|| damaged("cut short in its header"))?;
-        let mut header: Header = serde_json::from_slice(header).map_err(|e| damaged(&format!("header: {e}")))?;
-        let mut states = Vec::new();
-        let mut blob = |length| {
-            let (blob, after) = rest.split_at_checked(length).ok_or_else(|| damaged("cut short in its batches"))?;
-            rest = after;
-            from_ipc(blob)
-        };
-        for metric in std::mem::take(&mut header.metrics) {
-            let batches = metric.lengths.iter().map(|&length| blob(length)).collect::<Result<_, _>>()?;
-            states.push((metric, batches));
-        }
-        let tables = std::mem::take(&mut header.tables);
-        let tables = tables.into_iter().map(|(name, length)| Ok((name, blob(length)?)));
-        let tables = tables.collect::<Result<_, RestoreError>>()?;
-        Ok(Saved { header, states, tables })
-    }
-}
-
-fn to_ipc(batch: &RecordBatch) -> Result<Vec<u8>> {
-    let mut writer = StreamWriter::try_new(Vec::new(), batch.schema_ref())?;
-    writer.write(batch)?;
-    Ok(writer.into_inner()?)
-}
-
-fn from_ipc(bytes: &[u8]) -> Result<RecordBatch, RestoreError> {
-    let mut reader = StreamReader::try_new(bytes, None)?;
-    reader.next().ok_or_else(|| RestoreError::Mismatch("a batch is missing".to_owned()))?.map_err(Into::into)
-}
-
 /// How long event time may run ahead when a stream idles: the default of `idle_timeout`.
 pub const IDLE_TIMEOUT: Span = Span::seconds(30);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_changed_byte_of_saved_state_is_never_taken_for_state() {
-        let whole = Workspace::default().save().unwrap();
-        assert!(Saved::read(&whole).is_ok());
-        for at in 0..whole.len() {
-            let mut changed = whole.clone();
-            changed[at] ^= 1;
-            assert!(Saved::read(&changed).is_err(), "byte {at}");
-        }
-        assert!(Saved::read(&[MAGIC_1.as_slice(), &whole[12..]].concat()).is_ok(), "that of the version before");
-    }
-}

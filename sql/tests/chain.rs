@@ -3,11 +3,12 @@
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, TimestampMicrosecondType, UInt64Type};
+use engine::checkpoint::{Saved, State};
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::program::Program;
 use engine::window::Window;
-use engine::workspace::{Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Workspace};
 use proptest::prelude::*;
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
@@ -120,12 +121,12 @@ fn key(batch: &RecordBatch, row: usize, keys: usize) -> (i64, i64, String) {
 /// The engine over `batches`; saved and restored before each index in `restarts`.
 fn run(chain: &Chain, timing: Timing, batches: &[RecordBatch], restarts: &[usize]) -> Finals {
     let mut workspace = chain.workspace(timing);
-    let mut finals = Finals::new();
+    let (mut finals, mut state) = (Finals::new(), State::default());
     for (at, batch) in batches.iter().enumerate() {
         if restarts.contains(&at) {
-            let bytes = workspace.save().unwrap();
+            state.apply(workspace.save().unwrap().encode().unwrap());
             workspace = chain.workspace(timing);
-            assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+            assert_eq!(workspace.restore(Saved::read(&state).unwrap()).unwrap(), []);
         }
         collect(&mut finals, chain, workspace.step(&trades(), batch));
         chain.0.iter().for_each(|(metric, _)| drop(workspace.tick(metric)));

@@ -284,7 +284,7 @@ impl Simulation {
     }
 
     /// Every window is closed, and holds each event once.
-    async fn check(mut self, seed: u64) -> usize {
+    async fn check(mut self, seed: u64) -> (usize, i64) {
         // far enough that no window waits any more
         self.now += 100;
         for to in 0..self.senders.len() {
@@ -305,10 +305,14 @@ impl Simulation {
             let once: BTreeSet<_> = fired.iter().cloned().collect();
             assert_eq!((once, fired.len()), (episodes.clone(), episodes.len()), "seed {seed}: alerts of {id}");
         }
-        let kills = self.kills;
+        let (kills, mut commits) = (self.kills, 0);
+        for Sender { id, .. } in &self.senders {
+            assert!(!fault_point::refused_state(id), "seed {seed}: saved state of {id} was not whole");
+            commits += system.store().checkpoint(id).await.unwrap().map_or(0, |checkpoint| checkpoint.version);
+        }
         drop(system);
         self.world.take().unwrap().kill().await;
-        kills
+        (kills, commits)
     }
 }
 
@@ -348,6 +352,8 @@ async fn a_run_with_kills_panics_and_a_failing_log_ends_as_one_without() {
         }
         simulation.check(seed).await
     };
-    let kills: Vec<usize> = futures::stream::iter(&seeds).map(|seed| run(*seed)).buffer_unordered(4).collect().await;
-    println!("{} seeds, {} kills", seeds.len(), kills.iter().sum::<usize>());
+    let runs: Vec<(usize, i64)> =
+        futures::stream::iter(&seeds).map(|seed| run(*seed)).buffer_unordered(4).collect().await;
+    let (kills, commits) = runs.iter().fold((0, 0), |(kills, commits), run| (kills + run.0, commits + run.1));
+    println!("{} seeds, {kills} kills, {commits} commits", seeds.len());
 }

@@ -1,11 +1,13 @@
 //! The heart: engine state, its results and the log offset they include, in one transaction. What a restart loads is
 //! then always one moment of the engine, and a replay from its offset repeats nothing.
 
-use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
+use super::db::{Scope, query, query_scalar};
 use super::record::Columns;
 use super::{
-    Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, stored, webhooks,
+    Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, state, stored,
+    webhooks,
 };
+use engine::checkpoint::{Changes, State};
 use engine::event::WorkspaceId;
 
 /// What one workspace has computed since its last commit.
@@ -14,8 +16,8 @@ pub struct Commit {
     pub workspace: WorkspaceId,
     /// The state includes the log up to here, exclusive.
     pub offset: u64,
-    /// `None`: as it was stored before, since nothing in between changed it.
-    pub state: Option<Vec<u8>>,
+    /// What changed since the state that was committed before; `None`: nothing.
+    pub state: Option<Changes>,
     pub rows: Vec<FinalRow>,
     pub alerts: Vec<Alert>,
     /// What webhooks are to be told of these alerts.
@@ -30,22 +32,12 @@ pub struct Checkpoint {
     pub offset: u64,
     /// Number of commits so far.
     pub version: i64,
-    /// The state of the last commit that had one.
-    pub state: Option<Vec<u8>>,
+    /// As the commits so far have made it.
+    pub state: Option<State>,
 }
 
 /// Dead letters kept for each workspace by a commit.
 const DEAD_LETTERS_KEPT: usize = 10_000;
-
-impl FromRow for Checkpoint {
-    fn from_row(row: &Row) -> Result<Checkpoint, sqlx::Error> {
-        Ok(Checkpoint {
-            offset: row.count("log_offset")?,
-            version: row.try_get("version")?,
-            state: row.try_get("state")?,
-        })
-    }
-}
 
 /// Why a transaction of commits cannot stand.
 enum Refused {
@@ -100,13 +92,14 @@ impl Store {
                 values.push_bind(commit.workspace.as_str());
                 values.push_bind(stored(commit.offset));
                 values.push_bind(1_i64);
-                values.push_bind(commit.state.as_deref());
+                values.push_bind(commit.state.as_ref().map(|state| state.head.as_slice()));
             },
         )
         .await?;
         if moved < commits.len() as u64 {
             return Err(Refused::Behind);
         }
+        state::write(&mut tx, commits).await?;
         let closed = commits.iter().flat_map(|c| c.rows.iter().map(|row| (&c.workspace, row))).collect();
         rows::write(&mut tx, closed).await?;
         let raised: Vec<_> = commits.iter().flat_map(|c| c.alerts.iter().map(|alert| (&c.workspace, alert))).collect();
@@ -152,11 +145,7 @@ impl Store {
 
     /// Where the workspace continues, `None` when it never committed.
     pub async fn checkpoint(&self, workspace: &WorkspaceId) -> Result<Option<Checkpoint>, StoreError> {
-        query_as("SELECT log_offset, version, state FROM checkpoints WHERE workspace = $1")
-            .bind(workspace.as_str())
-            .fetch_optional(self.read(workspace))
-            .await
-            .map_err(failed("read checkpoint"))
+        state::read(self, workspace).await.map_err(failed("read checkpoint"))
     }
 
     /// The offset of every workspace that ever committed: the log is needed from the lowest on.
@@ -208,7 +197,7 @@ mod tests {
 
     fn full(workspace: &WorkspaceId, offset: u64) -> Commit {
         Commit {
-            state: Some(vec![1, 2, 3]),
+            state: Some(changes(true, 1, &[("a", 1), ("b", 1)], &[])),
             rows: vec![row("vwap", 0, "A", 0), row("vwap", 0, "B", 0)],
             alerts: vec![alert(workspace, "a", 1)],
             dead_letters: vec![letter("shop.orders", 1)],
@@ -224,7 +213,7 @@ mod tests {
         store.commit(std::slice::from_ref(&full)).await.unwrap();
         drop(store); // as after a crash: nobody closed it
         let store = Store::open_with(&url(&dir), &super::super::suite::options()).await.unwrap();
-        let expected = Checkpoint { offset: 7, version: 1, state: Some(vec![1, 2, 3]) };
+        let expected = Checkpoint { offset: 7, version: 1, state: Some(state(1, &[("a", 1), ("b", 1)])) };
         assert_eq!(store.checkpoint(&acme).await.unwrap(), Some(expected));
         assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme.clone(), 7)]);
         assert_eq!(rows(&store, &acme).await, full.rows);
@@ -239,7 +228,7 @@ mod tests {
         let acme = add_workspace(&store, "acme").await;
         // no page more than there are; for this connection, which the failure costs
         sqlx::query("PRAGMA max_page_count = 1").execute(writer).await.unwrap();
-        let large = Commit { state: Some(vec![7; 1 << 20]), ..full(&acme, 3) };
+        let large = Commit { state: Some(Changes { head: vec![7; 1 << 20], ..Changes::default() }), ..full(&acme, 3) };
         let refused = store.commit(std::slice::from_ref(&large)).await.unwrap_err();
         assert!(matches!(refused, StoreError::Unreachable { .. }), "{refused}");
         store.commit(std::slice::from_ref(&large)).await.unwrap();
@@ -333,10 +322,72 @@ mod tests {
         store.commit(&[commit(&acme, 1)]).await.unwrap();
         let checkpoint = store.checkpoint(&acme).await.unwrap();
         assert_eq!(checkpoint, Some(Checkpoint { offset: 1, version: 1, state: None }));
-        store.commit(&[Commit { state: Some(vec![9]), ..commit(&acme, 2) }]).await.unwrap();
+        store.commit(&[Commit { state: Some(changes(true, 9, &[], &[])), ..commit(&acme, 2) }]).await.unwrap();
         store.commit(&[commit(&acme, 3)]).await.unwrap();
         let checkpoint = store.checkpoint(&acme).await.unwrap();
-        assert_eq!(checkpoint, Some(Checkpoint { offset: 3, version: 3, state: Some(vec![9]) }));
+        assert_eq!(checkpoint, Some(Checkpoint { offset: 3, version: 3, state: Some(state(9, &[])) }));
+    }
+
+    /// A head of `head`, and parts by name of which each holds one number.
+    fn state(head: u8, parts: &[(&str, u8)]) -> State {
+        let parts = parts.iter().map(|(name, byte)| ((*name).to_owned(), vec![*byte]));
+        State { head: vec![head], parts: parts.collect() }
+    }
+
+    fn changes(whole: bool, head: u8, parts: &[(&str, u8)], gone: &[&str]) -> Changes {
+        let State { head, parts } = state(head, parts);
+        let gone = gone.iter().map(|name| (*name).to_owned()).collect();
+        Changes { head, parts: parts.into_iter().collect(), gone, whole }
+    }
+
+    #[tokio::test]
+    async fn a_state_is_what_the_changes_of_its_commits_make_of_it() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        let of =
+            |workspace: &WorkspaceId, offset, changes| Commit { state: Some(changes), ..commit(workspace, offset) };
+        store.commit(&[of(&other, 1, changes(true, 7, &[("a", 7), ("b", 7)], &[]))]).await.unwrap();
+        let mut expected = State::default();
+        let steps = [
+            changes(true, 1, &[("a", 1), ("b", 1), ("c", 1)], &[]),
+            changes(false, 2, &[("b", 2), ("d", 2)], &["a"]),
+            changes(false, 3, &[], &["d", "unknown"]),
+            changes(false, 4, &[("a", 4)], &["b", "c"]),
+            changes(true, 5, &[("c", 5)], &[]),
+            changes(true, 6, &[], &[]),
+        ];
+        for (step, changes) in steps.iter().enumerate() {
+            let commit = of(&acme, step as u64, changes.clone());
+            for _ in 0..2 {
+                store.commit(std::slice::from_ref(&commit)).await.unwrap(); // a repeat changes nothing
+            }
+            expected.apply(changes.clone());
+            assert_eq!(store.checkpoint(&acme).await.unwrap().unwrap().state.as_ref(), Some(&expected), "step {step}");
+        }
+        // all of them at once, beside another workspace
+        let mut all: Vec<Commit> =
+            steps.iter().enumerate().map(|(at, changes)| of(&acme, 10 + at as u64, changes.clone())).collect();
+        all.push(of(&other, 2, changes(false, 8, &[("b", 8)], &[])));
+        store.commit(&all).await.unwrap();
+        assert_eq!(store.checkpoint(&acme).await.unwrap().unwrap().state, Some(expected));
+        let beside = store.checkpoint(&other).await.unwrap().unwrap().state;
+        assert_eq!(beside, Some(state(8, &[("a", 7), ("b", 8)])));
+        store.delete_workspace(&other).await.unwrap();
+        let left: i64 =
+            query_scalar("SELECT COUNT(*) FROM state_parts").fetch_one(store.read(Scope::Installation)).await.unwrap();
+        assert_eq!(left, 0, "parts go with their checkpoint");
+    }
+
+    #[tokio::test]
+    async fn parts_beyond_the_size_of_one_statement_are_all_written() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let parts: Vec<(String, Vec<u8>)> = (0..5).map(|n| (format!("p{n}"), vec![n; 5 << 20])).collect();
+        let changes = Changes { head: vec![1], parts, gone: vec![], whole: true };
+        store.commit(&[Commit { state: Some(changes.clone()), ..commit(&acme, 1) }]).await.unwrap();
+        let mut expected = State::default();
+        expected.apply(changes);
+        assert!(store.checkpoint(&acme).await.unwrap().unwrap().state == Some(expected));
     }
 
     #[tokio::test]

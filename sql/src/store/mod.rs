@@ -25,6 +25,7 @@ mod keys; // API keys
 mod portfolios; // portfolios and positions
 mod rows; // final rows of metrics
 mod samples; // history at a coarser step
+mod state; // the parts of a checkpoint's state
 mod threads; // conversations with agents, and their runs
 mod users; // users and the refresh tokens of their sign-ins
 mod webhooks; // webhooks, and what is on its way to them

@@ -85,6 +85,7 @@ migrations! {
     9 "0009_tables",
     10 "0010_webhooks",
     11 "0011_webhook_rotation",
+    12 "0012_state_parts",
     13 "0013_invitations",
 }
 

@@ -3,10 +3,11 @@
 use crate::{HOP, SESSION, TUMBLE, batch, trades, trades_schema};
 use arrow::array::RecordBatch;
 use engine::alert::{Phase, Rule};
+use engine::checkpoint::{Saved, State};
 use engine::event::{ItemName, Span, StreamName};
 use engine::metric::Timing;
 use engine::program::Program;
-use engine::workspace::{Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Workspace};
 use sql::plan::{Planner, Source};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -125,7 +126,7 @@ fn neither_ticks_nor_restarts_change_what_rules_say() {
             running
         };
         let run = |ticks: bool, restarts: bool| -> Vec<String> {
-            let mut running = begin();
+            let (mut running, mut state) = (begin(), State::default());
             let mut all = Vec::new();
             for batch in &batches {
                 let mut step = told(&running.step(&trades(), batch));
@@ -135,9 +136,9 @@ fn neither_ticks_nor_restarts_change_what_rules_say() {
                     assert_eq!(told(&running.tick(&name("highs"))), [""; 0]);
                 }
                 if restarts {
-                    let saved = running.save().unwrap();
+                    state.apply(running.save().unwrap().encode().unwrap());
                     running = begin();
-                    assert_eq!(running.restore(Saved::read(&saved).unwrap()).unwrap(), []);
+                    assert_eq!(running.restore(Saved::read(&state).unwrap()).unwrap(), []);
                 }
             }
             all

@@ -6,11 +6,12 @@ use arrow::compute::concat_batches;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
 use datafusion::prelude::SessionContext;
+use engine::checkpoint::{Saved, State};
 use engine::event::{Micros, Span, StreamName};
 use engine::metric::Timing;
 use engine::program::Program;
 use engine::window::Window;
-use engine::workspace::{Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Workspace};
 use proptest::prelude::*;
 use sql::plan::Planner;
 use std::collections::BTreeMap;
@@ -110,13 +111,13 @@ fn rows_and_late(
         workspace.define(metric(), 1, program.clone(), timing).unwrap();
         workspace
     };
-    let mut workspace = fresh();
+    let (mut workspace, mut state) = (fresh(), State::default());
     let (mut rows, mut late) = (Rows::new(), Vec::new());
     for (at, step) in steps.iter().enumerate() {
         if restarts.contains(&at) {
-            let bytes = workspace.save().unwrap();
+            state.apply(workspace.save().unwrap().encode().unwrap());
             workspace = fresh();
-            assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+            assert_eq!(workspace.restore(Saved::read(&state).unwrap()).unwrap(), []);
         }
         match step {
             Step::Events(side, batch) => {
@@ -720,10 +721,10 @@ impl ByMinute {
     }
 
     fn restart(&mut self) {
-        let bytes = self.workspace.save().unwrap();
+        let state = self.workspace.state().unwrap();
         self.workspace = Workspace::default();
         self.workspace.define(metric(), 1, self.program.clone(), self.timing).unwrap();
-        assert_eq!(self.workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+        assert_eq!(self.workspace.restore(Saved::read(&state).unwrap()).unwrap(), []);
     }
 
     /// The final rows that an event gives: symbol, values and revision.
@@ -870,7 +871,7 @@ fn older_state_of_a_left_join_is_not_read_but_made_again() {
     for (older, newer) in [("JOIN", "LEFT JOIN"), ("LEFT JOIN", "JOIN")] {
         let mut before = workspace(older);
         drop(before.step(&world.streams[0].stream, &world.batch(0, &[(SECOND, "A", 1.0)])));
-        let saved = before.save().unwrap();
+        let saved = before.state().unwrap();
         assert_eq!(workspace(newer).restore(Saved::read(&saved).unwrap()).unwrap(), [metric()]);
         assert_eq!(workspace(older).restore(Saved::read(&saved).unwrap()).unwrap(), []);
     }

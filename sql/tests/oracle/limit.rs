@@ -2,10 +2,11 @@
 
 use crate::{TUMBLE, batch, planned, trades};
 use arrow::array::RecordBatch;
+use engine::checkpoint::Saved;
 use engine::event::{ItemName, Micros, Span};
 use engine::limit::{StateLimits, StateSize};
 use engine::metric::Timing;
-use engine::workspace::{Cause, Outputs, Saved, Workspace};
+use engine::workspace::{Cause, Outputs, Workspace};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -67,7 +68,7 @@ fn a_metric_with_too_many_groups_stops_lets_its_state_go_and_the_others_go_on() 
     let (_, each) = running.metrics().find(|(metric, _)| metric.as_str() == "each").unwrap();
     assert_eq!((each.keys(), each.panes()), (0, 0));
     // also behind a restart
-    let saved = running.save().unwrap();
+    let saved = running.state().unwrap();
     let mut running = workspace(bounds, &metrics);
     assert_eq!(running.restore(Saved::read(&saved).unwrap()).unwrap(), []);
     assert_eq!(running.failure(&name("each")).unwrap().cause, Cause::StateLimit);

@@ -14,11 +14,12 @@ use arrow::compute::{concat_batches, take_record_batch};
 use arrow::datatypes::{Float64Type, Int64Type, SchemaRef, TimestampMicrosecondType};
 use datafusion::catalog::{MemTable, MemorySchemaProvider, SchemaProvider};
 use datafusion::prelude::{SessionConfig, SessionContext};
+use engine::checkpoint::{Saved, State};
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::Timing;
 use engine::program::Program;
 use engine::window::Window;
-use engine::workspace::{Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Workspace};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use sql::plan::{MetricSql, Planner, with_bounds};
 use std::collections::BTreeMap;
@@ -97,13 +98,13 @@ fn engine_rows(program: &Arc<Program>, timing: Timing, batches: &[RecordBatch], 
         workspace.define(metric(), 1, program.clone(), timing).unwrap();
         workspace
     };
-    let mut workspace = fresh();
+    let (mut workspace, mut state) = (fresh(), State::default());
     let mut rows = Rows::new();
     for (at, batch) in batches.iter().enumerate() {
         if restarts.contains(&at) {
-            let bytes = workspace.save().unwrap();
+            state.apply(workspace.save().unwrap().encode().unwrap());
             workspace = fresh();
-            assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+            assert_eq!(workspace.restore(Saved::read(&state).unwrap()).unwrap(), []);
         }
         take(&mut rows, workspace.step(&trades(), batch), program.key_count());
         drop(workspace.tick(&metric())); // provisional rows come and go without a trace

@@ -11,11 +11,12 @@ use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, TimestampMicrosecondAr
 use arrow::compute::take_record_batch;
 use arrow::datatypes::{DataType, Float64Type, Int64Type, TimestampMicrosecondType};
 use arrow::util::display::array_value_to_string;
+use engine::checkpoint::{Saved, State};
 use engine::event::{ItemName, Micros, Span};
 use engine::metric::{Rows, Timing};
 use engine::program::Program;
 use engine::window::Window;
-use engine::workspace::{Outputs, Saved, Workspace};
+use engine::workspace::{Outputs, Workspace};
 use sql::plan::{MetricSql, Planner, with_bounds};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -148,12 +149,13 @@ fn by_engine(world: &World, program: &Arc<Program>, events: &[Event], way: &Way)
     };
     let (mut workspace, mut finals, keys) = (fresh(), Finals::default(), program.key_count());
     let (mut from, mut sizes, mut number) = (0, way.cuts.iter().cycle(), 0);
+    let mut state = State::default();
     while from < events.len() {
         let size = (*sizes.next().unwrap()).min(events.len() - from);
         if way.restarts.contains(&number) {
-            let bytes = workspace.save().unwrap();
+            state.apply(workspace.save().unwrap().encode().unwrap());
             workspace = fresh();
-            assert_eq!(workspace.restore(Saved::read(&bytes).unwrap()).unwrap(), []);
+            assert_eq!(workspace.restore(Saved::read(&state).unwrap()).unwrap(), []);
         }
         finals.take(workspace.step(&stream(), &world.batch(events[from..from + size].iter())), keys)?;
         drop(workspace.tick(&metric())); // provisional rows come and go without a trace
