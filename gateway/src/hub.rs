@@ -133,7 +133,7 @@ impl Hub {
 
     /// Writes messages to a client of a WebSocket as they come, past its connection's task.
     pub(crate) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>) {
-        self.fanout.connect(outbox, wire, &self.crowd);
+        self.fanout.connect(outbox, wire);
     }
 
     /// Clients of WebSockets.

@@ -74,7 +74,7 @@ impl Opening {
         let Opening { agreed: Agreed { form, inflates, response }, upgrade, mut seats, origin } = self;
         let (limits, hub) = (state.config.limits, state.hub.clone());
         let outbox = Outbox::new(limits.queue_bytes, form);
-        seats.wake(&outbox);
+        seats.hold(&outbox);
         let talk = talk(Line { outbox: outbox.clone(), seats, origin });
         tokio::spawn(async move {
             let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile

@@ -10,7 +10,6 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -26,8 +25,6 @@ pub(crate) enum Group {
 pub(crate) struct Crowd {
     limits: Limits,
     present: Mutex<HashMap<Group, Present>>,
-    /// How often something was taken from anybody.
-    changes: AtomicU64,
 }
 
 /// Those of a group.
@@ -37,8 +34,6 @@ struct Present {
     connections: HashMap<u64, Weak<Outbox>>,
     /// The number of the next seat.
     next: u64,
-    /// How often something was taken from them.
-    changes: Arc<AtomicU64>,
 }
 
 /// A connection that counts for as long as this lives.
@@ -46,17 +41,6 @@ struct Seat {
     crowd: Arc<Crowd>,
     group: Group,
     number: u64,
-    changes: Arc<AtomicU64>,
-    /// As many changes are known to the connection.
-    seen: u64,
-}
-
-impl Seat {
-    /// Whether the group's rights have changed since this was last asked.
-    fn has_changed(&mut self) -> bool {
-        let changes = self.changes.load(Ordering::Acquire);
-        std::mem::replace(&mut self.seen, changes) != changes
-    }
 }
 
 /// All that one connection counts as.
@@ -67,9 +51,9 @@ pub(crate) struct Seats {
 }
 
 impl Seats {
-    /// Says what waits for the connection: with it the connection is woken when the rights of a group change that it
+    /// Says what waits for the connection: nothing of it goes out unlooked at when something is taken from a group that it
     /// enters from now on.
-    pub(crate) fn wake(&mut self, outbox: &Arc<Outbox>) {
+    pub(crate) fn hold(&mut self, outbox: &Arc<Outbox>) {
         self.outbox = Arc::downgrade(outbox);
     }
 
@@ -81,17 +65,11 @@ impl Seats {
         }
         Ok(())
     }
-
-    /// Whether the rights of any of the groups have changed since this was last asked.
-    pub(crate) fn have_changed(&mut self) -> bool {
-        // all of them: each notes what it has seen
-        self.groups.values_mut().fold(false, |changed, seat| seat.has_changed() | changed)
-    }
 }
 
 impl Crowd {
     pub(super) fn new(limits: Limits) -> Arc<Crowd> {
-        Arc::new(Crowd { limits, present: Mutex::default(), changes: AtomicU64::new(0) })
+        Arc::new(Crowd { limits, present: Mutex::default() })
     }
 
     /// Counts a connection, if the group may have another one.
@@ -116,25 +94,15 @@ impl Crowd {
         let number = present.next;
         present.next += 1;
         present.connections.insert(number, outbox);
-        let changes = present.changes.clone();
-        let seen = changes.load(Ordering::Acquire);
-        Ok(Seat { crowd: self.clone(), group, number, changes, seen })
+        Ok(Seat { crowd: self.clone(), group, number })
     }
 
     /// Something was taken from a group: each of its connections looks again at its rights, now and before it gets
     /// anything more.
     pub(crate) fn look_again(&self, group: &Group) {
         if let Some(present) = self.present.lock().get(group) {
-            present.changes.fetch_add(1, Ordering::Release);
-            // behind the group's: who sees this one sees that one
-            self.changes.fetch_add(1, Ordering::Release);
-            present.connections.values().filter_map(Weak::upgrade).for_each(|outbox| outbox.wake());
+            present.connections.values().filter_map(Weak::upgrade).for_each(|outbox| outbox.suspect());
         }
-    }
-
-    /// How often something was taken from anybody who is here: as long as this is the same, [`Seats::have_changed`] is.
-    pub(crate) fn changes(&self) -> u64 {
-        self.changes.load(Ordering::Acquire)
     }
 }
 
@@ -153,6 +121,7 @@ impl Drop for Seat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hub::Form;
 
     #[test]
     fn a_group_has_so_many_connections_and_another_one_when_one_leaves() {
@@ -173,12 +142,12 @@ mod tests {
     #[test]
     fn a_change_is_seen_once_by_each_connection_of_its_group_and_by_no_other() {
         let crowd = Crowd::new(Limits::default());
-        let enter = |user: &str| crowd.enter(Group::User(user.into()), Weak::new()).unwrap();
-        let mut seats = [enter("ann"), enter("ann"), enter("bob")];
+        let outboxes = [(); 3].map(|()| Outbox::new(1 << 10, Form::Text));
+        let enter = |user: &str, outbox| crowd.enter(Group::User(user.into()), Arc::downgrade(outbox)).unwrap();
+        let _seats = [enter("ann", &outboxes[0]), enter("ann", &outboxes[1]), enter("bob", &outboxes[2])];
         crowd.look_again(&Group::User("ann".into()));
         crowd.look_again(&Group::User("eve".into()));
-        assert_eq!(seats.each_mut().map(Seat::has_changed), [true, true, false]);
-        assert_eq!(seats.each_mut().map(Seat::has_changed), [false; 3]);
-        assert!(!enter("ann").has_changed(), "who comes later was looked at later");
+        assert_eq!(outboxes.each_ref().map(|outbox| outbox.is_to_look()), [true, true, false]);
+        assert_eq!(outboxes.each_ref().map(|outbox| outbox.is_to_look()), [false; 3]);
     }
 }

@@ -2,7 +2,6 @@
 //! thousand of them wakes no thousand tasks, each client has its turn, and what comes during a round goes out in the next
 //! as one.
 
-use super::crowd::Crowd;
 use super::outbox::{Outbox, Round};
 use crate::socket::wire::Wire;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,19 +29,19 @@ impl Fanout {
     }
 
     /// Writes to this client in passing from now on. To be called within a runtime.
-    pub(super) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>, crowd: &Arc<Crowd>) {
+    pub(super) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>) {
         let at = self.next.fetch_add(1, Ordering::Relaxed) % self.rounds.len();
         let round = self.rounds[at].get_or_init(|| {
             // each client is in it once at most
             let (round, clients) = mpsc::unbounded_channel();
-            tokio::spawn(go_round(clients, crowd.clone()));
+            tokio::spawn(go_round(clients));
             round
         });
         outbox.connect(Arc::downgrade(wire), round.clone());
     }
 }
 
-async fn go_round(mut clients: UnboundedReceiver<Arc<Outbox>>, crowd: Arc<Crowd>) {
+async fn go_round(mut clients: UnboundedReceiver<Arc<Outbox>>) {
     let mut turn = Vec::new();
     while clients.recv_many(&mut turn, TURN_MAX).await > 0 {
         let mut since = Instant::now();
@@ -53,7 +52,7 @@ async fn go_round(mut clients: UnboundedReceiver<Arc<Outbox>>, crowd: Arc<Crowd>
                 now = Instant::now();
                 since = now;
             }
-            outbox.write(crowd.changes(), now);
+            outbox.write(now);
         }
     }
 }

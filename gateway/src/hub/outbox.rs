@@ -50,6 +50,8 @@ pub(crate) struct Outbox {
     passing: OnceLock<(Weak<Wire>, Round)>,
     /// Whether it is in that round.
     is_queued: AtomicBool,
+    /// Something was taken from whoever it is for, and nobody has looked at it yet.
+    is_suspect: AtomicBool,
     waker: AtomicWaker,
     /// Told when the answers that waited were taken.
     drained: Notify,
@@ -72,8 +74,8 @@ pub(crate) enum Taken {
 impl Outbox {
     /// `bytes_max` bounds the answers that wait.
     pub(crate) fn new(bytes_max: usize, form: Form) -> Arc<Outbox> {
-        let (waiting, passing, is_queued, waker, drained, who) = Default::default();
-        Arc::new(Outbox { waiting, passing, is_queued, waker, drained, form, who, bytes_max })
+        let (waiting, passing, is_queued, is_suspect, waker, drained, who) = Default::default();
+        Arc::new(Outbox { waiting, passing, is_queued, is_suspect, waker, drained, form, who, bytes_max })
     }
 
     /// Sees to it that messages are written in passing from now on.
@@ -81,11 +83,11 @@ impl Outbox {
         _ = self.passing.set((wire, round)); // a connection has one way
     }
 
-    /// Writes what waits. `changes`: how often rights were taken from anybody.
-    pub(super) fn write(self: &Arc<Self>, changes: u64, now: Instant) {
+    /// Writes what waits.
+    pub(super) fn write(self: &Arc<Self>, now: Instant) {
         self.is_queued.store(false, Ordering::SeqCst); // before it is taken: what comes later is told again
         let wire = self.passing.get().and_then(|(wire, _)| wire.upgrade());
-        match wire.and_then(|wire| wire.write(self, changes, now)) {
+        match wire.and_then(|wire| wire.write(self, now)) {
             Some(Passed::All) => {}
             Some(Passed::More) => self.tell(),
             None => self.waker.wake(),
@@ -97,7 +99,8 @@ impl Outbox {
         match self.passing.get() {
             Some((_, round)) => {
                 if !self.is_queued.swap(true, Ordering::SeqCst) && round.send(self.clone()).is_err() {
-                    self.waker.wake();
+                    self.is_queued.store(false, Ordering::SeqCst);
+                    self.waker.wake(); // there is no round any more
                 }
             }
             None => self.waker.wake(),
@@ -153,9 +156,20 @@ impl Outbox {
         self.waker.register(context.waker());
     }
 
-    /// Wakes the task, though nothing may wait.
-    pub(super) fn wake(&self) {
+    /// Something was taken from whoever it is for: it is to be looked at what they may still have before anything goes out.
+    pub(super) fn suspect(&self) {
+        self.is_suspect.store(true, Ordering::SeqCst);
         self.waker.wake();
+    }
+
+    /// Whether that is so.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.is_suspect.load(Ordering::SeqCst)
+    }
+
+    /// The same, from who looks now.
+    pub(crate) fn is_to_look(&self) -> bool {
+        self.is_suspect.swap(false, Ordering::SeqCst)
     }
 
     /// Waits until something may wait.
@@ -166,7 +180,8 @@ impl Outbox {
                 return Poll::Ready(());
             }
             self.register(context);
-            if self.waiting.lock().has_something() { Poll::Ready(()) } else { Poll::Pending }
+            let is_ready = self.is_suspect() || self.waiting.lock().has_something();
+            if is_ready { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
     }

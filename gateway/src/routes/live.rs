@@ -64,7 +64,7 @@ async fn follow(
     let outbox = Outbox::new(state.config.limits.queue_bytes, Default::default());
     outbox.belongs_to(&caller.name);
     let mut seats = Seats::default();
-    seats.wake(&outbox);
+    seats.hold(&outbox);
     let groups = [
         address.map(Group::Address),
         Some(Group::User(caller.id.as_str().into())),
@@ -83,7 +83,7 @@ async fn follow(
         silent_since: Instant::now(),
         check_at: Instant::now() + KEEP_ALIVE,
         is_over: false,
-        seats,
+        _seats: seats,
     };
     follower.ends = caller.ends(&follower.state);
     let mut positions = last.split(',').map(position);
@@ -148,7 +148,7 @@ struct Follower {
     /// When the client's rights are looked at again.
     check_at: Instant,
     is_over: bool,
-    seats: Seats,
+    _seats: Seats,
 }
 
 impl Drop for Follower {
@@ -195,7 +195,7 @@ impl Follower {
             if self.ends.is_some_and(|end| end <= now) {
                 return None;
             }
-            if self.seats.have_changed() || self.check_at <= now {
+            if self.outbox.is_to_look() || self.check_at <= now {
                 self.check_at = now + KEEP_ALIVE;
                 if let Err((channel, problem)) = self.check().await {
                     self.is_over = true;

@@ -179,10 +179,6 @@ impl Talk for Chat {
         self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
     }
 
-    fn seats(&mut self) -> &mut Seats {
-        &mut self.seats
-    }
-
     fn leave(&mut self) {
         self.runs = None;
     }

@@ -6,7 +6,7 @@ use super::io::{Sink, Source};
 use super::wire::{Stop, Wire};
 use crate::AppState;
 use crate::auth::Caller;
-use crate::hub::{Cut, Hub, Outbox, Seats};
+use crate::hub::{Cut, Hub, Outbox};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
@@ -51,9 +51,6 @@ pub(super) trait Talk: Send + 'static {
 
     /// Whose connection it is, once they signed in.
     fn caller(&self) -> Option<&Caller>;
-
-    /// What the connection counts as.
-    fn seats(&mut self) -> &mut Seats;
 
     /// The connection ends: nothing more is sent.
     fn leave(&mut self);
@@ -126,6 +123,15 @@ impl Close {
 /// What is being done for a client. It has the session until it is done.
 type Work<T> = Pin<Box<dyn Future<Output = (Box<T>, Result<Option<Pending>, Close>)> + Send>>;
 
+/// Whether it is to be looked at what the client may have; `held`: because something was taken from it, so that it gets
+/// nothing before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Check {
+    Done,
+    Due { held: bool },
+    Running { held: bool },
+}
+
 pub(super) struct Peer<T> {
     hub: Arc<Hub>,
     source: Source,
@@ -134,8 +140,7 @@ pub(super) struct Peer<T> {
     wire: Arc<Wire>,
     session: Option<Box<T>>,
     work: Option<Work<T>>,
-    /// Whether that work is to look at rights that have changed, before which the client gets nothing.
-    is_checking: bool,
+    check: Check,
     pending: Option<Box<FuturesUnordered<Pending>>>,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     timer: Pin<Box<Sleep>>,
@@ -169,7 +174,7 @@ impl<T: Talk> Peer<T> {
             closing: Box::pin(session.state().closing.clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
-            is_checking: false,
+            check: Check::Done,
             pending: None,
             timer: Box::pin(sleep_until((now + AUTH_WAIT).into())),
             end: (Some(now + AUTH_WAIT), false),
@@ -199,14 +204,6 @@ impl<T: Talk> Peer<T> {
         }
     }
 
-    /// Looks again at what the client may have.
-    fn check(&mut self) {
-        self.start(|mut session| async move {
-            let done = session.check().await.map(|()| None);
-            (session, done)
-        });
-    }
-
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Close> {
         self.outbox.register(context);
         let now = Instant::now();
@@ -219,6 +216,7 @@ impl<T: Talk> Peer<T> {
                 Ok(has_worked) => has_worked,
                 Err(close) => return Poll::Ready(close),
             };
+            self.look_again(); // before the next request is begun
             let has_read = match self.poll_read(context, now) {
                 Ok(has_read) => has_read,
                 Err(close) => return Poll::Ready(close),
@@ -230,24 +228,31 @@ impl<T: Talk> Peer<T> {
         self.poll_time(context, now)
     }
 
-    /// Looks whether something was taken from the client, before which it gets nothing more.
+    /// Sees whether something was taken from the client: it gets nothing more until that was looked at, which is next
+    /// once nothing else is being done for it.
     fn look_again(&mut self) {
-        let changes = self.hub.crowd.changes();
-        if let Some(session) = &mut self.session {
-            let have_changed = session.seats().have_changed();
-            self.wire.lock().changes = changes;
-            if have_changed {
-                self.is_checking = true;
-                self.check();
+        {
+            let mut way = self.wire.lock();
+            if self.outbox.is_to_look() {
+                (self.check, way.is_open) = (Check::Due { held: true }, false);
+            } else if !matches!(self.check, Check::Due { held: true } | Check::Running { held: true }) {
+                way.is_open = true;
             }
+        }
+        if let Check::Due { held } = self.check
+            && self.session.is_some()
+        {
+            self.check = Check::Running { held };
+            self.start(|mut session| async move {
+                let done = session.check().await.map(|()| None);
+                (session, done)
+            });
         }
     }
 
     /// Writes what waits until the socket takes no more or nothing waits.
     fn poll_write(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
-        let mut way = self.wire.lock();
-        way.is_open = !self.is_checking;
-        way.poll_write(context, &self.outbox, now, self.is_checking).map(|stop| match stop {
+        self.wire.lock().poll_write(context, &self.outbox, now).map(|stop| match stop {
             Stop::Gone => Close::Gone,
             Stop::Cut(cut) => cut.into(),
         })
@@ -260,7 +265,9 @@ impl<T: Talk> Peer<T> {
             && let Poll::Ready((session, done)) = work.as_mut().poll(context)
         {
             self.work = None;
-            self.is_checking = false;
+            if matches!(self.check, Check::Running { .. }) {
+                self.check = Check::Done;
+            }
             has_worked = true;
             if let Some(caller) = session.caller() {
                 self.end = (caller.ends(session.state()), true);
@@ -367,10 +374,12 @@ impl<T: Talk> Peer<T> {
                 self.ping_at = now + PING_EVERY;
                 self.outbox.send(Bytes::from_static(&[0x89, 0])); // wakes this task
             }
-            if self.check_at <= now && self.session.is_some() {
+            if self.check_at <= now {
                 self.check_at = now + PING_EVERY;
-                self.check();
-                context.waker().wake_by_ref(); // to go on with it
+                if self.check == Check::Done {
+                    self.check = Check::Due { held: false };
+                    context.waker().wake_by_ref(); // to begin with it
+                }
             }
             let mut next = silent_at.min(self.ping_at);
             if is_writing {
@@ -395,13 +404,19 @@ impl<T: Talk> Peer<T> {
             session.leave();
         }
         let wait = close.wait();
-        _ = timeout(wait, self.part(&close)).await; // the client may be gone already
-        // what is still being done for it is cut off; its session ends with it
-        if let Some(mut work) = self.work.take()
-            && let Ok((mut session, _)) = timeout(FINISH_WAIT, &mut work).await
-        {
-            session.leave();
-        }
+        // What is being done for it goes on meanwhile: left alone, it would keep from others what it holds of the store.
+        let (work, pending) = (self.work.take(), self.pending.take());
+        let finish = async {
+            if let Some(work) = work {
+                let (mut session, _) = work.await;
+                session.leave();
+            }
+            if let Some(pending) = pending {
+                pending.map(drop).collect::<()>().await;
+            }
+        };
+        // the client may be gone already, and the work may never end
+        _ = tokio::join!(timeout(wait, self.part(&close)), timeout(wait.max(FINISH_WAIT), finish));
     }
 
     async fn part(&mut self, close: &Close) -> io::Result<()> {

@@ -301,10 +301,6 @@ impl Talk for Session {
         self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
     }
 
-    fn seats(&mut self) -> &mut Seats {
-        &mut self.seats
-    }
-
     fn leave(&mut self) {
         for (_, followed) in self.subscriptions.drain() {
             self.state.hub.unsubscribe(&followed.subscription, &self.outbox);

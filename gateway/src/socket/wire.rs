@@ -42,10 +42,9 @@ impl Wire {
     }
 
     /// Writes what waits for the client, as much as goes at once; nothing when the connection's task is to do it.
-    /// `changes`: how often rights were taken from anybody.
-    pub(crate) fn write(&self, outbox: &Outbox, changes: u64, now: Instant) -> Option<Passed> {
+    pub(crate) fn write(&self, outbox: &Outbox, now: Instant) -> Option<Passed> {
         let mut way = self.0.try_lock()?;
-        if !way.is_open || way.changes != changes {
+        if !way.is_open || outbox.is_suspect() {
             return None;
         }
         let due = way.due;
@@ -77,10 +76,8 @@ pub(super) struct Way {
     pub(super) took: Instant,
     /// When there will be something in the outbox in any case.
     pub(super) due: Option<Instant>,
-    /// Whether others than the connection's task may write.
+    /// Whether anything may be taken for the client, by whomever.
     pub(super) is_open: bool,
-    /// As often rights had been taken from anybody when the client's were looked at.
-    pub(super) changes: u64,
 }
 
 impl Way {
@@ -89,20 +86,14 @@ impl Way {
     }
 
     /// Writes until the socket takes no more or nothing waits.
-    pub(super) fn poll_write(
-        &mut self,
-        context: &mut Context<'_>,
-        outbox: &Outbox,
-        now: Instant,
-        is_held: bool,
-    ) -> Poll<Stop> {
+    pub(super) fn poll_write(&mut self, context: &mut Context<'_>, outbox: &Outbox, now: Instant) -> Poll<Stop> {
         loop {
             match self.write_on(|sink, slices| sink.poll_write(context, slices), now) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(Stop::Gone),
                 Poll::Pending => return outbox.over().map_or(Poll::Pending, |cut| Poll::Ready(Stop::Cut(cut))),
             }
-            if is_held {
+            if !self.is_open {
                 return Poll::Pending;
             }
             match self.take(outbox, now) {
@@ -154,6 +145,7 @@ impl Way {
 
     /// Takes what is next, once all that was taken before is written: whether there is more.
     fn take(&mut self, outbox: &Outbox, now: Instant) -> Result<bool, Cut> {
+        self.took = now; // all there was
         match outbox.take(now, &mut self.writing) {
             Taken::Cut(cut) => Err(cut),
             Taken::More => {
@@ -208,8 +200,7 @@ mod tests {
     }
 
     impl Pair {
-        /// A connection whose client's rights were looked at after `changes`.
-        async fn new(changes: u64) -> Pair {
+        async fn new() -> Pair {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (_, half) = listener.accept().await.unwrap().0.into_split();
@@ -218,12 +209,12 @@ mod tests {
             let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
             let now = Instant::now();
             let wire = Wire::new(Sink::Plain { half, _permit: permit }, now);
-            (wire.lock().is_open, wire.lock().changes) = (true, changes);
+            wire.lock().is_open = true;
             Pair { wire, outbox: Outbox::new(64 << 20, Form::Text), client, now }
         }
 
-        fn pass(&self, changes: u64) -> Option<Passed> {
-            self.wire.write(&self.outbox, changes, self.now)
+        fn pass(&self) -> Option<Passed> {
+            self.wire.write(&self.outbox, self.now)
         }
 
         async fn read(&mut self, bytes: usize) -> Vec<u8> {
@@ -235,49 +226,51 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_is_written_in_passing() {
-        let mut pair = Pair::new(3).await;
-        assert_eq!(pair.pass(3), Some(Passed::All), "nothing waits");
+        let mut pair = Pair::new().await;
+        assert_eq!(pair.pass(), Some(Passed::All), "nothing waits");
         pair.outbox.send(Bytes::from_static(b"one "));
         pair.outbox.send(Bytes::from_static(b"two"));
-        assert_eq!(pair.pass(3), Some(Passed::All));
+        assert_eq!(pair.pass(), Some(Passed::All));
         assert_eq!(pair.read(7).await, b"one two");
     }
 
     #[tokio::test]
     async fn nothing_is_written_past_a_task_that_has_rights_to_look_at_or_writes_or_says_goodbye() {
-        let mut pair = Pair::new(3).await;
+        let mut pair = Pair::new().await;
         pair.outbox.send(Bytes::from_static(b"one"));
-        assert_eq!(pair.pass(4), None, "somebody's rights were taken since");
+        pair.outbox.suspect();
+        assert_eq!(pair.pass(), None, "something was taken from the client");
+        assert!(pair.outbox.is_to_look());
         pair.wire.lock().is_open = false;
-        assert_eq!(pair.pass(3), None, "its rights are being looked at");
+        assert_eq!(pair.pass(), None, "its rights are being looked at");
         pair.wire.lock().is_open = true;
         let held = pair.wire.lock();
-        assert_eq!(pair.pass(3), None, "its task is at it");
+        assert_eq!(pair.pass(), None, "its task is at it");
         drop(held);
-        assert_eq!(pair.pass(3), Some(Passed::All));
+        assert_eq!(pair.pass(), Some(Passed::All));
         assert_eq!(pair.read(3).await, b"one");
         pair.outbox.send(Bytes::from_static(b"two"));
         let (_sink, rest, _) = pair.wire.lock().close().unwrap();
-        assert_eq!((pair.pass(3), rest.len()), (None, 0));
+        assert_eq!((pair.pass(), rest.len()), (None, 0));
         assert!(pair.wire.lock().close().is_none());
     }
 
     #[tokio::test]
     async fn what_a_full_socket_does_not_take_is_left_to_the_task_and_comes_in_order() {
-        let pair = Pair::new(0).await;
+        let pair = Pair::new().await;
         let text: Vec<u8> = (0..4 << 20).map(|at| (at / 1_000) as u8).collect();
         pair.outbox.send(Bytes::from(text.clone()));
-        assert_eq!(pair.pass(0), None);
+        assert_eq!(pair.pass(), None);
         assert!(pair.wire.lock().is_writing());
         pair.outbox.send(Bytes::from_static(b"end"));
-        assert_eq!(pair.pass(0), None, "the task waits for the socket already");
+        assert_eq!(pair.pass(), None, "the task waits for the socket already");
         let Pair { wire, outbox, mut client, now } = pair;
         let reading = tokio::spawn(async move {
             let mut read = vec![0; (4 << 20) + 3];
             client.read_exact(&mut read).await.unwrap();
             read
         });
-        let writing = std::future::poll_fn(|context| wire.lock().poll_write(context, &outbox, now, false));
+        let writing = std::future::poll_fn(|context| wire.lock().poll_write(context, &outbox, now));
         let read = tokio::select! {
             read = reading => read.unwrap(),
             stopped = writing => panic!("{stopped:?}"),

@@ -624,3 +624,61 @@ async fn a_run_is_stopped_by_who_started_it_and_by_an_admin_of_agents() {
     assert_eq!(end_of_run(&mut his).await["outcome"]["type"], "cancelled");
     assert_eq!(listening.server.call("POST", at.replace("other", "r").as_str(), &root, Value::Null).await.status, 202);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_never_stops_asking_gets_nothing_more_either() {
+    let (listening, root, bob) = workspace().await;
+    let scope = "stream:read@streams/market.trades";
+    grant(&listening, &root, scope).await;
+    let mut socket = signed_in(&listening, &bob).await;
+    assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+    let (mut asks, mut hears) = socket.split();
+    let elsewhere = json!({"type": "subscribe", "workspace": "elsewhere", "channel": "metrics/volume"}).to_string();
+    let asking = tokio::spawn(async move { while asks.send(Message::text(elsewhere.clone())).await.is_ok() {} });
+    let mut hear = async || {
+        let heard = tokio::time::timeout(Duration::from_secs(20), hears.next()).await.unwrap().unwrap().unwrap();
+        serde_json::from_str::<Value>(heard.to_text().unwrap()).unwrap()
+    };
+    for _ in 0..200 {
+        assert_eq!(hear().await["code"], "workspace_not_found", "there is always one to be answered");
+    }
+    let at = format!("/api/v1/workspaces/acme/grants?email=bob@example.com&scope={scope}");
+    assert_eq!(listening.server.call("DELETE", &at, &root, Value::Null).await.status, 204);
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    assert_eq!(listening.server.call("POST", at, &root, trade()).await.status, 200);
+    let told = loop {
+        let heard = hear().await;
+        if heard["code"] != "workspace_not_found" || heard["channel"] != Value::Null {
+            break heard;
+        }
+    };
+    assert_eq!((&told["type"], &told["channel"]), (&json!("error"), &json!("streams/market.trades")), "{told}");
+    asking.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_is_sent_away_leaves_the_store_to_the_others() {
+    let (listening, root, bob) = workspace().await;
+    grant(&listening, &root, "stream:read@streams/market.trades").await;
+    let at = "/api/v1/workspaces/acme/streams/market.trades/events";
+    let long = json!([{"symbol": "A", "price": 1, "qty": 2, "side": "x".repeat(60_000)}]);
+    let mut gone = Vec::new();
+    for _ in 0..3 {
+        let mut socket = signed_in(&listening, &bob).await;
+        assert_eq!(answer(&mut socket, subscribe("streams/market.trades")).await["type"], "ok");
+        let (mut asks, hears) = socket.split();
+        let elsewhere = json!({"type": "subscribe", "workspace": "elsewhere", "channel": "alerts"}).to_string();
+        // each is refused, which is written to the audit log; what is answered is not read
+        let asking = tokio::spawn(async move { while asks.send(Message::text(elsewhere.clone())).await.is_ok() {} });
+        gone.push((asking, hears));
+    }
+    for _ in 0..100 {
+        assert_eq!(listening.server.call("POST", at, &root, long.clone()).await.status, 200);
+    }
+    for attempt in 0..10 {
+        let began = std::time::Instant::now();
+        give_role(&listening, &root, if attempt % 2 == 0 { "viewer" } else { "analyst" }).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "attempt {attempt} took {:?}", began.elapsed());
+    }
+    gone.into_iter().for_each(|(asking, _)| asking.abort());
+}
