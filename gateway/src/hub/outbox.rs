@@ -157,7 +157,7 @@ impl Outbox {
     }
 
     /// Something was taken from whoever it is for: it is to be looked at what they may still have before anything goes out.
-    pub(super) fn suspect(&self) {
+    pub(crate) fn suspect(&self) {
         self.is_suspect.store(true, Ordering::SeqCst);
         self.waker.wake();
     }

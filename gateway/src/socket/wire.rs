@@ -25,16 +25,7 @@ pub(crate) struct Wire(Mutex<Way>);
 impl Wire {
     pub(super) fn new(sink: Sink, now: Instant) -> Wire {
         let (writing, at, written) = (Vec::new(), 0, 0);
-        Wire(Mutex::new(Way {
-            sink: Some(sink),
-            writing,
-            at,
-            written,
-            took: now,
-            due: None,
-            is_open: false,
-            changes: 0,
-        }))
+        Wire(Mutex::new(Way { sink: Some(sink), writing, at, written, took: now, due: None, is_open: false }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Way> {

@@ -213,6 +213,7 @@ mod tests {
     use super::super::testing::*;
     use super::super::*;
     use super::*;
+    use engine::checkpoint::Changes;
     use serde_json::json;
     use std::collections::BTreeMap;
 
@@ -366,7 +367,9 @@ mod tests {
         };
         store.audit(&entry).await.unwrap();
         store.create_webhook(&super::super::webhooks::testing::webhook(&ws, "webhook")).await.unwrap();
+        let parts = vec![("part".to_owned(), vec![1])];
         let commit = Commit {
+            state: Some(Changes { parts, ..Changes::default() }),
             rows: vec![super::super::rows::testing::row("vwap", 0, "A", 0)],
             alerts: vec![super::super::alerts::testing::alert(&ws, "alert", 1)],
             notices: vec![super::super::webhooks::testing::notice("alert.firing", "alert", 1)],
