@@ -73,7 +73,7 @@ struct World {
 
 impl World {
     fn new() -> World {
-        let tables: Vec<Table> = built_in_tables().iter().cloned().collect();
+        let tables: Vec<Table> = built_in_tables().to_vec();
         let planner = Planner::default();
         let mut programs: Vec<(ItemName, Arc<Program>)> = Vec::new();
         for (metric, sql) in [("best_n", BEST_N)].iter().chain(METRICS) {
