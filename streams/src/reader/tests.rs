@@ -94,7 +94,7 @@ fn dates_around_1970_are_read_so_that_ingest_accepts_them() {
     let expected = [
         r#"{"ts":"1969-12-31T00:00:00.000000Z","symbol":"SPY","price":1,"qty":1}"#,
         r#"{"ts":"1970-02-01T00:00:00.000000Z","symbol":"SPY","price":1,"qty":1}"#,
-        r#"{"ts":-631065600000000,"symbol":"SPY","price":1,"qty":1}"#,
+        r#"{"ts":-630979200000000,"symbol":"SPY","price":1,"qty":1}"#,
     ];
     check("a.csv", csv, Mapping::default(), &expected);
     let (body, now) = (expected.join("\n"), Micros(1_400_000_000_000_000));
