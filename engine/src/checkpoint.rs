@@ -392,7 +392,7 @@ fn sealed(header: &impl Serialize, content: impl FnOnce(&mut Vec<u8>) -> Result<
 }
 
 /// The header and the content of what [`sealed`] gave.
-fn opened<'a, H: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(H, &'a [u8]), RestoreError> {
+pub(crate) fn opened<'a, H: Deserialize<'a>>(bytes: &'a [u8]) -> Result<(H, &'a [u8]), RestoreError> {
     let bytes = bytes.strip_prefix(MAGIC).ok_or_else(|| damaged("another format version"))?;
     let (header, content) = split(checked(bytes)?)?;
     Ok((serde_json::from_slice(header).map_err(|e| damaged(&format!("header: {e}")))?, content))

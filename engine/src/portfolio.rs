@@ -5,7 +5,8 @@ use crate::event::{Micros, StreamName};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{Float64Type, TimestampMicrosecondType};
 use datafusion_common::Result;
-use hashbrown::HashMap;
+use hashbrown::{DefaultHashBuilder, HashMap};
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -19,9 +20,9 @@ pub struct Price {
 /// Last prices by symbol.
 #[derive(Clone, Default, Debug)]
 pub struct Prices {
-    /// Each with the share of the symbols that it is saved with.
-    held: HashMap<String, (Price, usize)>,
-    /// By share: it was changed since the last checkpoint.
+    /// In the order in which the symbols came; none ever goes.
+    held: IndexMap<String, Price, DefaultHashBuilder>,
+    /// Of each [`SHARE`] of them: it was changed since the last checkpoint.
     changed: Vec<bool>,
 }
 
@@ -34,20 +35,20 @@ pub const MAX_SYMBOLS: usize = 200_000;
 impl Prices {
     /// What [`Prices::save`] gave.
     pub(crate) fn restored(shares: Vec<HashMap<String, Price>>) -> Prices {
-        let changed = vec![false; shares.len()];
-        let shares = shares.into_iter().enumerate();
-        let held = shares.flat_map(|(at, prices)| prices.into_iter().map(move |(symbol, price)| (symbol, (price, at))));
-        Prices { held: held.collect(), changed }
+        // where a share but the last is not full, the symbols behind it are now in another one than they are stored in
+        let moved = shares.split_last().is_some_and(|(_, full)| full.iter().any(|share| share.len() != SHARE));
+        let held: IndexMap<_, _, _> = shares.into_iter().flatten().collect();
+        Prices { changed: vec![moved; held.len().div_ceil(SHARE)], held }
     }
 
     /// A part for each share.
     pub(crate) fn save(&mut self, draft: &mut Draft) -> Result<()> {
         draft.begin(Owner::Prices);
-        let mut shares: Option<Vec<BTreeMap<&str, Price>>> = None;
-        for (at, changed) in self.changed.iter_mut().enumerate() {
-            let changed = std::mem::take(changed);
-            draft.put(&at.to_string(), changed, || {
-                Ok(Content::json(&shares.get_or_insert_with(|| by_share(&self.held))[at]))
+        for (share, changed) in self.changed.iter_mut().enumerate() {
+            let from = share * SHARE;
+            let of_share = || self.held.get_range(from..self.held.len().min(from + SHARE)).into_iter().flatten();
+            draft.put(&share.to_string(), std::mem::take(changed), || {
+                Ok(Content::json(&of_share().collect::<BTreeMap<_, _>>()))
             })?;
         }
         Ok(())
@@ -79,10 +80,10 @@ impl Prices {
         for row in 0..batch.num_rows() {
             let Some(price) = price(row).filter(|_| symbol.is_valid(row)) else { continue };
             let new = Price { price, at: Micros(ts.value(row)) };
-            match self.held.get_mut(symbol.value(row)) {
-                Some((old, share)) if new.at >= old.at => {
+            match self.held.get_full_mut(symbol.value(row)) {
+                Some((at, _, old)) if new.at >= old.at => {
                     changed |= old.price != new.price;
-                    self.changed[*share] |= *old != new;
+                    self.changed[at / SHARE] |= *old != new;
                     *old = new;
                 }
                 Some(_) => {}
@@ -98,24 +99,15 @@ impl Prices {
 
     /// Sets the last price of one symbol.
     pub fn set(&mut self, symbol: String, price: Price) {
-        let share = self.held.get(&symbol).map_or(self.held.len() / SHARE, |(_, share)| *share);
-        if self.changed.len() <= share {
-            self.changed.resize(share + 1, false);
-        }
-        self.changed[share] = true;
-        self.held.insert(symbol, (price, share));
+        let (at, _) = self.held.insert_full(symbol, price);
+        self.changed.resize(self.held.len().div_ceil(SHARE), false);
+        self.changed[at / SHARE] = true;
     }
 
     /// The last price of `symbol`; `None` before its first one.
     pub fn get(&self, symbol: &str) -> Option<Price> {
-        self.held.get(symbol).map(|(price, _)| *price)
+        self.held.get(symbol).copied()
     }
-}
-
-fn by_share(held: &HashMap<String, (Price, usize)>) -> Vec<BTreeMap<&str, Price>> {
-    let mut shares = vec![BTreeMap::new(); held.values().map(|(_, share)| share + 1).max().unwrap_or(0)];
-    held.iter().for_each(|(symbol, (price, share))| _ = shares[*share].insert(symbol.as_str(), *price));
-    shares
 }
 
 /// A holding: `qty` units (negative: short) bought at `cost` each on average, in the portfolio's currency.
@@ -230,6 +222,7 @@ fn value(position: &Position, prices: &Prices) -> Valued {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::{Ledger, State, opened};
     use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArray};
     use std::sync::Arc;
 
@@ -301,5 +294,43 @@ mod tests {
         assert_eq!(told("market.quotes", 30, &[("bid", 0.0), ("ask", 9.0)]), (false, Some(8.5)), "one side only");
         assert_eq!(told("market.trades", 20, &[("price", 8.0)]), (true, Some(8.0)), "the same time, later");
         assert_eq!(told("shop.trades", 40, &[("price", 1.0)]), (false, Some(8.0)));
+    }
+
+    /// The parts that a checkpoint writes, each with the symbols in it, and what is stored then.
+    fn saved(prices: &mut Prices, before: Option<Ledger>) -> (Vec<(String, BTreeMap<String, Price>)>, Ledger) {
+        let mut draft = Draft::new(before);
+        prices.save(&mut draft).unwrap();
+        let (snapshot, ledger) = draft.finish(BTreeMap::new(), Vec::new());
+        let mut state = State::default();
+        state.apply(snapshot.encode().unwrap());
+        let share = |bytes: &[u8]| serde_json::from_slice(opened::<serde::de::IgnoredAny>(bytes).unwrap().1).unwrap();
+        (state.parts.iter().map(|(name, bytes)| (name.clone(), share(bytes))).collect(), ledger)
+    }
+
+    #[test]
+    fn a_checkpoint_has_the_shares_of_the_symbols_that_changed_and_a_restored_one_goes_on_so() {
+        let last = |at| Price { price: 1.5, at: Micros(at) };
+        let symbol = |at: usize| format!("S{at:05}");
+        let mut prices = Prices::default();
+        (0..2 * SHARE + 10).for_each(|at| prices.set(symbol(at), last(1)));
+        let (whole, ledger) = saved(&mut prices, None);
+        assert_eq!(whole.iter().map(|(_, share)| share.len()).collect::<Vec<_>>(), [SHARE, SHARE, 10]);
+        prices.set(symbol(SHARE), last(2));
+        let (changed, ledger) = saved(&mut prices, Some(ledger));
+        assert_eq!(changed.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["prices/1"]);
+        assert_eq!(changed[0].1[&symbol(SHARE)], last(2));
+
+        let shares = whole.into_iter().map(|(_, share)| share.into_iter().collect());
+        let mut restored = Prices::restored(shares.collect());
+        restored.set(symbol(2 * SHARE + 10), last(3));
+        let (changed, ledger) = saved(&mut restored, Some(ledger));
+        assert_eq!(
+            changed.iter().map(|(name, share)| (name.as_str(), share.len())).collect::<Vec<_>>(),
+            [("prices/2", 11)]
+        );
+        // shares that are not full are put together anew, and all of them are written
+        let few = || HashMap::from([(symbol(0), last(1))]);
+        let mut moved = Prices::restored(vec![few(), HashMap::from([(symbol(1), last(1))])]);
+        assert_eq!(saved(&mut moved, Some(ledger)).0[0].1.len(), 2);
     }
 }
