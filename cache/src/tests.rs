@@ -303,9 +303,9 @@ async fn nodes_count_tries_together_and_who_failed_too_often_waits_ever_longer()
     let Some(mut server) = redis() else { return };
     let dir = TempDir::new().unwrap();
     let (a, b) = (node(&server, "i", &dir.path().join("a")).await, node(&server, "i", &dir.path().join("b")).await);
-    let patience = |free| Patience { free, longest: Duration::from_secs(60), forget: Duration::from_secs(900) };
+    let patience = Patience { longest: Duration::from_secs(60), forget: Duration::from_secs(900) };
     let count = async |node: &Cache, account: &str| {
-        node.count_try([(account, patience(3)), ("address", patience(7))]).await.map(|wait| wait.as_secs_f64())
+        node.count_try([(account, 3), ("address", 7)], patience).await.map(|wait| wait.as_secs_f64())
     };
     for node in [&a, &b, &a] {
         assert_eq!(count(node, "ann").await, Some(0.0));

@@ -8,9 +8,7 @@ use std::time::Duration;
 /// How failures in a row make one wait.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Patience {
-    /// Behind so many failures each further try waits a second, then twice as long each time.
-    pub free: u32,
-    /// At most.
+    /// The longest wait: the first is a second, each further one twice as long.
     pub longest: Duration,
     /// Failures are forgotten after this long without another.
     pub forget: Duration,
@@ -55,16 +53,15 @@ static TAKE_BACK: LazyLock<Script> = LazyLock::new(|| {
 });
 
 impl Cache {
-    /// Counts a try as failed in each of `of`, unless one of them must wait: for how long, zero if it was counted. All
-    /// have the times of the first. Nothing where there is no Redis, or it is gone.
-    pub async fn count_try(&self, of: [(&str, Patience); 2]) -> Option<Duration> {
+    /// Counts a try as failed in each of `of`, unless one of them must wait since it has failed as often as the number
+    /// beside it, or more: for how long, zero if it was counted. Nothing where there is no Redis, or it is gone.
+    pub async fn count_try(&self, of: [(&str, u32); 2], patience: Patience) -> Option<Duration> {
         let inner = &self.link.as_ref()?.inner;
         let mut script = COUNT.prepare_invoke();
-        for (name, patience) in &of {
-            script.key(inner.key(&["tries", name])).arg(patience.free);
+        for (name, free) in of {
+            script.key(inner.key(&["tries", name])).arg(free);
         }
-        let [(_, Patience { longest, forget, .. }), _] = of;
-        script.arg(longest.as_secs_f64()).arg(forget.as_secs_f64());
+        script.arg(patience.longest.as_secs_f64()).arg(patience.forget.as_secs_f64());
         let asked = inner.ask(|mut connection| async move { script.invoke_async(&mut connection).await });
         let wait: String = asked.await?;
         Duration::try_from_secs_f64(wait.parse().ok()?).ok()

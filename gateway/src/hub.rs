@@ -327,26 +327,27 @@ impl Hub {
         }
     }
 
-    /// Closes a channel that has been idle for so long, and sees to it that its offsets do not come again.
+    /// Closes a channel that has been idle for so long.
     fn closes(&self, channel: &Channel, linger: Duration, now: Instant) -> bool {
-        let end = channel.close_if_idle(linger, now);
-        end.is_some_and(|end| {
-            if !matches!(channel.name.topic, Topic::Stream(_)) {
-                self.floor.fetch_max(end, Ordering::AcqRel);
-            }
+        channel.close_if_idle(linger, now).is_some_and(|end| {
+            self.ended(channel, end);
             true
         })
     }
 
+    /// Sees to it that the offsets of a closed channel do not come again.
+    fn ended(&self, channel: &Channel, end: u64) {
+        if !matches!(channel.name.topic, Topic::Stream(_)) {
+            self.floor.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+
     /// Takes away the channels of a workspace that has ended: a later one of its name begins anew.
     pub(crate) fn forget(&self, workspace: &WorkspaceId) {
-        self.channels.write().retain(|(of, topic), channels| {
+        self.channels.write().retain(|(of, _), channels| {
             let stays = of.as_ref() != Some(workspace);
             if !stays {
-                let ends = channels.iter().map(|channel| channel.close());
-                if let Some(end) = ends.max().filter(|_| !matches!(topic, Topic::Stream(_))) {
-                    self.floor.fetch_max(end, Ordering::AcqRel);
-                }
+                channels.iter().for_each(|channel| self.ended(channel, channel.close()));
             }
             stays
         });

@@ -56,10 +56,10 @@ impl Throttle {
     /// the other do; refuses it where there were too many.
     pub(crate) async fn count(&self, email: &str, at: Try<'_>) -> Result<(), Problem> {
         self.count_here(email, at.from, at.now)?;
-        let patience = |free| Patience { free, longest: duration(TRY_WAIT_MAX), forget: duration(FORGET_TRIES) };
+        let patience = Patience { longest: duration(TRY_WAIT_MAX), forget: duration(FORGET_TRIES) };
         let [account, address] = names(email, at.from);
-        let of = [(account.as_str(), patience(FREE_TRIES)), (address.as_str(), patience(FREE_TRIES_OF_ADDRESS))];
-        match at.cache.count_try(of).await.filter(|wait| !wait.is_zero()) {
+        let of = [(account.as_str(), FREE_TRIES), (address.as_str(), FREE_TRIES_OF_ADDRESS)];
+        match at.cache.count_try(of, patience).await.filter(|wait| !wait.is_zero()) {
             Some(wait) => {
                 self.take_back_here(email, at.from);
                 Err(refused(wait))

@@ -7,15 +7,13 @@ use engine::event::{Micros, Span, StreamName};
 use engine::metric::Timing;
 use engine::workspace::Workspace as Engine;
 use sql::plan::Planner;
-use sql::store::{Commit, Store, User, Workspace};
+use sql::store::Commit;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streams::schema::built_in;
-use tempfile::TempDir;
 
-#[path = "../../tests/support/database.rs"]
-mod database;
-use database::Database;
+mod measured;
+use measured::Measured;
 
 const GROUPS: usize = 200_000;
 const GROUPS_OF_SMALL: usize = 500;
@@ -50,28 +48,7 @@ fn define(engine: &mut Engine, name: &str, sql: &str) {
 #[tokio::main]
 async fn main() {
     let backend = std::env::args().nth(1).unwrap_or_else(|| "sqlite".into());
-    let directory = TempDir::new().unwrap();
-    let server = (backend == "postgres").then(|| Database::postgres().expect("PostgreSQL is installed"));
-    if let Some(server) = &server {
-        server.sql("postgres", "postgres", "ALTER SYSTEM SET fsync = on");
-        server.sql("postgres", "postgres", "SELECT pg_reload_conf()");
-    }
-    let url = match &server {
-        Some(server) => server.create("measured"),
-        None => format!("sqlite:{}/store.db", directory.path().display()),
-    };
-    let store = Store::open(&url).await.unwrap();
-    let ann = User {
-        id: "ann".into(),
-        email: "ann@example.com".into(),
-        password_hash: "none".into(),
-        admin: false,
-        created_at: Micros(1),
-    };
-    store.create_user(&ann).await.unwrap();
-    let (id, tier) = ("acme".parse().unwrap(), "enterprise".into());
-    let workspace = Workspace { id, name: "acme".into(), pack: None, tier, created_at: Micros(1) };
-    store.create_workspace(&workspace, &ann.id).await.unwrap();
+    let Measured { store, workspaces, .. } = &Measured::open(&backend, 1).await;
 
     let mut engine = Engine::default();
     let day = "SELECT symbol, count(*) AS n, avg(bid) AS bid, max(ask) AS ask FROM market.quotes \
@@ -107,7 +84,7 @@ async fn main() {
         saving.push(began.elapsed());
         bytes.push(state.bytes());
         let commit = Commit {
-            workspace: workspace.id.clone(),
+            workspace: workspaces[0].clone(),
             offset: at as u64 + 1,
             state: Some(state),
             rows: Vec::new(),

@@ -1,14 +1,11 @@
-//! How many final rows a second the store takes: `store [postgres|sqlite] [ROWS]`. PostgreSQL is started from the
-//! machine's packages, as the tests start it, but with `fsync` on unless `FSYNC=off` is set.
+//! How many final rows a second the store takes: `store [postgres|sqlite] [ROWS]`.
 
-use engine::event::Micros;
-use sql::store::{Commit, FinalRow, Store, User, Workspace};
+use engine::event::{Micros, WorkspaceId};
+use sql::store::{Commit, FinalRow};
 use std::time::Instant;
-use tempfile::TempDir;
 
-#[path = "../../tests/support/database.rs"]
-mod database;
-use database::Database;
+mod measured;
+use measured::Measured;
 
 /// Workspaces whose rows one transaction takes, as the committer puts them together.
 const TOGETHER: usize = 8;
@@ -19,35 +16,10 @@ async fn main() {
     let mut args = std::env::args().skip(1);
     let backend = args.next().unwrap_or_else(|| "postgres".into());
     let rows: usize = args.next().map_or(500_000, |text| text.parse().expect("ROWS is a number"));
-    let directory = TempDir::new().unwrap();
-    let server = (backend == "postgres").then(|| Database::postgres().expect("PostgreSQL is installed"));
-    if let Some(server) = &server
-        && std::env::var("FSYNC").as_deref() != Ok("off")
-    {
-        server.sql("postgres", "postgres", "ALTER SYSTEM SET fsync = on");
-        server.sql("postgres", "postgres", "SELECT pg_reload_conf()");
-    }
-    let url = match &server {
-        Some(server) => server.create("measured"),
-        None => format!("sqlite:{}/store.db", directory.path().display()),
-    };
-    let store = Store::open(&url).await.unwrap();
-    let ann = User {
-        id: "ann".into(),
-        email: "ann@example.com".into(),
-        password_hash: "none".into(),
-        admin: false,
-        created_at: Micros(1),
-    };
-    store.create_user(&ann).await.unwrap();
-    for at in 0..TOGETHER {
-        let (id, tier) = (format!("w{at}").parse().unwrap(), "enterprise".into());
-        let workspace = Workspace { id, name: format!("w{at}"), pack: None, tier, created_at: Micros(1) };
-        store.create_workspace(&workspace, &ann.id).await.unwrap();
-    }
+    let Measured { store, workspaces, .. } = &Measured::open(&backend, TOGETHER).await;
     let (mut written, mut spent, mut round) = (0, Vec::new(), 0);
     while written < rows {
-        let commits: Vec<Commit> = (0..TOGETHER).map(|at| commit(at, round)).collect();
+        let commits: Vec<Commit> = workspaces.iter().map(|workspace| commit(workspace, round)).collect();
         let began = Instant::now();
         store.commit(&commits).await.unwrap();
         spent.push(began.elapsed().as_secs_f64());
@@ -65,7 +37,7 @@ async fn main() {
 }
 
 /// The rows of a thousand symbols, a window later each round.
-fn commit(at: usize, round: usize) -> Commit {
+fn commit(workspace: &WorkspaceId, round: usize) -> Commit {
     let start = 1_800_000_000_000_000 + round as i64 * 60_000_000;
     let row = |symbol: usize| FinalRow {
         metric: "bars".parse().unwrap(),
@@ -76,7 +48,7 @@ fn commit(at: usize, round: usize) -> Commit {
         row: format!(r#"{{"n":{symbol},"open":1.25,"high":2.5,"low":0.5,"close":{round}.125,"vwap":1.0625}}"#),
     };
     Commit {
-        workspace: format!("w{at}").parse().unwrap(),
+        workspace: workspace.clone(),
         offset: round as u64 + 1,
         state: None,
         rows: (0..ROWS_OF_COMMIT).map(row).collect(),

@@ -672,7 +672,7 @@ impl Channel {
         self.inner.lock().idle_since.is_some()
     }
 
-    /// Closes the channel if nobody has listened for `linger`: the offset after its last one.
+    /// Takes no subscriber any more, unless somebody has listened within `linger`: the offset behind its last.
     pub(super) fn close_if_idle(&self, linger: Duration, now: Instant) -> Option<u64> {
         let mut inner = self.inner.lock();
         let is_idle = inner.idle_since.is_some_and(|since| now.duration_since(since) >= linger);

@@ -84,7 +84,7 @@ async fn set_member(
     check_email(&new.email)?;
     let store = state.system.store();
     let Some(user) = known(&state, &member, &new.email).await? else {
-        let invitation = invite(&state, &member, &new.email, Some(role), None).await?;
+        let invitation = invite(&state, &member, &new.email, Some(role), &[]).await?;
         return Ok(axum::Json(invited_json(&invitation)));
     };
     if role != Role::Owner {
@@ -118,7 +118,7 @@ async fn invite(
     member: &Member,
     email: &str,
     role: Option<Role>,
-    scope: Option<&Scope>,
+    scopes: &[Scope],
 ) -> Result<Invitation, Problem> {
     let (store, email) = (state.system.store(), email.to_lowercase());
     let all = store.invitations(&member.workspace).await?;
@@ -140,10 +140,7 @@ async fn invite(
     if let Some(role) = role {
         invitation.role = role.to_string();
     }
-    if let Some(scope) = scope.map(ToString::to_string).filter(|scope| !invitation.scopes.contains(scope)) {
-        has_room(invitation.scopes.len())?;
-        invitation.scopes.push(scope);
-    }
+    add(&mut invitation.scopes, scopes)?;
     store.put_invitation(&member.workspace, &invitation).await?;
     state.auth.forget();
     Ok(invitation)
@@ -228,8 +225,14 @@ fn invited_grants(one: &Invitation) -> Vec<Value> {
 /// The most grants of one member.
 const GRANTS_MAX: usize = 200;
 
-fn has_room(grants: usize) -> Result<(), Problem> {
-    if grants < GRANTS_MAX {
+/// Adds those of `scopes` that are not among what one member holds, unless that is too much.
+fn add(held: &mut Vec<String>, scopes: &[Scope]) -> Result<(), Problem> {
+    for scope in scopes.iter().map(ToString::to_string) {
+        if !held.contains(&scope) {
+            held.push(scope);
+        }
+    }
+    if held.len() <= GRANTS_MAX {
         return Ok(());
     }
     let detail = format!("a member has {GRANTS_MAX} grants at most; a role may serve better");
@@ -253,17 +256,14 @@ async fn put_grant(
     check_email(&new.email)?;
     let (store, now) = (state.system.store(), state.system.now());
     let Some(user) = known(&state, &member, &new.email).await? else {
-        let mut invited = None;
-        for scope in &scopes {
-            invited = Some(invite(&state, &member, &new.email, None, Some(scope)).await?);
-        }
-        return Ok(axum::Json(json!({"grants": invited.iter().flat_map(invited_grants).collect::<Vec<_>>()})));
+        let invitation = invite(&state, &member, &new.email, None, &scopes).await?;
+        return Ok(axum::Json(json!({"grants": invited_grants(&invitation)})));
     };
     store.accept_invitation(&member.workspace, &user.email, &user.id, now).await?; // none is left behind
     if store.role(&member.workspace, &user.id).await?.is_none() {
         store.set_member(&member.workspace, &user.id, Role::Guest.as_str(), now).await?;
     }
-    has_room(store.granted(&member.workspace, &user.id).await?.len())?;
+    add(&mut store.granted(&member.workspace, &user.id).await?, &scopes)?;
     for scope in scopes {
         let grant = Grant {
             user: user.id.clone(),

@@ -35,12 +35,12 @@ impl Wire {
     /// Writes what waits for the client, as much as goes at once; nothing when the connection's task is to do it.
     pub(crate) fn write(&self, outbox: &Outbox, now: Instant) -> Option<Passed> {
         let mut way = self.0.try_lock()?;
-        if !way.is_open || outbox.is_suspect() {
+        // where something is left from before, the task waits for the socket already
+        if !way.is_open || outbox.is_suspect() || way.is_writing() {
             return None;
         }
         let due = way.due;
-        // where something is left from before, the task waits for the socket already
-        let more = if way.is_writing() { return None } else { way.take(outbox, now).ok()? };
+        let more = way.take(outbox, now).ok()?;
         match way.write_on(Sink::try_write, now) {
             Poll::Ready(Ok(())) if more => Some(Passed::More),
             Poll::Ready(Ok(())) if way.due == due => Some(Passed::All),

@@ -73,20 +73,13 @@ impl Store {
 
     /// The workspaces that an address is invited to, by id, with the role in each.
     pub async fn invited_to(&self, email: &str) -> Result<Vec<(Workspace, String)>, StoreError> {
-        async {
-            let rows = query(
-                "SELECT w.*, i.role FROM invitations i JOIN workspaces w ON w.id = i.workspace \
-                 WHERE i.email = $1 ORDER BY w.id",
-            )
+        let of_address = "SELECT w.*, i.role FROM invitations i JOIN workspaces w ON w.id = i.workspace \
+                          WHERE i.email = $1 ORDER BY w.id";
+        query_as(of_address)
             .bind(email)
             .fetch_all(self.read(Scope::Installation))
-            .await?;
-            rows.iter()
-                .map(|row| Ok((Workspace::from_row(row)?, row.try_get("role")?)))
-                .collect::<Result<Vec<_>, sqlx::Error>>()
-        }
-        .await
-        .map_err(failed("list invitations of an address"))
+            .await
+            .map_err(failed("list invitations of an address"))
     }
 
     /// Takes an invitation back: whether there was one.

@@ -38,6 +38,13 @@ impl FromRow for Workspace {
     }
 }
 
+/// With the role that somebody has in it.
+impl FromRow for (Workspace, String) {
+    fn from_row(row: &Row) -> Result<Self, sqlx::Error> {
+        Ok((Workspace::from_row(row)?, row.try_get("role")?))
+    }
+}
+
 impl FromRow for Member {
     fn from_row(row: &Row) -> Result<Member, sqlx::Error> {
         Ok(Member {
@@ -85,20 +92,13 @@ impl Store {
 
     /// The workspaces a user is a member of, by id, with the role in each.
     pub async fn workspaces_of(&self, user: &str) -> Result<Vec<(Workspace, String)>, StoreError> {
-        async {
-            let rows = query(
-                "SELECT w.*, m.role FROM members m JOIN workspaces w ON w.id = m.workspace \
-                 WHERE m.user_id = $1 ORDER BY w.id",
-            )
+        let of_user = "SELECT w.*, m.role FROM members m JOIN workspaces w ON w.id = m.workspace \
+                       WHERE m.user_id = $1 ORDER BY w.id";
+        query_as(of_user)
             .bind(user)
             .fetch_all(self.read(Scope::Installation))
-            .await?;
-            rows.iter()
-                .map(|row| Ok((Workspace::from_row(row)?, row.try_get("role")?)))
-                .collect::<Result<Vec<_>, sqlx::Error>>()
-        }
-        .await
-        .map_err(failed("list workspaces of user"))
+            .await
+            .map_err(failed("list workspaces of user"))
     }
 
     /// All workspaces by id.
