@@ -33,7 +33,7 @@ static COUNT: LazyLock<Script> = LazyLock::new(|| {
         if wait > 0 then return tostring(wait) end
         for _, key in ipairs(KEYS) do
             redis.call('HINCRBY', key, 'failed', 1)
-            redis.call('HSET', key, 'at', tostring(now))
+            redis.call('HSET', key, 'at', string.format('%.6f', now))
             redis.call('PEXPIRE', key, math.ceil(forget * 1000))
         end
         return '0'
