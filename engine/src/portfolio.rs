@@ -296,8 +296,11 @@ mod tests {
         assert_eq!(told("shop.trades", 40, &[("price", 1.0)]), (false, Some(8.0)));
     }
 
-    /// The parts that a checkpoint writes, each with the symbols in it, and what is stored then.
-    fn saved(prices: &mut Prices, before: Option<Ledger>) -> (Vec<(String, BTreeMap<String, Price>)>, Ledger) {
+    /// By name.
+    type Parts = Vec<(String, BTreeMap<String, Price>)>;
+
+    /// The parts that a checkpoint writes, and what is stored then.
+    fn saved(prices: &mut Prices, before: Option<Ledger>) -> (Parts, Ledger) {
         let mut draft = Draft::new(before);
         prices.save(&mut draft).unwrap();
         let (snapshot, ledger) = draft.finish(BTreeMap::new(), Vec::new());

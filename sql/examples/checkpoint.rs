@@ -3,7 +3,7 @@
 //! A big metric that idles (200,000 groups), 48 small ones that idle too, and one over the stream that goes on.
 
 use arrow::array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array};
-use engine::event::{Micros, Span, StreamName};
+use engine::event::{Span, StreamName};
 use engine::metric::Timing;
 use engine::workspace::Workspace as Engine;
 use sql::plan::Planner;
