@@ -310,6 +310,9 @@ pub struct Part {
     pub name: &'static str,
     pub ok: bool,
     pub detail: String,
+    /// Without it events are still taken in and live results go on.
+    #[serde(skip)]
+    pub can_wait: bool,
 }
 
 /// What the schema of a stream is stored as.
@@ -1427,9 +1430,9 @@ impl System {
     /// Whether the parts can serve; each answers within a second.
     pub async fn readiness(&self) -> Vec<Part> {
         const PATIENCE: Duration = Duration::from_millis(800);
-        let part = |name, result: Result<String, String>| match result {
-            Ok(detail) => Part { name, ok: true, detail },
-            Err(detail) => Part { name, ok: false, detail },
+        let part = |name, can_wait, result: Result<String, String>| match result {
+            Ok(detail) => Part { name, ok: true, detail, can_wait },
+            Err(detail) => Part { name, ok: false, detail, can_wait },
         };
         let Deps { store, log, .. } = self.0.deps.as_ref();
         let store = async {
@@ -1453,6 +1456,8 @@ impl System {
             }
         };
         let (store, disk) = tokio::join!(store, disk);
+        // what is damaged was written before: only its replay, or a look at it, needs it
+        let damage = log.damage().filter(|_| disk.is_ok());
         let tenants = self.tenants();
         let down = tenants.iter().filter(|t| matches!(t.phase(), Phase::Failed)).count();
         let behind = self.0.behind.load(Relaxed);
@@ -1468,7 +1473,9 @@ impl System {
             Standing::Connected => Ok("connected".to_owned()),
             Standing::Gone(reason) => Err(reason),
         };
-        vec![part("log", disk), part("store", store), part("redis", redis), part("actors", actors)]
+        let log = part("log", damage.is_some(), damage.map_or(disk, Err));
+        // what is to be stored waits in the log, and without Redis this node does for itself
+        vec![log, part("store", true, store), part("redis", true, redis), part("actors", false, actors)]
     }
 }
 

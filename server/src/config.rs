@@ -90,6 +90,7 @@ pub struct LogConfig {
     pub max_bytes: Option<u64>,
     pub retain_bytes: Option<u64>,
     pub retain_hours: Option<u64>,
+    pub check_hours: u64,
 }
 
 impl Default for LogConfig {
@@ -103,6 +104,7 @@ impl Default for LogConfig {
             max_bytes: log.max_bytes,
             retain_bytes: log.retain_bytes,
             retain_hours: log.retain_hours,
+            check_hours: log.check_hours,
         }
     }
 }
@@ -116,6 +118,7 @@ impl LogConfig {
             max_bytes: self.max_bytes,
             retain_bytes: self.retain_bytes,
             retain_hours: self.retain_hours,
+            check_hours: self.check_hours,
         }
     }
 }

@@ -73,6 +73,10 @@ impl Log for Faulty {
         self.log.room()
     }
 
+    fn damage(&self) -> Option<String> {
+        self.log.damage()
+    }
+
     fn tail(&self) -> Offset {
         self.log.tail()
     }

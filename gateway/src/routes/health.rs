@@ -29,9 +29,7 @@ async fn ready(State(state): State<AppState>) -> Response {
     if reasons.is_empty() {
         return Json(json!({"status": "ready", "parts": parts})).into_response();
     }
-    // without the store events are still taken in and live results go on; what is to be stored waits in the log. Without
-    // Redis this node does for itself
-    if !closing && parts.iter().all(|part| part.ok || ["store", "redis"].contains(&part.name)) {
+    if !closing && parts.iter().all(|part| part.ok || part.can_wait) {
         let detail = reasons.join("; ");
         return Json(json!({"status": "degraded", "detail": detail, "parts": parts})).into_response();
     }

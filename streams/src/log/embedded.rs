@@ -5,6 +5,7 @@
 
 use super::batch::EncodedSchema;
 use super::begin::Begin;
+use super::check::Check;
 use super::places::Walk;
 use super::record::{Draft, workspace_in};
 use super::segment::{HEADER, Header, Reader, Segment, VERSION, Verified, file_name};
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// The most bytes written and made durable at once: keeps the wait of the first in a group short.
@@ -55,6 +56,8 @@ pub struct EmbeddedLog {
     /// Encoding a schema costs more than encoding a small batch.
     schemas: RwLock<HashMap<SchemaRef, Arc<EncodedSchema>>>,
     writer: Option<JoinHandle<()>>,
+    /// Looks through complete files.
+    checker: Option<JoinHandle<()>>,
     /// Released with the handle, also when the process is killed.
     _lock: File,
 }
@@ -77,6 +80,7 @@ struct Shared {
     used: AtomicU64,
     /// Bytes for which there was no room at the last append; 0 where there was.
     lacking: AtomicU64,
+    check: Check,
 }
 
 #[derive(Default)]
@@ -114,6 +118,12 @@ impl EmbeddedLog {
             .spawn(move || writer.run())
             .map_err(|e| open_io(directory, e))?;
         log.writer = Some(writer);
+        if config.check_hours > 0 {
+            let (shared, every) = (log.shared.clone(), Duration::from_secs(config.check_hours.saturating_mul(3_600)));
+            let look = move || _ = shared.check.run(every, || shared.segments.read().clone());
+            let checker = thread::Builder::new().name("log-check".to_owned()).spawn(look);
+            log.checker = Some(checker.map_err(|e| open_io(directory, e))?);
+        }
         Ok(log)
     }
 
@@ -156,6 +166,7 @@ impl EmbeddedLog {
             tail: AtomicU64::new(next),
             used: AtomicU64::new(segments.iter().map(|segment| segment.length.load(Ordering::Relaxed)).sum()),
             lacking: AtomicU64::new(0),
+            check: Check::default(),
             segments: RwLock::new(segments),
         });
         let mut writer = Writer {
@@ -184,6 +195,7 @@ impl EmbeddedLog {
             },
             schemas: RwLock::default(),
             writer: None,
+            checker: None,
             _lock: lock,
         };
         Ok((log, writer))
@@ -271,6 +283,10 @@ impl Log for EmbeddedLog {
         Err(AppendError::Full { directory: directory.clone(), used, room })
     }
 
+    fn damage(&self) -> Option<String> {
+        self.shared.check.damage()
+    }
+
     fn tail(&self) -> Offset {
         Offset(self.shared.tail.load(Ordering::Acquire))
     }
@@ -340,9 +356,9 @@ impl Drop for EmbeddedLog {
     fn drop(&mut self) {
         self.shared.queue.lock().closing = true;
         self.shared.wake.notify_one();
-        if let Some(writer) = self.writer.take() {
-            _ = writer.join(); // a panic of the writer has been told to all who waited
-        }
+        self.shared.check.end();
+        // a panic of the writer has been told to all who waited
+        [self.writer.take(), self.checker.take()].into_iter().flatten().for_each(|thread| _ = thread.join());
     }
 }
 
@@ -721,7 +737,7 @@ impl Cursor {
             let Some(frame) = reader.read().map_err(|fault| segment.fault(fault))? else {
                 let follower = self.segments.get(1).map(|segment| segment.header.first);
                 if follower != Some(reader.expected) {
-                    return Err(corrupt(format!("the file ends before offset {}", reader.expected)));
+                    return Err(segment.ends_before(reader.expected, position));
                 }
                 self.segments.pop_front();
                 self.open = None;

@@ -3,6 +3,7 @@
 //! [`Log`] is the seam and its doc comment the contract; [`EmbeddedLog`] keeps it in files of this machine.
 
 mod begin; // what a log is called and where it begins
+mod check; // complete files, read again now and then
 mod batch; // Arrow batches as bytes, without what their schema already says
 mod embedded; // one writer thread, group commit, retention, scans
 mod places; // where each workspace's records are in a file
@@ -98,6 +99,10 @@ pub trait Log: Send + Sync {
 
     /// Whether there is room again after an append was refused as [`Full`](AppendError::Full); `Ok` where none was.
     fn room(&self) -> Result<(), AppendError>;
+
+    /// What of the records was found not to be as it was written, for people; who reads it is told
+    /// [`Corrupt`](ReadError::Corrupt).
+    fn damage(&self) -> Option<String>;
 
     /// The offset after the newest durable record.
     fn tail(&self) -> Offset;
@@ -222,6 +227,8 @@ pub struct Config {
     pub retain_bytes: Option<u64>,
     /// Files that the owner no longer needs go when nothing was written to them for this long.
     pub retain_hours: Option<u64>,
+    /// How often all complete files are read to see whether they are as they were written; 0: never.
+    pub check_hours: u64,
 }
 
 impl Default for Config {
@@ -232,6 +239,7 @@ impl Default for Config {
             max_bytes: None,
             retain_bytes: None,
             retain_hours: None,
+            check_hours: 24,
         }
     }
 }

@@ -172,6 +172,11 @@ impl Segment {
         }
     }
 
+    /// The file ends at `position`, in front of the record with this offset.
+    pub(super) fn ends_before(&self, offset: u64, position: u64) -> ReadError {
+        self.fault(Fault::Bad { position, reason: format!("the file ends before offset {offset}") })
+    }
+
     fn io(&self, source: io::Error) -> ReadError {
         ReadError::Io { file: self.path.clone(), source }
     }

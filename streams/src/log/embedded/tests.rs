@@ -486,6 +486,44 @@ fn a_missing_or_shortened_earlier_file_is_refused_when_the_log_is_opened() {
 }
 
 #[test]
+fn a_look_at_the_complete_files_tells_which_are_not_as_they_were_written() {
+    let directory = TempDir::new().unwrap();
+    let log = EmbeddedLog::open(directory.path(), &one_record_files()).unwrap();
+    append_all(&log, (0..5).map(advance));
+    let look = || {
+        assert!(log.shared.check.look(&|| log.shared.segments.read().clone()).is_continue());
+        log.damage()
+    };
+    assert_eq!(look(), None);
+    let harm = |first: u64, harm: &dyn Fn(&mut Vec<u8>)| {
+        let path = directory.path().join(file_name(first));
+        let whole = fs::read(&path).unwrap();
+        let mut bytes = whole.clone();
+        harm(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        let told = look();
+        fs::write(&path, whole).unwrap();
+        told
+    };
+    let flipped = harm(1, &|bytes| *bytes.last_mut().unwrap() ^= 1).unwrap();
+    let expected = "00000000000000000001.log` is corrupt at byte 44: the checksum of a record is wrong";
+    assert!(flipped.contains(expected), "{flipped}");
+    let cut = harm(2, &|bytes| bytes.truncate(HEADER)).unwrap();
+    assert!(cut.contains("00000000000000000002.log` is corrupt at byte 44: the file ends before offset 2"), "{cut}");
+    assert_eq!(harm(4, &|bytes| bytes.truncate(HEADER)), None, "what is being written is read when the log is opened");
+    // one that retention took while it was looked at is not missed
+    let files = log.shared.segments.read().clone();
+    fs::remove_file(&files[0].path).unwrap();
+    let first = std::cell::Cell::new(true);
+    let then = || if first.replace(false) { files.clone() } else { files[1..].to_vec() };
+    assert!(log.shared.check.look(&then).is_continue());
+    assert_eq!(log.damage(), None);
+    // and the end is not waited for
+    log.shared.check.end();
+    assert!(log.shared.check.run(Duration::from_secs(3_600), Vec::new).is_break());
+}
+
+#[test]
 fn a_first_file_that_retention_did_not_take_is_missed() {
     let directory = TempDir::new().unwrap();
     let config = Config { retain_bytes: Some(0), ..one_record_files() };
