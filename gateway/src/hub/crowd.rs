@@ -57,11 +57,13 @@ impl Seats {
         self.outbox = Arc::downgrade(outbox);
     }
 
-    /// Counts the connection among those of a group, once.
+    /// Counts the connection among those of a group, once. It then looks again at its rights: something may have been
+    /// taken between the first look, for which it enters, and its entry.
     pub(crate) fn enter(&mut self, crowd: &Arc<Crowd>, group: Group) -> Result<(), Problem> {
         if let Entry::Vacant(vacant) = self.groups.entry(group) {
             let seat = crowd.enter(vacant.key().clone(), self.outbox.clone())?;
             vacant.insert(seat);
+            self.outbox.upgrade().iter().for_each(|outbox| outbox.suspect());
         }
         Ok(())
     }
@@ -137,6 +139,17 @@ mod tests {
         assert!(ann().is_ok());
         drop(_two);
         assert!(crowd.present.lock().is_empty(), "nobody is remembered who left");
+    }
+
+    #[test]
+    fn who_enters_a_group_looks_at_its_rights_once_more() {
+        let (crowd, outbox) = (Crowd::new(Limits::default()), Outbox::new(1 << 10, Form::Text));
+        let mut seats = Seats::default();
+        seats.hold(&outbox);
+        for is_new in [true, false] {
+            seats.enter(&crowd, Group::User("ann".into())).unwrap();
+            assert_eq!(outbox.is_to_look(), is_new);
+        }
     }
 
     #[test]
