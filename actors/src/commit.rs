@@ -35,7 +35,9 @@ impl Committer {
     pub(crate) fn start(store: Store) -> Arc<Committer> {
         let committer =
             Arc::new(Committer { waiting: Mutex::default(), wake: Notify::new(), failing: Mutex::default() });
-        tokio::spawn(run(Arc::downgrade(&committer), store));
+        for _ in 0..store.writers() {
+            tokio::spawn(run(Arc::downgrade(&committer), store.clone()));
+        }
         committer
     }
 

@@ -85,6 +85,10 @@ impl Server {
         &self.pool
     }
 
+    pub(super) fn connections_max(&self) -> u32 {
+        self.pool.options().get_max_connections()
+    }
+
     async fn begin(&self, scope: Scope<'_>) -> Result<Transaction<'static, Postgres>, Error> {
         self.expect_there().await?;
         let tried = self.begin_or_find_away(scope).await;

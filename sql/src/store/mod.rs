@@ -184,6 +184,15 @@ impl Store {
         &self.mode
     }
 
+    /// How many commits of different workspaces it pays to write at a time. SQLite writes one after the other; PostgreSQL
+    /// writes with a core for each, and most connections are left to those who read.
+    pub fn writers(&self) -> usize {
+        match &self.db {
+            Db::Sqlite { .. } => 1,
+            Db::Postgres(server) => (server.connections_max() as usize / 3).clamp(1, 4),
+        }
+    }
+
     /// Waits for running statements and closes all connections; with SQLite this also folds the write-ahead log into
     /// the file. Later calls fail.
     pub async fn close(&self) {
