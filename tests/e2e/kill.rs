@@ -1,5 +1,5 @@
-//! The real binary killed (SIGKILL) at random moments under load, over each store there is: nothing acknowledged is
-//! lost, nothing counts twice.
+//! The real binary killed (SIGKILL) at random moments under load, over each store there is, and PostgreSQL with it:
+//! nothing acknowledged is lost, nothing counts twice.
 //!
 //! `TIDEWATCH_TEST_KILLS`: how often in all, 50 unless said. `TIDEWATCH_TEST_SEED`: which load, and how long after a
 //! start it is killed; printed with every run.
@@ -240,9 +240,8 @@ async fn whatever_is_killed_nothing_acknowledged_is_lost_and_nothing_counts_twic
     println!("seed {seed}, {kills} kills in all");
     server::choose_tls();
     let mut stores = vec![None];
-    let database = Database::postgres();
-    match &database {
-        Ok(database) => stores.push(Some(database.create("tides"))),
+    match Database::postgres() {
+        Ok(database) => stores.push(Some(database)),
         Err(why) => println!("all kills over SQLite, since {why}"),
     }
     let count = stores.len() as u64;
@@ -255,12 +254,17 @@ async fn whatever_is_killed_nothing_acknowledged_is_lost_and_nothing_counts_twic
     }
 }
 
+/// Of so many kills over PostgreSQL one ends PostgreSQL too, or alone: whoever waits for a commit does not learn whether it
+/// was one.
+const ENDS_STORE: u64 = 4;
+
 /// Kills a server under load `kills` times, and compares what it has in the end with what it acknowledged.
-async fn kill_and_count(store: Option<String>, kills: u64, seed: u64) {
+async fn kill_and_count(mut store: Option<Database>, kills: u64, seed: u64) {
     let begun = Instant::now();
     let directory = TempDir::new().unwrap();
     let kind = if store.is_some() { "PostgreSQL" } else { "SQLite" };
-    let mut process = Process::new(directory.path(), store, seed);
+    let url = store.as_ref().map(|store| store.create("tides"));
+    let mut process = Process::new(directory.path(), url, seed);
     let client = Client::builder().timeout(Duration::from_secs(20)).build().unwrap();
     process.start();
     process.ready(&client).await;
@@ -278,12 +282,20 @@ async fn kill_and_count(store: Option<String>, kills: u64, seed: u64) {
         .map(|(i, name)| tokio::spawn(load(api.clone(), name.clone(), seed + i, stop.clone(), accepted.clone())))
         .collect();
     let mut dice = Dice(seed);
-    let mut slowest = Duration::ZERO;
+    let (mut slowest, mut store_ends) = (Duration::ZERO, 0);
     for _ in 0..kills {
         // from in the middle of the start to well into the load
         tokio::time::sleep(Duration::from_millis(dice.below(900))).await;
-        process.kill().await;
-        process.start();
+        let ends_store = store.is_some() && dice.below(ENDS_STORE) == 0;
+        let goes_on = ends_store && dice.below(2) == 0;
+        if ends_store {
+            store = restarted(store, Duration::from_millis(dice.below(900))).await;
+            store_ends += 1;
+        }
+        if !goes_on {
+            process.kill().await;
+            process.start();
+        }
         if dice.below(4) > 0 {
             slowest = slowest.max(process.ready(&client).await);
         }
@@ -311,10 +323,23 @@ async fn kill_and_count(store: Option<String>, kills: u64, seed: u64) {
     }
     process.kill().await;
     println!(
-        "{kind}: {kills} kills, {events} events in {WORKSPACES} workspaces, {attempts} attempts in vain, {repeats} \
+        "{kind}: {kills} kills, {store_ends} of them of the store, {events} events in {WORKSPACES} workspaces, {attempts} attempts in vain, {repeats} \
          repeats, {alerts} alerts; slowest start {slowest:?}; {:?} in all",
         begun.elapsed(),
     );
+}
+
+/// Ends the store at once, and starts it again a while later.
+async fn restarted(store: Option<Database>, later: Duration) -> Option<Database> {
+    let restart = move || {
+        store.map(|mut store| {
+            store.stop();
+            std::thread::sleep(later);
+            store.start();
+            store
+        })
+    };
+    tokio::task::spawn_blocking(restart).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
