@@ -316,6 +316,7 @@ mod tests {
                 rows,
                 alerts: Vec::new(),
                 notices: Vec::new(),
+                repeats: false,
                 dead_letters: Vec::new(),
             };
             self.store.commit(&[commit]).await.unwrap();

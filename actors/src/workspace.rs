@@ -172,6 +172,8 @@ pub(crate) struct Written {
 #[derive(Default)]
 pub(crate) struct Unsaved {
     rows: Vec<FinalRow>,
+    /// Some of the rows may be in the store.
+    repeats: bool,
     /// To be told once they are in the store.
     alerts: Vec<(AlertPhase, Alert)>,
     dead_letters: Vec<DeadLetter>,
@@ -193,6 +195,7 @@ impl Unsaved {
         earlier.rows.append(&mut self.rows);
         earlier.alerts.append(&mut self.alerts);
         earlier.dead_letters.append(&mut self.dead_letters);
+        earlier.repeats |= self.repeats;
         *self = earlier;
     }
 }
@@ -277,7 +280,9 @@ pub(crate) struct State {
     arrivals: BTreeMap<StreamName, Arrival>,
     unsaved: Unsaved,
     in_store: Arc<[FinalRow]>, // rows of the commit under way
-    dirty: bool,               // the state differs from the stored one
+    /// Metrics whose rows of the commit under way mean nothing any more.
+    emptied: BTreeSet<ItemName>,
+    dirty: bool, // the state differs from the stored one
     saving: bool,
     save_planned: bool,
     alerts_planned: bool,      // and sooner
@@ -377,6 +382,7 @@ impl Actor for WorkspaceActor {
             arrivals: BTreeMap::new(),
             unsaved: Unsaved::default(),
             in_store: Arc::new([]),
+            emptied: BTreeSet::new(),
             dirty: false,
             saving: false,
             save_planned: false,
@@ -583,6 +589,7 @@ impl State {
         let rested = rested.map(|resting| resting.arrivals).unwrap_or_default();
         let before: BTreeMap<StreamName, Option<Micros>> = self.times();
         self.replay(later, myself).await?;
+        self.unsaved.repeats = true; // also of what is committed while the log is read
         self.settle_alerts();
         self.count_tables();
         for (name, frontier) in self.times() {
@@ -1372,7 +1379,8 @@ impl State {
                 Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
                 Err(error) => {
                     tracing::warn!(workspace = %commit.workspace, %error, "commit failed; results wait for the next one");
-                    Err(Unsaved { rows: commit.rows, alerts, dead_letters: commit.dead_letters })
+                    let Commit { rows, dead_letters, .. } = commit;
+                    Err(Unsaved { rows, repeats: true, alerts, dead_letters })
                 }
             };
             _ = myself.send_message(WorkspaceMsg::Saved(Written { result, encoding })); // the actor may have stopped
@@ -1401,7 +1409,7 @@ impl State {
             self.state_took = began.elapsed();
             self.plan_next_state();
         }
-        let rows = std::mem::take(&mut self.unsaved.rows);
+        let (rows, repeats) = (std::mem::take(&mut self.unsaved.rows), std::mem::take(&mut self.unsaved.repeats));
         let Unsaved { alerts, dead_letters, .. } =
             if rows_only { Unsaved::default() } else { std::mem::take(&mut self.unsaved) };
         if state.is_none() && rows.is_empty() && alerts.is_empty() && dead_letters.is_empty() {
@@ -1412,7 +1420,7 @@ impl State {
         let loud = alerts.iter().filter(|(_, alert)| !self.tenant.is_silenced(alert));
         let notices = loud.filter_map(|(phase, alert)| notice(*phase, alert)).collect();
         let workspace = self.tenant.id.clone();
-        let commit = Commit { workspace, offset, state: None, rows, alerts: stored, notices, dead_letters };
+        let commit = Commit { workspace, offset, state: None, rows, repeats, alerts: stored, notices, dead_letters };
         Some(Due { commit, state, alerts })
     }
 
@@ -1439,6 +1447,7 @@ impl State {
             }
         }
         self.in_store = Arc::new([]);
+        let emptied = std::mem::take(&mut self.emptied);
         match result {
             Ok(offset) => {
                 self.tenant.counters.saved.fetch_max(offset, Relaxed);
@@ -1448,7 +1457,8 @@ impl State {
                     tokio::spawn(retained);
                 }
             }
-            Err(unsaved) => {
+            Err(mut unsaved) => {
+                unsaved.rows.retain(|row| !emptied.contains(&row.metric));
                 self.unsaved.put_back(unsaved);
                 self.dirty = true;
                 self.failed_saves += 1;
@@ -1548,12 +1558,16 @@ impl State {
         // before anything changes: a metric whose past cannot be computed is not defined, and one of before stays
         let past = self.past(&name, &definition, &program, since).await;
         let past = past.map_err(|error| self.not_backfilled(&name, error))?;
-        if is_known && !is_again {
-            self.unsaved.rows.retain(|row| row.metric != name);
-            store.prune_rows(&workspace, &name, Micros::MAX).await?;
-            blocks::forget(&self.deps.cache, &workspace, &name);
-        }
-        let row = store.put_metric(&workspace, &name, &stored, since, now).await?;
+        let row = match is_known && !is_again {
+            true => {
+                let tenant = self.tenant.clone();
+                let _none_under_way = tenant.committing.acquire().await.map_err(Fault::internal)?;
+                let row = store.redefine_metric(&workspace, &name, &stored, since, now).await?;
+                self.forget_rows(&name);
+                row
+            }
+            false => store.put_metric(&workspace, &name, &stored, since, now).await?,
+        };
         let defined = self.defined(definition, program, row.version, since);
         self.begin(name.clone(), defined).map_err(Fault::internal)?;
         self.unplanned.remove(&name);
@@ -1711,15 +1725,26 @@ impl State {
             return Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail));
         }
         self.check_unread(name, "delete them first")?;
+        let tenant = self.tenant.clone();
+        let _none_under_way = tenant.committing.acquire().await.map_err(Fault::internal)?;
+        let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
         self.engine.remove(name);
         self.metrics.remove(name);
         self.unplanned.remove(name);
-        self.unsaved.rows.retain(|row| row.metric != *name);
-        let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
-        blocks::forget(&self.deps.cache, &self.tenant.id, name);
+        self.forget_rows(name);
         self.publish(What::MetricRemoved { metric: name.clone() });
         self.dirty = true;
         Ok(existed)
+    }
+
+    /// The store has no rows of this metric any more, and gets none of those that there are.
+    fn forget_rows(&mut self, name: &ItemName) {
+        self.unsaved.rows.retain(|row| row.metric != *name);
+        self.in_store = self.in_store.iter().filter(|row| row.metric != *name).cloned().collect();
+        if self.saving {
+            self.emptied.insert(name.clone());
+        }
+        blocks::forget(&self.deps.cache, &self.tenant.id, name);
     }
 
     async fn watch(

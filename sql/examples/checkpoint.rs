@@ -90,6 +90,7 @@ async fn main() {
             rows: Vec::new(),
             alerts: Vec::new(),
             notices: Vec::new(),
+            repeats: false,
             dead_letters: Vec::new(),
         };
         let began = Instant::now();

@@ -65,6 +65,7 @@ fn commit(workspace: &WorkspaceId, round: usize) -> Commit {
         rows: (0..ROWS_OF_COMMIT).map(row).collect(),
         alerts: Vec::new(),
         notices: Vec::new(),
+        repeats: false,
         dead_letters: Vec::new(),
     }
 }

@@ -19,6 +19,8 @@ pub struct Commit {
     /// What changed since the state that was committed before; `None`: nothing.
     pub state: Option<Changes>,
     pub rows: Vec<FinalRow>,
+    /// Some of the rows may be stored already: a log is replayed, or nobody knows what became of a commit before.
+    pub repeats: bool,
     pub alerts: Vec<Alert>,
     /// What webhooks are to be told of these alerts.
     pub notices: Vec<Notice>,
@@ -100,8 +102,11 @@ impl Store {
             return Err(Refused::Behind);
         }
         state::write(&mut tx, commits).await?;
-        let closed = commits.iter().flat_map(|c| c.rows.iter().map(|row| (&c.workspace, row))).collect();
-        rows::write(&mut tx, closed).await?;
+        for repeats in [false, true] {
+            let commits = commits.iter().filter(|commit| commit.repeats == repeats);
+            let closed = commits.flat_map(|c| c.rows.iter().map(|row| (&c.workspace, row))).collect();
+            rows::write(&mut tx, closed, repeats).await?;
+        }
         let raised: Vec<_> = commits.iter().flat_map(|c| c.alerts.iter().map(|alert| (&c.workspace, alert))).collect();
         alerts::write(&mut tx, &raised).await?;
         let told: Vec<_> = commits.iter().flat_map(|c| c.notices.iter().map(|told| (&c.workspace, told))).collect();
@@ -174,6 +179,7 @@ pub(super) mod testing {
             offset,
             state: None,
             rows: vec![],
+            repeats: false,
             alerts: vec![],
             notices: vec![],
             dead_letters: vec![],

@@ -1,6 +1,6 @@
 //! What a workspace has defined: streams, metrics, alert rules and silences.
 
-use super::db::{FromRow, Row, Scope, query, query_as};
+use super::db::{FromRow, On, Row, Scope, Tx, query, query_as};
 use super::record::Columns;
 use super::{Store, StoreError, failed, stored};
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
@@ -220,8 +220,8 @@ impl Store {
             .map_err(failed("list tables"))
     }
 
-    /// Adds a metric as version 1, or replaces its definition as the next version: the metric as it is then.
-    /// Its final rows stay; where the new definition means something else, [`Store::prune_rows`] takes them away.
+    /// Adds a metric as version 1, or replaces its definition as the next version: the metric as it is then. Its final
+    /// rows stay.
     pub async fn put_metric(
         &self,
         workspace: &WorkspaceId,
@@ -230,38 +230,54 @@ impl Store {
         since_offset: u64,
         at: Micros,
     ) -> Result<MetricRow, StoreError> {
-        let put = query_as(
-            "INSERT INTO metrics (workspace, name, definition_json, since_offset, version, created_at, updated_at) \
-             VALUES ($1, $2, $3, $4, 1, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
-             SET definition_json = excluded.definition_json, since_offset = excluded.since_offset, \
-             version = metrics.version + 1, updated_at = excluded.updated_at RETURNING *",
-        )
-        .bind(workspace.as_str())
-        .bind(name.as_str())
-        .bind(definition.to_string())
-        .bind(stored(since_offset))
-        .bind(at);
-        let row = put.fetch_optional(self.write(workspace)).await.map_err(failed("put metric"))?;
-        Ok(row.expect("an upsert without a condition returns its row"))
+        let put = put_metric(self.write(workspace), workspace, name, definition, since_offset, at);
+        put.await.map_err(failed("put metric"))
     }
 
-    /// Deletes a metric and its final rows: whether there was one. To be called once its engine has stopped: a commit
-    /// that comes later brings rows back.
+    /// As [`Store::put_metric`] for a definition that means something else: it takes the metric's final rows away, or
+    /// nothing is changed. To be called while no commit of the workspace is under way, which would bring rows back.
+    pub async fn redefine_metric(
+        &self,
+        workspace: &WorkspaceId,
+        name: &ItemName,
+        definition: &Value,
+        since_offset: u64,
+        at: Micros,
+    ) -> Result<MetricRow, StoreError> {
+        async {
+            let mut tx = self.db.begin(workspace.into()).await?;
+            self.forget_rows(&mut tx, workspace, name).await?;
+            let row = put_metric((&mut tx).into(), workspace, name, definition, since_offset, at).await?;
+            tx.commit().await?;
+            Ok(row)
+        }
+        .await
+        .map_err(failed("redefine metric"))
+    }
+
+    /// Deletes all final rows of a metric.
+    async fn forget_rows(&self, tx: &mut Tx, workspace: &WorkspaceId, name: &ItemName) -> Result<(), sqlx::Error> {
+        query("DELETE FROM final_rows WHERE workspace = $1 AND metric = $2")
+            .bind(workspace.as_str())
+            .bind(name.as_str())
+            .execute(&mut *tx)
+            .await?;
+        if self.rollups {
+            query("SELECT forget_samples($1, $2, 'infinity')")
+                .bind(workspace.as_str())
+                .bind(name.as_str())
+                .execute(&mut *tx)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a metric and its final rows: whether there was one. To be called while no commit of the workspace is under
+    /// way, which would bring rows back.
     pub async fn delete_metric(&self, workspace: &WorkspaceId, name: &ItemName) -> Result<bool, StoreError> {
         async {
             let mut tx = self.db.begin(workspace.into()).await?;
-            query("DELETE FROM final_rows WHERE workspace = $1 AND metric = $2")
-                .bind(workspace.as_str())
-                .bind(name.as_str())
-                .execute(&mut tx)
-                .await?;
-            if self.rollups {
-                query("SELECT forget_samples($1, $2, 'infinity')")
-                    .bind(workspace.as_str())
-                    .bind(name.as_str())
-                    .execute(&mut tx)
-                    .await?;
-            }
+            self.forget_rows(&mut tx, workspace, name).await?;
             let deleted = query("DELETE FROM metrics WHERE workspace = $1 AND name = $2")
                 .bind(workspace.as_str())
                 .bind(name.as_str())
@@ -390,6 +406,29 @@ impl Store {
             .map_err(failed("delete silence"))?;
         Ok(deleted > 0)
     }
+}
+
+async fn put_metric(
+    on: On<'_>,
+    workspace: &WorkspaceId,
+    name: &ItemName,
+    definition: &Value,
+    since_offset: u64,
+    at: Micros,
+) -> Result<MetricRow, sqlx::Error> {
+    let put = query_as(
+        "INSERT INTO metrics (workspace, name, definition_json, since_offset, version, created_at, updated_at) \
+         VALUES ($1, $2, $3, $4, 1, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
+         SET definition_json = excluded.definition_json, since_offset = excluded.since_offset, \
+         version = metrics.version + 1, updated_at = excluded.updated_at RETURNING *",
+    )
+    .bind(workspace.as_str())
+    .bind(name.as_str())
+    .bind(definition.to_string())
+    .bind(stored(since_offset))
+    .bind(at);
+    let row = put.fetch_optional(on).await?;
+    Ok(row.expect("an upsert without a condition returns its row"))
 }
 
 #[cfg(test)]

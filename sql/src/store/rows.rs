@@ -141,6 +141,23 @@ impl Store {
         Ok(cut_rows(rows, wanted.limit))
     }
 
+    /// When the newest of a metric's final rows starts.
+    pub async fn newest_row(&self, workspace: &WorkspaceId, metric: &ItemName) -> Result<Option<Micros>, StoreError> {
+        async {
+            let newest = query(
+                "SELECT window_start FROM final_rows WHERE row_json <> 'null' AND workspace = $1 AND metric = $2 \
+                 ORDER BY window_start DESC LIMIT 1",
+            )
+            .bind(workspace.as_str())
+            .bind(metric.as_str())
+            .fetch_optional(self.read(workspace))
+            .await?;
+            newest.map(|row| row.time("window_start")).transpose()
+        }
+        .await
+        .map_err(failed("find the newest final row"))
+    }
+
     /// Deletes a metric's rows whose windows ended at `before` or earlier: how many. With [`Micros::MAX`], all.
     pub async fn prune_rows(
         &self,
@@ -189,6 +206,8 @@ pub(super) fn push_key_equals<'q>(sql: &mut Builder<'q>, dialect: Dialect, colum
                 return;
             }
             let path = format!("$.\"{column}\"");
+            // NULL is `null` as JSON text, and no value of a key
+            sql.push(" AND key_json ->> ").push_bind(path.clone()).push(" IS NOT NULL");
             sql.push(" AND (key_json ->> ").push_bind(path.clone()).push(" = ").push_bind(value);
             sql.push(" OR key_json -> ").push_bind(path).push(" = ").push_bind(value).push(")");
         }
@@ -234,19 +253,20 @@ const KEEP_GREATER: &str = " ON CONFLICT (workspace, metric, window_start, windo
 /// From so many new rows on the savepoint costs less than it spares.
 const AS_NEW_FROM: usize = 256;
 
-/// Writes rows of any workspaces; one that is there already changes only to a greater revision.
-pub(super) async fn write(tx: &mut Tx, mut rows: Vec<Placed<'_>>) -> Result<(), sqlx::Error> {
+/// Writes rows of any workspaces; one that is there already, as is likely of those that `repeat`, changes only to a
+/// greater revision.
+pub(super) async fn write(tx: &mut Tx, mut rows: Vec<Placed<'_>>, repeat: bool) -> Result<(), sqlx::Error> {
     // In the order of the primary key each page of the table is touched once.
     rows.sort_by_key(identity);
-    let (new, corrected): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(_, row)| row.revision == 0);
+    let (new, rest): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(_, row)| row.revision == 0 && !repeat);
     if new.len() < AS_NEW_FROM || !write_as_new(tx, &new).await? {
         insert(tx, KEEP_GREATER, &new).await?;
     }
-    insert(tx, KEEP_GREATER, &corrected).await
+    insert(tx, KEEP_GREATER, &rest).await
 }
 
 /// Writes rows that are likely not there, unless one is; PostgreSQL takes nearly twice as long for those of which it is told
-/// what to do if they are. `false`: nothing was written, as after a crash, when what was stored comes again.
+/// what to do if they are. `false`: nothing was written.
 async fn write_as_new(tx: &mut Tx, rows: &[Placed<'_>]) -> Result<bool, sqlx::Error> {
     if tx.dialect() == Dialect::Sqlite {
         return Ok(false); // costs it nothing
@@ -351,10 +371,21 @@ mod tests {
         let again = AS_NEW_FROM / 2..2 * AS_NEW_FROM;
         let corrected = [symbols(2, 0, 3), symbols(1, 2 * AS_NEW_FROM - 1, 2 * AS_NEW_FROM)].concat();
         let rows = [symbols(0, again.start, again.end), corrected].concat();
-        store.commit(&[Commit { rows, ..commit(&acme, 2) }]).await.unwrap();
+        for repeats in [false, true] {
+            store.commit(&[Commit { rows: rows.clone(), repeats, ..commit(&acme, 2) }]).await.unwrap();
+        }
         let (read, _) = store.rows(&acme, &name("vwap"), &RowQuery::first(10_000)).await.unwrap();
         let expected = [symbols(2, 0, 3), symbols(0, 3, again.end - 1), symbols(1, again.end - 1, again.end)].concat();
         assert_eq!(read, expected);
+    }
+
+    #[tokio::test]
+    async fn the_newest_row_is_the_last_that_was_not_withdrawn() {
+        let withdrawn = FinalRow { row: WITHDRAWN.into(), ..row("vwap", 30, "A", 1) };
+        let rows = vec![row("vwap", 10, "A", 0), row("vwap", 20, "B", 0), withdrawn, row("other", 40, "A", 0)];
+        let (store, acme, _dir) = store_with(rows).await;
+        assert_eq!(store.newest_row(&acme, &name("vwap")).await.unwrap(), Some(Micros(20)));
+        assert_eq!(store.newest_row(&acme, &name("none")).await.unwrap(), None);
     }
 
     #[tokio::test]
@@ -374,7 +405,7 @@ mod tests {
         ];
         let rows = keys.map(|key| FinalRow { key: key.into(), ..row("vwap", 0, "", 0) });
         let (store, acme, _dir) = store_with(rows.into()).await;
-        let cases: [(&str, &[usize]); 13] = [
+        let cases: [(&str, &[usize]); 14] = [
             ("symbol=A", &[0]),
             ("symbol=a", &[]),
             ("symbol=true", &[1]),
@@ -385,6 +416,7 @@ mod tests {
             ("desk=1&live=false", &[1]),
             ("region=EU", &[]),
             ("live", &[2]),
+            ("live=null", &[]),
             ("live&desk=1.5", &[2]),
             ("bad\"name=A", &[]),
             ("$[=A&=A", &[]),
