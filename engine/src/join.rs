@@ -759,11 +759,13 @@ impl StreamJoin {
             let at = Micros(at);
             let watermark = near.frontier(seen[LEFT], seen[RIGHT]).minus(timing.max_delay).max(cut_at);
             let (first, last) = if side == LEFT { (at, at) } else { near.left_of(at) };
-            let is_late = match step.kind {
-                JoinKind::Inner => window.first_end(first) <= watermark,
-                JoinKind::Left => first < near.settled(watermark),
+            let matters = match (window, step.kind) {
+                // to a session that is final by then it does not belong, to one that is not it does
+                (Window::Session { .. }, _) => first <= watermark,
+                (_, JoinKind::Inner) => window.first_end(first) <= watermark,
+                (_, JoinKind::Left) => first < near.settled(watermark),
             };
-            if is_late {
+            if matters {
                 if window.last_end(last).plus(timing.allowed_lateness) <= watermark {
                     dropped.push(row as u32);
                     keep[row] = false;

@@ -610,6 +610,13 @@ pub(crate) fn one_zero(column: &ArrayRef) -> ArrayRef {
     }
 }
 
+/// Bytes of a batch of one row that is a slice of a larger one, which many such slices share.
+pub(crate) fn bytes_of_row(row: &RecordBatch) -> usize {
+    const COLUMN: usize = 128; // an array without its values
+    let values = |column: &ArrayRef| column.to_data().get_slice_memory_size().unwrap_or(0);
+    size_of::<RecordBatch>() + row.columns().iter().map(|column| COLUMN + values(column)).sum::<usize>()
+}
+
 /// A batch of `columns` that keeps its row count also without a column.
 pub(crate) fn batch_of(schema: SchemaRef, columns: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch> {
     debug_assert!(columns.iter().all(|c| c.len() == rows));

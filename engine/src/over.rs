@@ -9,7 +9,7 @@ use crate::accumulate::{Column, Kind};
 use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
 use crate::indicator::{self, Indicator};
-use crate::key::{KeyTable, batch_of};
+use crate::key::{KeyTable, batch_of, bytes_of_row};
 use crate::metric::{RestoreError, Rows};
 use crate::program::{Aggregate, Arguments, Program, checked};
 use crate::runs::Runs;
@@ -515,8 +515,7 @@ impl RowMetric {
 
     /// Bytes of state on the heap, within a few percent.
     pub(crate) fn bytes(&self) -> usize {
-        let kept =
-            |kept: &Kept| kept.row.get_array_memory_size() + kept.results.iter().map(ScalarValue::size).sum::<usize>();
+        let kept = |kept: &Kept| bytes_of_row(&kept.row) + kept.results.iter().map(ScalarValue::size).sum::<usize>();
         let partition = |p: &Partition| {
             size_of::<Partition>()
                 + p.tip.bytes()

@@ -9,9 +9,12 @@ use crate::key::{batch_of, one_zero};
 use crate::over::Over;
 use crate::shared::Computed;
 use crate::window::Window;
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, new_null_array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, PrimitiveArray, RecordBatch, new_null_array};
 use arrow::compute;
-use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use arrow::datatypes::{
+    ArrowPrimitiveType, DataType, Field, FieldRef, Float16Type, Float32Type, Float64Type, Schema, SchemaRef, TimeUnit,
+    TimestampMicrosecondType,
+};
 use datafusion_common::tree_node::{Transformed, TreeNode};
 use datafusion_common::{Result, exec_err};
 use datafusion_expr::Operator;
@@ -289,7 +292,7 @@ impl Program {
     }
 
     pub(crate) fn keys_of(&self, batch: &RecordBatch) -> Result<Vec<ArrayRef>> {
-        self.parts.keys.iter().map(|(_, expr)| expr.evaluate(batch)?.into_array(batch.num_rows())).collect()
+        self.parts.keys.iter().map(|(_, expr)| shown(expr, batch)).collect()
     }
 
     /// Whether the other program tells events apart by the same keys of the same columns.
@@ -302,15 +305,22 @@ impl Program {
 
     /// The argument columns and the FILTER mask of every aggregate call.
     pub(crate) fn arguments(&self, batch: &RecordBatch, computed: &mut Computed) -> Result<Vec<Arguments>> {
-        let mut array = |expr: &Arc<dyn PhysicalExpr>| computed.get(expr, batch);
         let calls = self.parts.aggregates.iter().zip(&self.arguments);
         let arguments = calls.map(|(aggregate, arguments)| {
-            let mut values = arguments.iter().map(&mut array).collect::<Result<Vec<_>>>()?;
+            let keep = aggregate.filter.as_ref().map(|filter| computed.get(filter, batch)).transpose()?;
+            let keep = keep.map(|mask| mask.as_boolean().clone());
+            let value = |argument: &Arc<dyn PhysicalExpr>| match (computed.get(argument, batch), &keep) {
+                // it may be a row that FILTER leaves out of which there is no value
+                (Err(_), Some(mask)) => {
+                    argument.evaluate_selection(batch, &null_is_false(mask))?.into_array(batch.num_rows())
+                }
+                (computed, _) => computed,
+            };
+            let mut values = arguments.iter().map(value).collect::<Result<Vec<_>>>()?;
             if aggregate.call.is_distinct() {
                 values.iter_mut().for_each(|values| *values = one_zero(values));
             }
-            let keep = aggregate.filter.as_ref().map(&mut array).transpose()?;
-            Ok(Arguments { values, keep: keep.map(|mask| mask.as_boolean().clone()) })
+            Ok(Arguments { values, keep })
         });
         arguments.collect()
     }
@@ -328,7 +338,7 @@ impl Program {
         }
         out.extend(self.keys_of(&groups)?);
         for (_, expr) in &self.parts.values {
-            out.push(expr.evaluate(&groups)?.into_array(rows)?);
+            out.push(shown(expr, &groups)?);
         }
         batch_of(self.output.clone(), out, rows)
     }
@@ -348,7 +358,7 @@ impl Program {
         let fixed = 2 + self.key_count();
         let mut out = chosen.columns()[..fixed].to_vec();
         for (_, expr) in &self.parts.values {
-            out.push(expr.evaluate(&chosen)?.into_array(chosen.num_rows())?);
+            out.push(shown(expr, &chosen)?);
         }
         let mut batch = batch_of(self.output.clone(), out, chosen.num_rows())?;
         if let Some(top) = &self.parts.top {
@@ -360,6 +370,26 @@ impl Program {
             kept = Finished::Some(rank.values().iter().map(|&row| kept.group(row)).collect());
         }
         Ok((batch, kept))
+    }
+}
+
+/// A column of a metric's rows. What is no number, or infinite, is NULL: JSON has neither, and a row is to be the same to
+/// those who see it live, to rules and metrics over it, and to whoever reads it from the store.
+fn shown(expr: &Arc<dyn PhysicalExpr>, batch: &RecordBatch) -> Result<ArrayRef> {
+    let values = expr.evaluate(batch)?.into_array(batch.num_rows())?;
+    Ok(match values.data_type() {
+        DataType::Float64 => finite::<Float64Type>(values, |value| value.is_finite()),
+        DataType::Float32 => finite::<Float32Type>(values, |value| value.is_finite()),
+        DataType::Float16 => finite::<Float16Type>(values, |value| value.is_finite()),
+        _ => values,
+    })
+}
+
+fn finite<T: ArrowPrimitiveType>(values: ArrayRef, is_finite: impl Fn(T::Native) -> bool) -> ArrayRef {
+    let numbers = values.as_primitive::<T>();
+    match numbers.values().iter().all(|&value| is_finite(value)) {
+        true => values,
+        false => Arc::new(numbers.iter().map(|value| value.filter(|&v| is_finite(v))).collect::<PrimitiveArray<T>>()),
     }
 }
 

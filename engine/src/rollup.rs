@@ -5,7 +5,7 @@
 
 use crate::checkpoint::{Content, Draft, Pieces};
 use crate::event::{Micros, Span};
-use crate::key::batch_of;
+use crate::key::{batch_of, bytes_of_row};
 use crate::metric::{Metric, PANES, REVISIONS, RestoreError, Rows, Timing};
 use crate::program::Program;
 use arrow::array::{AsArray, RecordBatch, UInt32Array};
@@ -61,7 +61,7 @@ impl Rollup {
     /// Bytes of state on the heap, within a few percent.
     pub(crate) fn bytes(&self) -> usize {
         let kept = self.kept.values().flat_map(BTreeMap::values);
-        self.metric.bytes() + kept.map(RecordBatch::get_array_memory_size).sum::<usize>()
+        self.metric.bytes() + kept.map(bytes_of_row).sum::<usize>()
     }
 
     /// Takes in final rows of the metric it reads, in the columns of [`Program::rows`], and takes those out that were

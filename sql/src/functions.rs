@@ -11,7 +11,8 @@ use datafusion::logical_expr::{LimitEffect, PartitionEvaluator, Signature, Volat
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr::expressions::Literal;
 use datafusion::sql::sqlparser::ast::{
-    Expr, FunctionArg, FunctionArgExpr, FunctionArguments, Statement, WindowType, visit_expressions_mut,
+    Expr, FunctionArg, FunctionArgExpr, FunctionArguments, NamedWindowDefinition, NamedWindowExpr, SetExpr, Statement,
+    WindowType, visit_expressions_mut,
 };
 use engine::indicator::{Indicator, Running, SIGNATURES};
 use std::ops::ControlFlow;
@@ -25,20 +26,45 @@ pub(crate) fn indicators() -> impl Iterator<Item = WindowUDF> {
     })
 }
 
-/// Writes out what `rate(x)` measures time by: the first expression of its ORDER BY.
+/// Writes out what `rate(x)` measures time by: the first expression of its ORDER BY, which a WINDOW clause may name.
 pub(crate) fn write_out_times(statement: &mut Statement) {
+    let named = match statement {
+        Statement::Query(query) => named_windows(&query.body),
+        _ => Vec::new(),
+    };
     let _: ControlFlow<()> = visit_expressions_mut(statement, |expr| {
         if let Expr::Function(call) = expr
             && call.name.to_string().eq_ignore_ascii_case("rate")
-            && let Some(WindowType::WindowSpec(spec)) = &call.over
-            && let Some(order) = spec.order_by.first()
+            && let Some(order) = call.over.as_ref().and_then(|over| first_order(over, &named))
             && let FunctionArguments::List(list) = &mut call.args
             && list.args.len() == 1
         {
-            list.args.push(FunctionArg::Unnamed(FunctionArgExpr::Expr(order.expr.clone())));
+            list.args.push(FunctionArg::Unnamed(FunctionArgExpr::Expr(order.clone())));
         }
         ControlFlow::Continue(())
     });
+}
+
+fn named_windows(body: &SetExpr) -> Vec<NamedWindowDefinition> {
+    match body {
+        SetExpr::Select(select) => select.named_window.clone(),
+        SetExpr::Query(query) => named_windows(&query.body),
+        _ => Vec::new(),
+    }
+}
+
+fn first_order<'a>(over: &'a WindowType, named: &'a [NamedWindowDefinition]) -> Option<&'a Expr> {
+    let spec = match over {
+        WindowType::WindowSpec(spec) => spec,
+        WindowType::NamedWindow(name) => {
+            let is_named = |known: &&NamedWindowDefinition| known.0.value.eq_ignore_ascii_case(&name.value);
+            match &named.iter().find(is_named)?.1 {
+                NamedWindowExpr::WindowSpec(spec) => spec,
+                NamedWindowExpr::NamedWindow(_) => return None,
+            }
+        }
+    };
+    spec.order_by.first().map(|order| &order.expr)
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]

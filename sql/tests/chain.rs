@@ -437,6 +437,61 @@ fn a_metric_defined_later_begins_with_the_rows_that_become_final_then_or_with_it
 }
 
 #[test]
+fn rows_that_may_be_corrected_count_for_what_they_take() {
+    const SYMBOLS: usize = 2_000;
+    let chain = Chain::new(&[
+        ("bars", "SELECT symbol, sum(qty) AS v FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol"),
+        ("moves", "SELECT symbol, lag(v) OVER (PARTITION BY symbol ORDER BY window_start) AS before FROM metrics.bars"),
+        ("all", "SELECT count(*) AS n FROM metrics.bars GROUP BY tumble(ts, INTERVAL '5 minutes')"),
+    ])
+    .unwrap();
+    let mut workspace = chain.workspace(Timing { max_delay: Span::ZERO, allowed_lateness: Span::seconds(600) });
+    let symbols: Vec<&'static str> = (0..SYMBOLS).map(|at| &*format!("SYM{at:05}").leak()).collect();
+    let minute = |at: i64| symbols.iter().map(move |symbol| (at * 60 * SECOND, *symbol, "X", 1.0, 1.0));
+    for at in 0..3 {
+        let outputs = workspace.step(&trades(), &batch(&minute(at).collect::<Vec<_>>()));
+        assert!(outputs.failures.is_empty(), "{:?}", outputs.failures);
+    }
+    // two minutes of rows, each of a few columns
+    for (name, metric) in workspace.metrics().filter(|(name, _)| name.as_str() != "bars") {
+        let bytes = metric.bytes() / (2 * SYMBOLS);
+        assert!((100..2_000).contains(&bytes), "{name}: {bytes} bytes a row");
+    }
+}
+
+#[test]
+fn a_number_that_is_none_is_null_to_the_metrics_over_it_as_it_is_in_the_store() {
+    let chain = Chain::new(&[
+        ("vwap", "SELECT sum(price * qty) / sum(qty) AS v FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute')"),
+        ("seen", "SELECT count(v) OVER (ORDER BY window_start) AS n FROM metrics.vwap"),
+        ("mean", "SELECT avg(v) AS mean FROM metrics.vwap GROUP BY tumble(ts, INTERVAL '3 minutes')"),
+    ])
+    .unwrap();
+    let mut workspace = chain.workspace(Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO });
+    let (mut seen, mut mean) = (Vec::new(), Vec::new());
+    for (minute, qty) in [1.0, 0.0, 1.0, 1.0, 1.0].into_iter().enumerate() {
+        let outputs = workspace.step(&trades(), &batch(&[(minute as i64 * 60 * SECOND, "A", "X", 10.0, qty)]));
+        seen.extend(said(&outputs, "seen").into_iter().map(|(_, _, n)| n));
+        mean.extend(said(&outputs, "mean").into_iter().map(|(_, _, v)| v));
+    }
+    assert_eq!(seen, [Some(1.0), Some(1.0), Some(2.0), Some(3.0)]);
+    assert_eq!(mean, [Some(10.0)]);
+}
+
+#[test]
+fn a_rate_may_go_over_a_window_that_is_named() {
+    let bars = "SELECT symbol, sum(qty) AS v FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    let over = "PARTITION BY symbol ORDER BY window_start";
+    let inline = format!("SELECT symbol, rate(v) OVER ({over}) AS r FROM metrics.bars");
+    let named = format!("SELECT symbol, rate(v) OVER w AS r FROM metrics.bars WINDOW w AS ({over})");
+    let chain = Chain::new(&[("bars", bars), ("inline", &inline), ("named", &named)]).unwrap();
+    let mut workspace = chain.workspace(Timing { max_delay: Span::ZERO, allowed_lateness: Span::ZERO });
+    let outputs: Vec<Outputs> = (0..4).map(|minute| workspace.step(&trades(), &at(minute * 60, 10.0))).collect();
+    let rates = |metric: &str| outputs.iter().flat_map(|outputs| said(outputs, metric)).collect::<Vec<_>>();
+    assert_eq!((rates("named"), rates("named").len()), (rates("inline"), 3));
+}
+
+#[test]
 fn a_circle_of_metrics_is_refused_by_name() {
     let bars = "SELECT symbol, max(price) AS high FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
     let over = "SELECT symbol, lag(high) OVER (PARTITION BY symbol ORDER BY window_start) AS high FROM metrics.bars";

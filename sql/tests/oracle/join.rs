@@ -623,6 +623,22 @@ proptest! {
 }
 
 #[test]
+fn an_event_meets_the_sessions_that_are_open_when_its_turn_in_the_batch_comes() {
+    let world = World::new();
+    let program = world.plan(
+        "SELECT a.symbol, count(*) AS n FROM a.events a JOIN b.events b ON a.symbol = b.symbol \
+         AND b.ts BETWEEN a.ts - INTERVAL '1 second' AND a.ts GROUP BY session(a.ts, INTERVAL '4 seconds'), a.symbol",
+    );
+    // the fourth ends the session of the first pair, and the last one's would have been joined to it
+    let at = |right: bool, quarters: i64, symbol: &'static str| (right, (quarters * SECOND / 4, symbol, 1.0));
+    let events = [at(false, 0, "C"), at(true, 0, "C"), at(true, 109, "A"), at(false, 61, "A"), at(false, 2, "C")];
+    let timing = Timing { max_delay: Span::seconds(11), allowed_lateness: Span::ZERO };
+    let cut = |most| engine_rows(&world, &program, timing, &interleaved(&world, &events, most), &[]);
+    assert_eq!(cut(1).len(), 2);
+    assert_same(&cut(2), &cut(1), "two at a time");
+}
+
+#[test]
 fn a_change_without_a_date_is_valid_from_its_arrival_and_the_first_of_a_key_all_the_time() {
     let world = World::new();
     let sql = "SELECT sum(t.x * p.factor) AS total FROM a.events t JOIN ref.factors p ON t.symbol = p.symbol \

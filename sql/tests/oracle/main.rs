@@ -499,8 +499,37 @@ fn what_is_divided_by_zero_is_null_and_the_metric_goes_on() {
     assert_eq!(int("sum(price % qty)"), Ok(vec![Some(2.0), None]));
     assert_eq!(int("count(*) / (count(*) - 1)"), Ok(vec![Some(2.0), None]));
     assert_eq!(int("count(*) / 0"), Ok(vec![None, None]));
-    // doubles have an infinity
-    assert_eq!(computed("sum(price) / sum(qty)", &trades), Ok(vec![Some(0.75), Some(f64::INFINITY)]));
+    // doubles have an infinity, and rows do not
+    assert_eq!(computed("sum(price) / sum(qty)", &trades), Ok(vec![Some(0.75), None]));
+}
+
+#[test]
+fn keys_that_are_no_finite_number_are_the_null_key() {
+    let text = "SELECT price / qty AS ratio, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 second'), price / qty";
+    let mut workspace = Workspace::default();
+    workspace.define(metric(), 1, planned(text), timing(0, 0)).unwrap();
+    let ratios = [(0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (4.0, 2.0)];
+    let rows: Vec<_> = ratios.iter().map(|&(price, qty)| (0, "A", price, qty)).collect();
+    let mut found = Rows::new();
+    for outputs in [workspace.step(&trades(), &batch(&rows)), workspace.idle(&trades(), Micros(i64::MAX / 2))] {
+        take(&mut found, outputs, 1);
+    }
+    let mut counts: Vec<_> = found.into_values().map(|values| values[0]).collect();
+    counts.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    assert_eq!(counts, [Some(1.0), Some(3.0)]);
+}
+
+#[test]
+fn a_row_that_filter_leaves_out_need_not_have_a_value() {
+    let trades = [("17", 9.0e18, -4.0), ("x", 2.0, 9.0)];
+    let of = |call: &str| {
+        let call = call.replace("price", "CAST(price AS BIGINT)");
+        computed(&call, &trades).map(|values| values.into_iter().flatten().collect::<Vec<_>>())
+    };
+    assert_eq!(of("max(symbol::bigint) FILTER (WHERE symbol ~ '^[0-9]+$')"), Ok(vec![17.0]));
+    assert_eq!(of("max(price * 4) FILTER (WHERE price < 1000)"), Ok(vec![8.0]));
+    assert_eq!(of("max(sqrt(qty)) FILTER (WHERE qty >= 0)"), Ok(vec![3.0]));
+    assert!(of("max(symbol::bigint)").is_err(), "without one the metric stops");
 }
 
 #[test]

@@ -256,7 +256,10 @@ impl Field {
             ColumnType::Int64 => {
                 &["{}", "{}", "{} % 3", "coalesce({}, 0)", "CASE WHEN {} > 0 THEN 'up' ELSE 'down' END"]
             }
-            ColumnType::Float64 => &["{}", "{} > 0", "floor({})"],
+            // a key that is no finite number is NULL to a metric, and a group of its own to batch SQL
+            ColumnType::Float64 => {
+                &["CASE WHEN abs({}) < 1e300 THEN {} END", "{} > 0", "CASE WHEN abs({}) < 1e300 THEN floor({}) END"]
+            }
             ColumnType::Decimal(..) => &["{}", "{} > 0"],
             ColumnType::Bool => &["{}", "{}", "{} IS TRUE"],
             ColumnType::Timestamp => &["{}", "{} < ts"],

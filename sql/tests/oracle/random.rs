@@ -39,9 +39,7 @@ enum Cell {
 fn is_same(a: &Cell, b: &Cell) -> bool {
     match (a, b) {
         (Cell::Null, Cell::Null) => true,
-        (Cell::Number(a), Cell::Number(b)) => {
-            a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= 1e-9 * a.abs().max(b.abs()).max(1.0)
-        }
+        (Cell::Number(a), Cell::Number(b)) => a == b || (a - b).abs() <= 1e-9 * a.abs().max(b.abs()).max(1.0),
         (Cell::Text(a), Cell::Text(b)) => a == b,
         _ => false,
     }
@@ -68,7 +66,11 @@ fn collect(into: &mut Table, batch: &RecordBatch, keys: usize) {
     for row in 0..batch.num_rows() {
         let cell = |column: &ArrayRef| match column.data_type() {
             _ if column.is_null(row) => Cell::Null,
-            DataType::Float64 => Cell::Number(column.as_primitive::<Float64Type>().value(row)),
+            // a metric's rows have NULL where batch SQL has no finite number, or the largest one as the least of infinities
+            DataType::Float64 => match column.as_primitive::<Float64Type>().value(row) {
+                number if number.abs() < f64::MAX => Cell::Number(number),
+                _ => Cell::Null,
+            },
             DataType::Int64 => Cell::Number(column.as_primitive::<Int64Type>().value(row) as f64),
             _ => Cell::Text(array_value_to_string(column, row).unwrap()),
         };
