@@ -98,8 +98,8 @@ impl System {
         };
         let work = move || -> Result<Backtest, Fault> {
             let mut found = Found::default();
-            for record in log.scan(log.head().max(from), filter).map_err(Fault::internal)? {
-                let (_, record) = record.map_err(Fault::internal)?;
+            for record in log.scan(log.head().max(from), filter)? {
+                let (_, record) = record?;
                 let outputs = match record.body {
                     Body::Events { batch, .. } => {
                         let batch = between(&batch, &asked).map_err(Fault::internal)?;

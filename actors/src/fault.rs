@@ -4,7 +4,7 @@ use sql::SqlError;
 use sql::store::StoreError;
 use std::time::Duration;
 use streams::dedup::DedupError;
-use streams::log::AppendError;
+use streams::log::{AppendError, ReadError};
 
 /// What kind of answer a fault is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +76,16 @@ impl From<StoreError> for Fault {
             _ => FaultKind::Internal,
         };
         Self::new(kind, "store_unavailable", error.to_string())
+    }
+}
+
+/// Which file of the log it is goes to the operator and not to clients.
+impl From<ReadError> for Fault {
+    fn from(error: ReadError) -> Self {
+        tracing::error!(%error, "a part of the log cannot be read");
+        let detail = "a part of the log that this asks for could not be read; the server's log says which file it is and \
+                      what to do; try again then, or ask for less";
+        Self::new(FaultKind::Busy { retry_after: Duration::from_secs(30) }, "log_unavailable", detail)
     }
 }
 

@@ -248,8 +248,9 @@ impl RowsPage {
     }
 }
 
-/// A metric's program, its provisional rows, and the event time of the stream they come from.
-pub type LiveRows = (Arc<Program>, Vec<Rows>, Option<Micros>);
+/// A metric's program, its provisional rows, the event time of the stream they come from, and when the newest of its final
+/// rows ends that is not stored yet.
+pub type LiveRows = (Arc<Program>, Vec<Rows>, Option<Micros>, Option<Micros>);
 
 /// A question in SQL.
 #[derive(Clone, Debug)]
@@ -1022,7 +1023,8 @@ impl System {
     /// Provisional rows as they stand now, and the event time that their metric has reached.
     pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        Ok((recent.program?, recent.live, recent.frontier))
+        let unsaved = recent.unsaved.iter().map(|row| row.window_end).max();
+        Ok((recent.program?, recent.live, recent.frontier, unsaved))
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
@@ -1147,9 +1149,8 @@ impl System {
         let filter = Filter { workspace: Some(id.clone()), stream: Some(stream.clone()), ..Filter::default() };
         let read = move || -> Result<Vec<RecordBatch>, Fault> {
             let (mut batches, mut bytes) = (Vec::new(), 0);
-            for record in log.scan(log.head().max(first), filter).map_err(Fault::internal)? {
-                let (_, record) = record.map_err(Fault::internal)?;
-                let Body::Events { batch, .. } = record.body else { continue };
+            for record in log.scan(log.head().max(first), filter)? {
+                let Body::Events { batch, .. } = record?.1.body else { continue };
                 bytes += held(&batch);
                 if bytes > most {
                     let detail = format!(
@@ -1614,7 +1615,7 @@ async fn warm(system: Weak<Inner>) {
     for (id, metric) in looked_at.into_iter().flatten() {
         let Some(system) = system.upgrade().map(System) else { return };
         // what is not there any more needs no reading
-        let Ok((program, _, Some(frontier))) = system.live_rows(&id, &metric).await else { continue };
+        let Ok((program, _, Some(frontier), _)) = system.live_rows(&id, &metric).await else { continue };
         let back = Span(program.window().slide().0.saturating_mul(CHART));
         let query = RowsQuery { from: Some(frontier.minus(back)), limit: CHART as usize, ..RowsQuery::default() };
         if let Err(error) = system.read_rows(&id, &metric, query).await {

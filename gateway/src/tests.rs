@@ -1288,6 +1288,34 @@ async fn what_is_published_comes_to_subscribers_as_events_and_as_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_rows_of_a_metric_are_its_state_however_far_event_time_has_gone_on() {
+    let listening = Listening::start(Limits::default()).await;
+    let (mut socket, root) = listening.signed_in().await;
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades WHERE qty > 1 \
+               GROUP BY symbol, tumble(ts, INTERVAL '1 minute')";
+    let at = "/api/v1/workspaces/acme";
+    let definition = json!({"sql": sql, "max_delay": "0s"});
+    assert_eq!(listening.server.call("PUT", &format!("{at}/metrics/volume"), &root, definition).await.status, 200);
+    // the second one is of no row, and hours later
+    for (ts, qty) in [("2026-01-01T00:00:00Z", 2), ("2026-01-01T09:00:00Z", 1)] {
+        let event = json!({"ts": ts, "symbol": "A", "price": 1, "qty": qty});
+        let sent = listening.server.call("POST", &format!("{at}/streams/market.trades/events"), &root, event).await;
+        assert_eq!((sent.status, &sent.body["accepted"]), (200, &json!(1)), "{}", sent.body);
+    }
+    let rows = format!("{at}/metrics/volume/rows?final=true");
+    let count =
+        async || listening.server.call("GET", &rows, &root, Value::Null).await.body["rows"].as_array().map(Vec::len);
+    while count().await != Some(1) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let subscribe = json!({"type": "subscribe", "workspace": "acme", "channel": "metrics/volume", "ref": 1});
+    assert_eq!(ask(&mut socket, subscribe).await["type"], "ok");
+    let snapshot = hear(&mut socket).await;
+    let row = &snapshot["event"]["snapshot"]["rows"]["A"];
+    assert_eq!((&row["volume"], &row["final"]), (&json!(2.0), &json!(true)), "{snapshot}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_listens_in_a_workspace_that_is_not_theirs() {
     let listening = Listening::start(Limits { subscriptions: 2, ..Limits::default() }).await;
     let (mut socket, root) = listening.signed_in().await;

@@ -158,13 +158,17 @@ async fn metric_rows(
     metric: &ItemName,
     name: &ChannelName,
 ) -> Result<Vec<MetricRow>, Problem> {
-    let (program, live, frontier) = system.live_rows(workspace, metric).await?;
+    let (program, live, _, unsaved) = system.live_rows(workspace, metric).await?;
     let mut rows: Vec<MetricRow> = Vec::new();
     for part in &live {
         let part = encode::metric_rows(&program, part).map_err(Problem::internal)?;
         rows.extend(part.into_iter().filter(|row| name.keeps(&row.pairs)));
     }
-    let newest = frontier.into_iter().chain(rows.iter().map(|row| row.window_end)).max();
+    // not from where event time is: it may have gone on without events for as long as nobody sent any
+    let newest = match rows.iter().map(|row| row.window_end).max().or(unsaved) {
+        None => system.store().newest_row(workspace, metric).await?,
+        live => live,
+    };
     let back = program.window().size().0.saturating_mul(WINDOWS_BACK);
     let mut query = RowsQuery {
         from: newest.map(|at| Micros(at.0.saturating_sub(back))),

@@ -18,6 +18,7 @@ use engine::workspace::Cause;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sql::plan::MetricSql;
+use std::collections::BTreeMap;
 use streams::span::{Text, format};
 
 pub(super) fn routes() -> Router<AppState> {
@@ -238,6 +239,9 @@ pub(super) fn instant(name: &str, text: &str) -> Result<Micros, Problem> {
     })
 }
 
+/// In front of a key column that is called as a parameter is.
+const KEY: &str = "key.";
+
 /// A page of rows as a query string asks for it; what is no parameter is a key column.
 fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
     let only_final = match page.take("final").as_deref() {
@@ -258,15 +262,15 @@ fn rows_query(mut page: Listing, now: Micros) -> Result<RowsQuery, Problem> {
         Some("auto") => Step::of_range(from.unwrap_or(Micros::MIN), to.unwrap_or(now)),
         Some(_) => return Err(Problem::invalid("bad_parameter", "resolution must be raw, 1h, 1d or auto")),
     };
-    Ok(RowsQuery {
-        from,
-        to,
-        limit: page.limit,
-        after: page.take("after"),
-        only_final,
-        keys: nulls.chain(page.rest.into_iter().map(|(name, value)| (name, Some(value)))).collect(),
-        step,
-    })
+    let (limit, after) = (page.limit, page.take("after"));
+    let mut keys: BTreeMap<String, Option<String>> = BTreeMap::new();
+    for (name, value) in page.rest {
+        let name = name.strip_prefix(KEY).map(str::to_owned).unwrap_or(name);
+        if keys.insert(name.clone(), Some(value)).is_some() {
+            return Err(Problem::invalid("bad_parameter", format!("the key column `{name}` is asked for twice")));
+        }
+    }
+    Ok(RowsQuery { from, to, limit, after, only_final, keys: nulls.chain(keys).collect(), step })
 }
 
 async fn rows(
@@ -303,6 +307,9 @@ mod tests {
     fn what_is_no_parameter_filters_by_a_key() {
         let wanted = query(&[("symbol", "AAPL"), ("final", "true"), ("from", "2026-01-01T00:00:00Z")]).unwrap();
         assert_eq!(wanted.keys, [("symbol".to_owned(), Some("AAPL".to_owned()))]);
+        let named = query(&[("key.from", "EUR"), ("from", "2026-01-01T00:00:00Z")]).unwrap();
+        assert_eq!((named.keys, named.from), (vec![("from".to_owned(), Some("EUR".to_owned()))], wanted.from));
+        assert_eq!(query(&[("key.symbol", "A"), ("symbol", "B")]).unwrap_err().code, "bad_parameter");
         let nulls = query(&[("is_null", "side,venue")]).unwrap().keys;
         assert_eq!(nulls, [("side".to_owned(), None), ("venue".to_owned(), None)]);
         assert_eq!((wanted.only_final, wanted.limit), (Some(true), 7));

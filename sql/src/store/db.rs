@@ -58,6 +58,8 @@ struct Breaker {
     why: String,
     /// When somebody last looked while the server was thought to be there.
     looked: Option<Instant>,
+    /// When somebody last got a connection.
+    given: Option<Instant>,
 }
 
 impl Breaker {
@@ -67,6 +69,9 @@ impl Breaker {
 }
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// https://www.postgresql.org/docs/current/errcodes-appendix.html
+const TOO_MANY_CONNECTIONS: &str = "53300";
 
 /// A caller waits this long for the pool, or for what a look finds, before it is thought that the server may be away.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -159,18 +164,29 @@ impl Server {
                 tokio::time::sleep_until((looked + LOOK_EVERY).into()).await;
             }
             self.breaker.lock().looked = Some(Instant::now());
-            match self.knock().await {
-                Err(error) if matches!(cause(&error), Cause::Unreachable) => {
-                    self.is_away(&error);
-                    return error;
+            let Err(error) = self.knock().await else { continue };
+            let error = match error {
+                Error::Database(full) if full.code().as_deref() == Some(TOO_MANY_CONNECTIONS) && self.is_starved() => {
+                    Error::Io(io::Error::new(io::ErrorKind::NotConnected, full.to_string()))
                 }
-                _ => {}
+                error => error,
+            };
+            if matches!(cause(&error), Cause::Unreachable) {
+                self.is_away(&error);
+                return error;
             }
         }
     }
 
+    /// Whether nobody got a connection for a while: a server that has none left is away then, as for who needs one.
+    fn is_starved(&self) -> bool {
+        self.breaker.lock().given.is_none_or(|given| given.elapsed() > LOOK_EVERY)
+    }
+
     fn is_there(&self) {
-        if self.breaker.lock().next_look.take().is_some() {
+        let mut breaker = self.breaker.lock();
+        breaker.given = Some(Instant::now());
+        if breaker.next_look.take().is_some() {
             tracing::info!("the store can be reached again");
         }
     }

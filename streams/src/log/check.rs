@@ -13,6 +13,8 @@ const FIRST_AFTER: Duration = Duration::from_secs(60);
 /// Read at once; then the disk is left to others, so that no more than this is read in a [`PACE`].
 const STEP_BYTES: u64 = 1 << 20;
 const PACE: Duration = Duration::from_millis(30);
+/// So many places are told.
+const TOLD_MAX: usize = 20;
 
 /// What was found, and how the one who looks is told to end.
 #[derive(Default)]
@@ -26,6 +28,17 @@ impl Check {
     /// What of the complete files is not as it was written, for people.
     pub(super) fn damage(&self) -> Option<String> {
         Some(self.damage.lock().join("; ")).filter(|told| !told.is_empty())
+    }
+
+    /// Somebody who read met this.
+    pub(super) fn found(&self, error: &ReadError) {
+        if matches!(error, ReadError::Gone { .. } | ReadError::Ahead { .. }) {
+            return;
+        }
+        let (mut damage, told) = (self.damage.lock(), error.to_string());
+        if damage.len() < TOLD_MAX && !damage.contains(&told) {
+            damage.push(told);
+        }
     }
 
     pub(super) fn end(&self) {
@@ -68,10 +81,11 @@ impl Check {
                 continue; // it was let go meanwhile
             }
             tracing::error!(%error, "a log file is damaged");
-            found.push(error.to_string());
+            found.push(error);
         }
         metrics::gauge!("tidewatch_log_damaged_files").set(found.len() as f64);
-        *self.damage.lock() = found;
+        self.damage.lock().clear();
+        found.iter().for_each(|error| self.found(error));
         ControlFlow::Continue(())
     }
 }
