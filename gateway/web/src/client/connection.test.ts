@@ -313,6 +313,23 @@ describe('a connection', () => {
     world.socket.push({ type: 'error', ref: 's1', code: 'metric_not_found', detail: 'no metric `none`' });
     expect(states.at(-1)).toEqual({ phase: 'failed', code: 'metric_not_found', detail: 'no metric `none`' });
   });
+
+  test('tells of a channel that was taken away why, and of no other', async () => {
+    const states: Record<string, SubscriptionState> = {};
+    for (const [workspace, name] of [
+      ['w', METRIC],
+      ['w', 'alerts'],
+      ['other', METRIC],
+    ] as const) {
+      tidewatch.subscribe(workspace, name, { onState: (now) => (states[`${workspace} ${name}`] = now) });
+    }
+    await settle();
+    world.socket.accept();
+    const withdrawn = { type: 'error', workspace: 'w', channel: METRIC, code: 'forbidden', detail: 'not yours' };
+    world.socket.push(withdrawn);
+    expect(states[`w ${METRIC}`]).toEqual({ phase: 'failed', code: 'forbidden', detail: 'not yours' });
+    expect([states['w alerts']!.phase, states[`other ${METRIC}`]!.phase]).toEqual(['subscribing', 'subscribing']);
+  });
 });
 
 describe('a call', () => {

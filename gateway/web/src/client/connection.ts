@@ -181,15 +181,28 @@ export class Connection {
     if (frame.type === 'event') return this.#push(frame);
     if (frame.type === 'reconnect') return void (this.#returnAfter = frame.after_ms ?? null);
     if (frame.ref === 'auth') return this.#authenticated(frame);
+    if (frame.ref === undefined && frame.channel !== undefined) return this.#withdrawn(frame);
     const subscription = [...this.#subscriptions.values()].find(({ ref }) => ref === frame.ref);
     if (!subscription) return; // an answer to a ping, or to what was given up meanwhile
     if (frame.type === 'ok') {
       subscription.channel.subscribed(frame);
       this.#tell(subscription, { phase: 'live', recovered: frame.recovered === true });
     } else if (frame.type === 'error') {
-      const { code = 'error', detail = 'the server refused the subscription' } = frame;
-      this.#tell(subscription, { phase: 'failed', code, detail });
+      this.#fail(subscription, frame);
     }
+  }
+
+  /** The server tells no more of a channel: it was taken from us, or is there no more. */
+  #withdrawn(frame: Frame): void {
+    for (const subscription of this.#subscriptions.values()) {
+      const { workspace, name } = subscription;
+      if (name === frame.channel && (frame.workspace ?? workspace) === workspace) this.#fail(subscription, frame);
+    }
+  }
+
+  #fail(subscription: Subscription, frame: Frame): void {
+    const { code = 'error', detail = 'the server refused the subscription' } = frame;
+    this.#tell(subscription, { phase: 'failed', code, detail });
   }
 
   #authenticated(frame: Frame): void {

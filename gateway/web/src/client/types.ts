@@ -69,6 +69,8 @@ export interface Metric {
   emit?: string;
   max_delay?: string;
   allowed_lateness?: string;
+  /** Why it stopped, where it did. */
+  failure?: string;
 }
 
 /** What a column may hold. Decimals may come as strings so that no digit is lost. */

@@ -43,6 +43,8 @@ export class MetricView {
   subscription = $state.raw<SubscriptionState>({ phase: 'subscribing' });
   /** True once the first snapshot is here. */
   loaded = $state(false);
+  /** Why the metric stopped, where it did: its rows stand still. */
+  failure = $state<string | null>(null);
   /** Why history is missing, where it is. */
   problem = $state.raw<unknown>(null);
   /** Moves when a point on the chart changed. */
@@ -60,7 +62,9 @@ export class MetricView {
   constructor(
     readonly workspace: string,
     readonly metric: Metric,
-  ) {}
+  ) {
+    this.failure = metric.failure ?? null;
+  }
 
   /** Follows the metric until the returned function is called. */
   open(): () => void {
@@ -72,6 +76,9 @@ export class MetricView {
         this.#state = state;
         for (const key of changed) this.#changed.add(key);
         this.#draw();
+      },
+      onEvent: (event) => {
+        if (event['name'] === 'metric.failed') this.failure = (event['value'] as { reason: string }).reason;
       },
       onState: (state) => (this.subscription = state),
     });
@@ -183,7 +190,10 @@ export class MetricView {
     const query = new URLSearchParams({ limit: String(HISTORY_LIMIT) });
     const row = this.#entries.get(key)?.row;
     if (!row) return; // gone with a new snapshot, and with it the values to ask by
-    for (const name of this.metric.keys) query.set(name, String(row[name]));
+    const nulls = this.metric.keys.filter((name) => row[name] === null);
+    if (nulls.length > 0) query.set('is_null', nulls.join(','));
+    // the prefix tells a column from a parameter of the same name
+    for (const name of this.metric.keys) if (row[name] !== null) query.set(`key.${name}`, String(row[name]));
     const from = since ?? this.#from(row);
     if (from) query.set('from', from);
     const path = workspacePath(this.workspace, 'metrics', this.metric.name, 'rows');
