@@ -842,6 +842,17 @@ impl StreamJoin {
                 unheld.push(id);
                 continue;
             }
+            // whether what is behind the watermark is late hangs on the sessions that are open when its turn comes
+            let is_behind = is_session && {
+                let matched = others.between(id, range).map(|(_, other)| if side == LEFT { at } else { other.ts });
+                matched.min().is_some_and(|first| first <= metric.closed())
+            };
+            if is_behind && !pairs.came.is_empty() {
+                let rows = self.joined_pairs(side, events.columns(), std::mem::take(&mut pairs), tables)?;
+                matches += rows.num_rows();
+                self.give(metric, &rows, out)?;
+            }
+            let others = &mut self.sides[1 - side];
             let mut fate = Fate::Waiting;
             let before = pairs.came.len();
             for (place, other) in others.between_mut(id, range) {
@@ -864,7 +875,7 @@ impl StreamJoin {
             let last = if side == LEFT { at } else { near.left_of(at).1 };
             let stored = Stored { ts: at, fate, row: encoded.row(row).as_ref().into() };
             self.sides[side].add(id, stored, last.pane_start(pane), &mut self.keys);
-            if pairs.came.len() >= PAIRS_AT_ONCE {
+            if pairs.came.len() >= PAIRS_AT_ONCE || is_behind {
                 let rows = self.joined_pairs(side, events.columns(), std::mem::take(&mut pairs), tables)?;
                 matches += rows.num_rows();
                 self.give(metric, &wrong.take_from(rows, pane)?, out)?;

@@ -625,17 +625,24 @@ proptest! {
 #[test]
 fn an_event_meets_the_sessions_that_are_open_when_its_turn_in_the_batch_comes() {
     let world = World::new();
-    let program = world.plan(
-        "SELECT a.symbol, count(*) AS n FROM a.events a JOIN b.events b ON a.symbol = b.symbol \
-         AND b.ts BETWEEN a.ts - INTERVAL '1 second' AND a.ts GROUP BY session(a.ts, INTERVAL '4 seconds'), a.symbol",
-    );
-    // the fourth ends the session of the first pair, and the last one's would have been joined to it
     let at = |right: bool, quarters: i64, symbol: &'static str| (right, (quarters * SECOND / 4, symbol, 1.0));
-    let events = [at(false, 0, "C"), at(true, 0, "C"), at(true, 109, "A"), at(false, 61, "A"), at(false, 2, "C")];
-    let timing = Timing { max_delay: Span::seconds(11), allowed_lateness: Span::ZERO };
-    let cut = |most| engine_rows(&world, &program, timing, &interleaved(&world, &events, most), &[]);
-    assert_eq!(cut(1).len(), 2);
-    assert_same(&cut(2), &cut(1), "two at a time");
+    // the fourth ends the session of the first pair, and the last one's would have been joined to it
+    let ended = [at(false, 0, "C"), at(true, 0, "C"), at(true, 109, "A"), at(false, 61, "A"), at(false, 2, "C")];
+    // of the last two, each with two matches, the first opens a session that the second one's late match belongs to
+    let opened =
+        [(false, 31, "B"), (false, 18, "B"), (true, 87, "A"), (false, 87, "A"), (true, 0, "B"), (true, 0, "B")]
+            .map(|(right, quarters, symbol)| at(right, quarters, symbol));
+    for (events, before, delay, rows) in [(&ended[..], 1, 11, 2), (&opened[..], 8, 10, 2)] {
+        let program = world.plan(&format!(
+            "SELECT a.symbol, count(*) AS n FROM a.events a JOIN b.events b ON a.symbol = b.symbol \
+             AND b.ts BETWEEN a.ts - INTERVAL '{before} seconds' AND a.ts \
+             GROUP BY session(a.ts, INTERVAL '4 seconds'), a.symbol"
+        ));
+        let timing = Timing { max_delay: Span::seconds(delay), allowed_lateness: Span::ZERO };
+        let cut = |most| engine_rows(&world, &program, timing, &interleaved(&world, events, most), &[]);
+        assert_eq!(cut(1).len(), rows);
+        assert_same(&cut(2), &cut(1), "two at a time");
+    }
 }
 
 #[test]

@@ -504,6 +504,26 @@ fn what_is_divided_by_zero_is_null_and_the_metric_goes_on() {
 }
 
 #[test]
+fn looks_and_checkpoints_change_no_digit() {
+    let text = "SELECT symbol, stddev(price) AS s, var_pop(price) AS v, corr(price, qty) AS c, regr_slope(price, qty) AS r \
+                FROM market.trades GROUP BY hop(ts, INTERVAL '1 second', INTERVAL '3 seconds'), symbol";
+    let run = |looks: bool| {
+        let (mut workspace, mut found) = (Workspace::default(), Rows::new());
+        workspace.define(metric(), 1, planned(text), timing(0, 0)).unwrap();
+        for at in 0..200 {
+            let price = f64::from(at * 37 % 101) / 7.0 + 0.1;
+            let rows = [(i64::from(at) * 50_000, "A", price, f64::from(at % 13) / 3.0)];
+            take(&mut found, workspace.step(&trades(), &batch(&rows)), 1);
+            if looks {
+                drop((workspace.tick(&metric()), workspace.save().unwrap()));
+            }
+        }
+        found
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
 fn keys_that_are_no_finite_number_are_the_null_key() {
     let text = "SELECT price / qty AS ratio, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 second'), price / qty";
     let mut workspace = Workspace::default();
