@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 /// The most bytes written and made durable at once: keeps the wait of the first in a group short.
 const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Of them, the most of one workspace: what the others write waits for no more than that of one that writes much.
-const SHARE_BYTES_MAX: usize = 256 << 10;
+const SHARE_BYTES_MAX: usize = 512 << 10;
 /// A record's length is 32 bits in the file.
 const RECORD_BYTES_MAX: usize = 1 << 30;
 /// Positions are 32 bits too, and the last group comes on top of this.
