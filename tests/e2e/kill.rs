@@ -12,7 +12,7 @@ use reqwest::{Client, Method};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -94,10 +94,27 @@ impl Process {
     }
 
     async fn kill(&mut self) {
+        if let Some(status) = self.ended_by_itself() {
+            panic!("the server ended with {status}: {}", self.stderr());
+        }
         if let Some(mut child) = self.child.take() {
-            assert!(child.try_wait().unwrap().is_none(), "the server ended by itself: {}", self.stderr());
             child.kill().await.unwrap(); // SIGKILL, and waits
         }
+    }
+
+    /// How the server ended without being killed. One that was started while its store was away says so and ends, and
+    /// whoever supervises it starts it again: that is none.
+    fn ended_by_itself(&mut self) -> Option<ExitStatus> {
+        let status = self.child.as_mut()?.try_wait().unwrap()?;
+        let stderr = self.stderr();
+        let last = stderr.lines().last().unwrap_or_default();
+        let is_without_store = last.starts_with("error: ")
+            && (last.contains("cannot reach store") || last.contains("the store cannot be"));
+        if self.store.is_none() || !is_without_store {
+            return Some(status);
+        }
+        self.start();
+        None
     }
 
     /// Returns once the server can serve: how long that took.
@@ -108,7 +125,7 @@ impl Process {
             if answer.is_ok_and(|answer| answer.status().is_success()) {
                 return begun.elapsed();
             }
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().unwrap()) {
+            if let Some(status) = self.ended_by_itself() {
                 panic!("the server ended with {status}: {}", self.stderr());
             }
             assert!(begun.elapsed() < PATIENCE, "not ready within {PATIENCE:?}: {}", self.stderr());

@@ -128,6 +128,7 @@ impl Database {
             let starting = error.contains("could not connect")
                 || error.contains("Connection refused")
                 || error.contains("starting up")
+                || error.contains("not yet accepting connections")
                 || error.contains("No such file");
             assert!(starting && began.elapsed() < Duration::from_secs(60), "{sql}: {error}");
             std::thread::sleep(Duration::from_millis(100));
