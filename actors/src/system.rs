@@ -41,6 +41,7 @@ use sql::store::{
     Alert, DeadLetter, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, TableRow, Workspace,
 };
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
@@ -314,6 +315,12 @@ pub struct Part {
     /// Without it events are still taken in and live results go on.
     #[serde(skip)]
     pub can_wait: bool,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.detail)
+    }
 }
 
 /// What the schema of a stream is stored as.

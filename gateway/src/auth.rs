@@ -225,7 +225,7 @@ impl Auth {
     /// Makes the configured first admin where there is no user yet: whether one was made.
     pub async fn bootstrap(&self, store: &Store, now: Micros) -> Result<bool, AuthError> {
         let Some((email, password)) = &self.bootstrap else { return Ok(false) };
-        let count = store.user_count().await.map_err(|error| AuthError::Bootstrap(error.to_string()))?;
+        let count = store.user_count().await?;
         if count > 0 {
             return Ok(false);
         }

@@ -28,7 +28,7 @@ pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
 pub use hub::Hub;
 pub use oidc::OidcConfig;
 pub use quota::{Tier, default_tiers};
-pub use serve::serve;
+pub use serve::{Starting, serve};
 #[cfg(fuzzing)]
 pub use socket::frame::fuzz;
 pub use tls::TlsConfig;

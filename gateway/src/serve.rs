@@ -1,16 +1,21 @@
 //! The server: connections within bounds, answers until the last one when it drains.
 
 use crate::config::Config;
+use crate::problem::{self, Problem};
 use crate::tls::Tls;
-use crate::{AppState, routes};
+use crate::{AppState, edge, routes};
+use actors::Part;
 use axum::Router;
 use axum::extract::ConnectInfo;
+use axum::http::StatusCode;
+use axum::middleware::from_fn;
 use axum::routing::get;
 use hyper::body::Incoming;
 use hyper::{Request, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
+use parking_lot::Mutex;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -20,7 +25,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tower::ServiceExt;
 
 /// A client has this long to send the head of a request.
@@ -29,6 +36,8 @@ const HEAD_WAIT: Duration = Duration::from_secs(15);
 const DRAIN: Duration = Duration::from_secs(5);
 /// After an error of `accept`, such as no file descriptors, some time must pass for it to go away.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// A client of a server that is starting comes again after this.
+const START_WAIT: Duration = Duration::from_secs(1);
 /// Requests at the same time on one HTTP/2 connection.
 const STREAMS_MAX: u32 = 128;
 
@@ -59,8 +68,44 @@ pub async fn serve(
         }
     };
     let router = crate::router(state.clone());
-    let connections_max = u32::try_from(config.limits.connections).unwrap_or(u32::MAX);
-    let connections = Arc::new(Semaphore::new(connections_max as usize));
+    let open = answer(&listener, tls.as_ref(), router, config.limits.connections, shutdown).await;
+    drop((listener, tls));
+    state.closing.cancel();
+    open.end(DRAIN).await;
+    Ok(())
+}
+
+/// Connections that were open when no new ones were taken any more.
+struct Open {
+    graceful: GracefulShutdown,
+    permits: Arc<Semaphore>,
+    permits_max: u32,
+}
+
+impl Open {
+    /// Finishes requests in flight; what is not done within `within` is cut off.
+    async fn end(self, within: Duration) {
+        let drained = async {
+            self.graceful.shutdown().await;
+            // upgraded connections hold their permit until their socket is closed
+            _ = self.permits.acquire_many(self.permits_max).await;
+        };
+        if tokio::time::timeout(within, drained).await.is_err() {
+            tracing::warn!(?within, "not all connections ended in time; they are cut off");
+        }
+    }
+}
+
+/// Takes connections, `most` at a time, and answers them by `router` until `shutdown`.
+async fn answer(
+    listener: &TcpListener,
+    tls: Option<&(TcpListener, Arc<Tls>)>,
+    router: Router,
+    most: usize,
+    shutdown: impl Future<Output = ()>,
+) -> Open {
+    let permits_max = u32::try_from(most).unwrap_or(u32::MAX);
+    let permits = Arc::new(Semaphore::new(permits_max as usize));
     let graceful = GracefulShutdown::new();
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WAIT);
@@ -69,7 +114,7 @@ pub async fn serve(
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         let accepted_tls = async {
-            match &tls {
+            match tls {
                 Some((listener, tls)) => listener.accept().await.map(|accepted| (accepted, Some(tls.clone()))),
                 None => std::future::pending().await,
             }
@@ -77,7 +122,7 @@ pub async fn serve(
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted.map(|accepted| (accepted, None)),
             accepted = accepted_tls => accepted,
-            () = &mut shutdown => break,
+            () = &mut shutdown => return Open { graceful, permits, permits_max },
         };
         let ((stream, peer), tls) = match accepted {
             Ok(accepted) => accepted,
@@ -87,7 +132,7 @@ pub async fn serve(
                 continue;
             }
         };
-        let Ok(permit) = connections.clone().try_acquire_owned() else {
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
             // closed at once: a client sees that it was refused instead of waiting for an answer
             metrics::counter!("tidewatch_connections_refused_total").increment(1);
             continue;
@@ -109,17 +154,69 @@ pub async fn serve(
             }
         });
     }
-    drop((listener, tls));
-    state.closing.cancel();
-    let drained = async {
-        graceful.shutdown().await;
-        // upgraded connections hold their permit until their socket is closed
-        _ = connections.acquire_many(connections_max).await;
-    };
-    if tokio::time::timeout(DRAIN, drained).await.is_err() {
-        tracing::warn!(within = ?DRAIN, "not all connections ended in time; they are cut off");
+}
+
+/// A server that is not ready yet: it says that it lives, what it waits for, and that clients may come again.
+///
+/// Ends when it is dropped.
+pub struct Starting {
+    waits: Waits,
+    stop: DropGuard,
+    listener: JoinHandle<TcpListener>,
+}
+
+/// What a start waits for.
+type Waits = Arc<Mutex<Part>>;
+
+impl Starting {
+    /// Answers on `listener` until the server is ready.
+    pub fn serve(listener: TcpListener, config: &Config) -> Starting {
+        let waits: Waits = Arc::new(Mutex::new(waiting("log", "is being read")));
+        let stop = CancellationToken::new();
+        let (router, most, stopped) = (starting_router(waits.clone(), config), config.limits.connections, stop.clone());
+        let listener = tokio::spawn(async move {
+            let open = answer(&listener, None, router, most, stopped.cancelled()).await;
+            tokio::spawn(open.end(DRAIN)); // none of its answers takes long
+            listener
+        });
+        Starting { waits, stop: stop.drop_guard(), listener }
     }
-    Ok(())
+
+    /// From now on the start waits for `part`, one that `/ready` lists, because of `why`.
+    pub fn waits_for(&self, part: &'static str, why: impl Into<String>) {
+        *self.waits.lock() = waiting(part, why);
+    }
+
+    /// The listener, on which clients wait meanwhile for the server.
+    pub async fn end(self) -> io::Result<TcpListener> {
+        drop(self.stop);
+        self.listener.await.map_err(io::Error::other)
+    }
+}
+
+fn waiting(name: &'static str, why: impl Into<String>) -> Part {
+    Part { name, ok: false, detail: why.into(), can_wait: false }
+}
+
+/// Nothing but `/health` and `/ready` is served: anything else is told to come again.
+fn starting_router(waits: Waits, config: &Config) -> Router {
+    let all = waits.clone();
+    let ready = move || {
+        let part = waits.lock().clone();
+        std::future::ready(routes::not_ready(std::slice::from_ref(&part), &[part.to_string()]))
+    };
+    let fallback = move || {
+        let detail = format!("the server is starting; {}; try again", *all.lock());
+        let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", detail);
+        std::future::ready(problem.retry_after(START_WAIT))
+    };
+    Router::new()
+        .route("/health", get(routes::health))
+        .route("/ready", get(ready))
+        .fallback(fallback)
+        .layer(from_fn(problem::document_errors))
+        .layer(crate::cors(&config.cors_origins))
+        .layer(from_fn(edge::identify))
 }
 
 /// The router as hyper calls it, with the peer's address in each request.

@@ -6,11 +6,12 @@ use actors::pack::Packs;
 use actors::{Parts, System};
 use anyhow::{Context, Result, bail, ensure};
 use cache::Cache;
-use gateway::{AppState, Auth, Hub, SECRET_BYTES_MIN};
+use engine::event::Micros;
+use gateway::{AppState, Auth, AuthError, Hub, SECRET_BYTES_MIN, Starting};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use sql::store::Store;
+use sql::store::{Store, StoreError};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,9 +30,15 @@ pub struct App {
 const DRAIN: Duration = Duration::from_secs(4);
 
 impl App {
-    /// Opens log and store under `config.data_dir`, replays, and listens.
+    /// Listens, opens log and store under `config.data_dir`, and replays. Meanwhile `/health` and `/ready` are served, and a
+    /// PostgreSQL that is away is waited for.
     pub async fn build(config: Config) -> Result<App> {
         let auth = checked(&config)?;
+        let wire = Arc::new(config.gateway());
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
+        let starting = Starting::serve(listener, &wire);
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
         // recorded once for the whole process, whatever the number of systems in it
@@ -45,19 +52,25 @@ impl App {
         };
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
-        let store_url = config.store_url()?;
-        let store = Store::open_with(&store_url, &config.store_options()).await?;
-        belong_together(&store, &log, &config.data_dir).await?;
-        let log: Arc<dyn Log> = Arc::new(log);
-        let installation = installation(&store, &store_url).await?;
-        let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let clock = Arc::new(SystemClock);
-        auth.bootstrap(&store, clock.now()).await?;
-        let resealed = auth.reseal(&store).await?;
-        if resealed > 0 {
-            tracing::info!(resealed, "secrets in the store are encrypted with the new auth.encryption_key");
-        }
-        let wire = config.gateway();
+        let mut said = false;
+        let (store, installation) = loop {
+            let error = match open_store(&config, &log, &auth, clock.now()).await {
+                Ok(opened) => break opened,
+                Err(error) => error,
+            };
+            if !is_store_away(&error) {
+                return Err(error);
+            }
+            if !std::mem::replace(&mut said, true) {
+                tracing::warn!(%error, "the start waits for the store");
+            }
+            starting.waits_for("store", error.to_string());
+            tokio::time::sleep(LOOK_EVERY).await;
+        };
+        starting.waits_for("actors", "are being restored");
+        let log: Arc<dyn Log> = Arc::new(log);
+        let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let hub = Hub::new(&wire.limits, &wire.history);
         let system = System::start(Parts {
             store,
@@ -73,11 +86,8 @@ impl App {
         })
         .await?;
         let packs = Arc::new(Packs::load(config.packs_dir.as_deref()).await?);
-        let listener = TcpListener::bind(config.listen)
-            .await
-            .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-        let state = AppState::new(system, Arc::new(auth), hub, Arc::new(wire), packs, metrics)?;
-        Ok(App { state, listener })
+        let state = AppState::new(system, Arc::new(auth), hub, wire, packs, metrics)?;
+        Ok(App { state, listener: starting.end().await? })
     }
 
     /// Where it listens; the port is real also where 0 was asked for.
@@ -106,6 +116,33 @@ impl App {
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// A store that is away is tried this often.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// The store with all that a start writes into it, and what its installation is called.
+async fn open_store(config: &Config, log: &EmbeddedLog, auth: &Auth, now: Micros) -> Result<(Store, String)> {
+    let url = config.store_url()?;
+    // who waits for it here says so to those who ask
+    let options = sql::store::Options { start_ms: 0, ..config.store_options() };
+    let store = Store::open_with(&url, &options).await?;
+    belong_together(&store, log, &config.data_dir).await?;
+    let installation = installation(&store, &url).await?;
+    auth.bootstrap(&store, now).await?;
+    let resealed = auth.reseal(&store).await?;
+    if resealed > 0 {
+        tracing::info!(resealed, "secrets in the store are encrypted with the new auth.encryption_key");
+    }
+    Ok((store, installation))
+}
+
+fn is_store_away(error: &anyhow::Error) -> bool {
+    let of_store = match error.downcast_ref() {
+        Some(AuthError::Store(error)) => Some(error),
+        _ => error.downcast_ref(),
+    };
+    of_store.is_some_and(StoreError::is_away)
 }
 
 /// Where the store keeps which log its results come from.

@@ -135,10 +135,19 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", told_once(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, but for those that it tells itself.
+fn told_once(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told {
+        told if told.is_empty() => cause,
+        told if told.contains(&cause) => told,
+        told => format!("{told}: {cause}"),
+    })
 }
 
 async fn run(command: Command) -> Result<()> {
@@ -148,7 +157,10 @@ async fn run(command: Command) -> Result<()> {
         }
         Command::Serve { config } => {
             let config = Config::load(config.as_deref())?;
-            let app = App::build(config).await?;
+            let app = tokio::select! {
+                app = App::build(config) => app?,
+                () = server::shutdown_signal() => return Ok(()), // nothing was taken in yet
+            };
             tracing::info!(address = %app.address(), "serving");
             app.serve_until(server::shutdown_signal()).await
         }
@@ -188,6 +200,13 @@ mod tests {
             seen += 1 + check(below, &path);
         }
         seen
+    }
+
+    #[test]
+    fn an_error_says_each_cause_once() {
+        let cause = std::io::Error::other("refused");
+        let error = anyhow::Error::new(cause).context("cannot connect: refused").context("cannot start");
+        assert_eq!(told_once(&error), "cannot start: cannot connect: refused");
     }
 
     #[test]

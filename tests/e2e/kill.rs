@@ -102,8 +102,8 @@ impl Process {
         }
     }
 
-    /// How the server ended without being killed. One that was started while its store was away says so and ends, and
-    /// whoever supervises it starts it again: that is none.
+    /// How the server ended without being killed. One whose store went away in the middle of the start says so and ends,
+    /// and whoever supervises it starts it again: that is none.
     fn ended_by_itself(&mut self) -> Option<ExitStatus> {
         let status = self.child.as_mut()?.try_wait().unwrap()?;
         let stderr = self.stderr();

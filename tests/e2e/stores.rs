@@ -41,6 +41,13 @@ impl Process {
 
     /// The same with settings of the test's own, by the names of their variables.
     pub async fn start_with(data: &Path, store: &str, settings: &[(&str, &str)]) -> Process {
+        let mut process = Process::spawn(data, store, settings);
+        process.sign_in().await;
+        process
+    }
+
+    /// A server that may not be ready yet.
+    fn spawn(data: &Path, store: &str, settings: &[(&str, &str)]) -> Process {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let child = Command::new(BINARY)
             .arg("serve")
@@ -58,13 +65,15 @@ impl Process {
             .unwrap();
         server::choose_tls();
         let client = Client::builder().timeout(Duration::from_secs(30)).build().unwrap();
-        let mut process = Process { child, url: format!("http://127.0.0.1:{port}"), client, token: String::new() };
-        process.until("it is ready", |process| async { process.ready().await.0 == StatusCode::OK }).await;
+        Process { child, url: format!("http://127.0.0.1:{port}"), client, token: String::new() }
+    }
+
+    async fn sign_in(&mut self) {
+        self.until("it is ready", |process| async { process.ready().await.0 == StatusCode::OK }).await;
         let login = json!({"email": EMAIL, "password": PASSWORD}).to_string();
-        let (status, body) = process.call(Method::POST, "/api/v1/auth/login", login).await.unwrap();
+        let (status, body) = self.call(Method::POST, "/api/v1/auth/login", login).await.unwrap();
         assert_eq!(status, StatusCode::OK, "{body}");
-        process.token = body["access_token"].as_str().unwrap().to_owned();
-        process
+        self.token = body["access_token"].as_str().unwrap().to_owned();
     }
 
     pub async fn call(&self, method: Method, path: &str, body: String) -> Option<(StatusCode, Value)> {
@@ -86,6 +95,14 @@ impl Process {
     async fn ready(&self) -> (StatusCode, Value) {
         let gone = (StatusCode::SERVICE_UNAVAILABLE, Value::Null);
         self.call(Method::GET, "/ready", String::new()).await.unwrap_or(gone)
+    }
+
+    /// Whether a start waits for the store, and says it is because of `why`. It is never ready meanwhile.
+    async fn waits_for_store(&self, why: &str) -> bool {
+        let (status, answer) = self.ready().await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+        let detail = answer["detail"].as_str().unwrap_or_default();
+        detail.starts_with("store: cannot reach store") && detail.contains(why)
     }
 
     async fn until<'a, F: Future<Output = bool>>(&'a self, what: &str, holds: impl Fn(&'a Process) -> F) {
@@ -214,6 +231,32 @@ async fn without_the_database_events_are_taken_in_and_later_all_is_there_once() 
     drop(process);
     let process = Process::start(data.path(), &url).await;
     process.until("a restart finds the same", |process| async { process.totals().await == all }).await;
+}
+
+#[tokio::test]
+async fn a_server_that_starts_without_its_database_lives_says_so_and_is_ready_once_it_is_there() {
+    let Some((mut database, url)) = database() else { return };
+    let data = tempfile::tempdir().unwrap();
+    let mut process = Process::with_metric(data.path(), &url).await;
+    process.trades(0, 10).await.unwrap();
+    process.child.kill().unwrap(); // what it acknowledged is in the log alone
+    process.child.wait().unwrap();
+    database.stop();
+    // one that takes connections and says nothing, then none at all
+    let address = url.split(['@', '/']).nth(3).unwrap();
+    let silent = std::net::TcpListener::bind(address).unwrap();
+    let mut process = Process::spawn(data.path(), &url, &[]);
+    process.until("its database is silent", |process| process.waits_for_store("no answer within 2s")).await;
+    drop(silent);
+    process.until("its database is away", |process| process.waits_for_store("refused")).await;
+    let (status, health) = process.call(Method::GET, "/health", String::new()).await.unwrap();
+    assert_eq!((status, health), (StatusCode::OK, json!({"status": "ok"})));
+    let (status, answer) = process.trades(1, 1).await.unwrap();
+    assert_eq!((status, &answer["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("not_ready")), "{answer}");
+    database.start();
+    process.sign_in().await;
+    process.trades(1, 10).await.unwrap();
+    process.until("all is counted once", |process| async { process.totals().await == Some((20, 90.0, 0)) }).await;
 }
 
 /// `tidewatch backup` or `restore`: what it says when it fails.

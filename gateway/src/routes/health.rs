@@ -1,7 +1,8 @@
 //! Whether the process lives and can serve. Open to all, so nothing here says more than that.
 
 use crate::AppState;
-use crate::problem::Code;
+use crate::problem::{Code, PROBLEM_JSON};
+use actors::Part;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, StatusCode};
@@ -14,15 +15,14 @@ pub(super) fn routes() -> Router<AppState> {
     Router::new().route("/health", get(health)).route("/ready", get(ready))
 }
 
-async fn health() -> Json<Value> {
+pub(crate) async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
 async fn ready(State(state): State<AppState>) -> Response {
     let parts = state.system.readiness().await;
     let closing = state.closing.is_cancelled();
-    let mut reasons: Vec<String> =
-        parts.iter().filter(|part| !part.ok).map(|part| format!("{}: {}", part.name, part.detail)).collect();
+    let mut reasons: Vec<String> = parts.iter().filter(|part| !part.ok).map(Part::to_string).collect();
     if closing {
         reasons.push("the server is shutting down".to_owned());
     }
@@ -33,13 +33,18 @@ async fn ready(State(state): State<AppState>) -> Response {
         let detail = reasons.join("; ");
         return Json(json!({"status": "degraded", "detail": detail, "parts": parts})).into_response();
     }
+    not_ready(&parts, &reasons)
+}
+
+/// The parts, of which some are missing, and why.
+pub(crate) fn not_ready(parts: &[Part], reasons: &[String]) -> Response {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     let document = json!({
         "type": "about:blank", "title": status.canonical_reason(), "status": status.as_u16(), "code": "not_ready",
         "detail": reasons.join("; "), "parts": parts,
     });
     let mut response = (status, Json(document)).into_response();
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    response.headers_mut().insert(CONTENT_TYPE, PROBLEM_JSON);
     response.extensions_mut().insert(Code("not_ready"));
     response
 }

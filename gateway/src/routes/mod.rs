@@ -18,7 +18,7 @@ mod workspaces; // tenants
 use crate::AppState;
 use axum::Router;
 
-pub(crate) use health::metrics as prometheus;
+pub(crate) use health::{health, metrics as prometheus, not_ready};
 
 /// Every route of the HTTP API but those of agents and the WebSocket.
 pub(crate) fn routes() -> Router<AppState> {

@@ -114,6 +114,23 @@ pub enum StoreError {
     Database { operation: &'static str, source: sqlx::Error },
 }
 
+impl StoreError {
+    /// Whether the same may come through later, with nothing done but waiting: the database cannot be reached now.
+    pub fn is_away(&self) -> bool {
+        use sqlx::migrate::MigrateError;
+        match self {
+            StoreError::Busy { .. } | StoreError::Unreachable { .. } => true,
+            StoreError::Connect { source, .. }
+            | StoreError::Hypertables { source, .. }
+            | StoreError::Migrate {
+                source: MigrateError::Execute(source) | MigrateError::ExecuteMigration(source, _),
+                ..
+            } => !matches!(cause(source), Cause::Other),
+            _ => false,
+        }
+    }
+}
+
 /// What an error of the database asks of the caller.
 enum Cause {
     Busy,

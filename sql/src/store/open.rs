@@ -21,7 +21,7 @@ pub struct Options {
     pub acquire_ms: u64,
     /// How long PostgreSQL may work on one statement, in milliseconds.
     pub statement_ms: u64,
-    /// How long to wait at start for a PostgreSQL that is not there yet, in milliseconds.
+    /// How long to try to reach a PostgreSQL that is not there yet, in milliseconds.
     pub start_ms: u64,
     /// Event time in one chunk of a hypertable, in hours.
     pub chunk_hours: u32,

@@ -5,6 +5,7 @@ use super::open::{migrator, unmigrated};
 use super::{Cause, Options, Store, StoreError, cause};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, raw_sql};
+use std::io;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -41,10 +42,12 @@ pub(super) async fn open(url: &str, options: &Options) -> Result<Store, StoreErr
 pub(super) async fn migrate(url: &str, options: &Options) -> Result<String, StoreError> {
     let (connect, server) = connection(url)?;
     let patience = Duration::from_millis(options.start_ms);
+    let answer = Duration::from_millis(options.acquire_ms);
+    let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {answer:?}")).into();
     let began = Instant::now();
     let mut said = false;
     let mut connection = loop {
-        match connect.connect().await {
+        match tokio::time::timeout(answer, connect.connect()).await.unwrap_or_else(|late| Err(silent(late))) {
             Ok(connection) => break connection,
             Err(error) if matches!(cause(&error), Cause::Unreachable | Cause::Busy) && began.elapsed() < patience => {
                 if !std::mem::replace(&mut said, true) {
