@@ -2,6 +2,7 @@
 //! Knows no HTTP and no wire format.
 
 pub mod agent; // AI agent sessions and the built-in analyst
+pub mod background; // threads for what takes long
 mod backtest; // which alerts a rule would have raised
 mod blocks; // history as it is kept at hand
 pub mod clock; // where the time comes from

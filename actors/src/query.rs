@@ -187,9 +187,7 @@ impl Pool {
         let (sender, started) = oneshot::channel();
         self.arbiter.spawn_fn(move || {
             let worker = SyncArbiter::start(1, || {
-                if let Err(error) = rustix::process::nice(10) {
-                    tracing::warn!(%error, "query workers run at normal priority");
-                }
+                crate::background::give_way();
                 Worker
             });
             _ = sender.send(worker); // the caller may have left

@@ -1,6 +1,7 @@
 //! The whole system as the gateway sees it: every request that reaches a workspace goes through here.
 
 use crate::agent::{AgentInfo, RunHandle, RunRequest, Sessions};
+use crate::background::Background;
 use crate::blocks::{self, Past};
 use crate::clock::Clock;
 use crate::commit::Committer;
@@ -145,6 +146,8 @@ pub(crate) struct Deps {
     pub(crate) webhooks: WebhookConfig,
     pub(crate) sealer: Arc<Sealer>,
     pub(crate) notifier: Notifier,
+    /// Computes large batches.
+    pub(crate) background: Background,
     planner: Planner,
 }
 
@@ -400,6 +403,8 @@ impl System {
             notifier: Notifier::new(&webhooks).map_err(Fault::internal)?,
             webhooks,
             sealer,
+            background: Background::start("compute", std::thread::available_parallelism().map_or(1, usize::from))
+                .map_err(Fault::internal)?,
             planner: Planner::default(),
         });
         let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;

@@ -19,7 +19,7 @@ use cache::Tag;
 use engine::alert::{Change, Phase, Rule, Trouble};
 use engine::checkpoint::{Changes, Saved, Snapshot};
 use engine::cost::Cost;
-use engine::event::{ItemName, Micros, Span, StreamName};
+use engine::event::{ItemName, Micros, Span, StreamName, WorkspaceId};
 use engine::metric::{Rows, Timing};
 use engine::portfolio::Price;
 use engine::program::Program;
@@ -31,7 +31,7 @@ use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -320,6 +320,9 @@ const REPLAY_MOST: Duration = Duration::from_secs(5);
 /// thread else stays with an actor for as many messages as wait for it.
 const SLICE: Duration = Duration::from_micros(200);
 
+/// A batch of more events than this, counted for each metric, takes about as long as that: it is computed elsewhere.
+const HEAVY: usize = 1_024;
+
 /// A batch at which the actor failed so often is searched for the events that do it.
 const POISON_AFTER: u32 = 2;
 
@@ -425,7 +428,7 @@ impl Actor for WorkspaceActor {
                 state.tenant.counters.queued_batches.fetch_sub(1, Relaxed);
                 let began = Instant::now();
                 if offset >= state.applied {
-                    state.on_events(&myself, offset, &stream, &batch)?;
+                    state.on_events(&myself, offset, &stream, &batch).await?;
                 }
                 let is_long = began.elapsed() > SLICE;
                 match state.overfull {
@@ -657,7 +660,7 @@ impl State {
             }
             let push = offset.0 >= self.tenant.counters.pushed.load(Relaxed);
             let outputs = match record.body {
-                Body::Events { stream, batch } => self.step(offset.0, &stream, &batch)?,
+                Body::Events { stream, batch } => self.step(offset.0, &stream, &batch).await?,
                 Body::Advance { stream, frontier } => vec![self.engine.idle(&stream, frontier)],
             };
             for outputs in outputs {
@@ -852,14 +855,14 @@ impl State {
         })
     }
 
-    fn on_events(
+    async fn on_events(
         &mut self,
         myself: &ActorRef<WorkspaceMsg>,
         offset: u64,
         stream: &StreamName,
         batch: &RecordBatch,
     ) -> Result<(), ActorProcessingErr> {
-        let outputs = self.step(offset, stream, batch)?;
+        let outputs = self.step(offset, stream, batch).await?;
         self.applied = offset + 1;
         if let Some(frontier) = self.engine.frontier(stream) {
             self.arrivals.insert(stream.clone(), Arrival { at: self.deps.clock.now(), frontier });
@@ -960,7 +963,7 @@ impl State {
     ///
     /// A batch that made the actor fail before is cut in halves until the events that do it are found. They go to the
     /// dead letters and the rest is computed, so that one event does not stop a workspace for good.
-    fn step(
+    async fn step(
         &mut self,
         offset: u64,
         stream: &StreamName,
@@ -978,15 +981,17 @@ impl State {
             return Ok(vec![Outputs::default()]);
         }
         if is_fine {
-            #[cfg(test)]
-            crate::fault_point::step(&self.tenant.id, batch);
-            let outputs = self.engine.step(stream, batch);
+            let outputs = if batch.num_rows() * self.metrics.len() > HEAVY {
+                self.step_aside(stream, batch).await
+            } else {
+                compute_batch(&self.tenant.id, &mut self.engine, stream, batch)
+            };
             self.late(stream, batch, &outputs);
             return Ok(vec![outputs]);
         }
         let names = self.engine.in_order(self.metrics.keys().cloned().collect());
         let engine = std::mem::take(&mut self.engine);
-        let step = |engine: &mut Workspace, part: &RecordBatch| self.compute_batch(engine, stream, part);
+        let step = |engine: &mut Workspace, part: &RecordBatch| compute_batch(&self.tenant.id, engine, stream, part);
         let sifted = sift(engine, batch, step, || self.empty_engine(&names))?;
         self.engine = sifted.engine;
         for (part, outputs) in &sifted.computed {
@@ -999,10 +1004,17 @@ impl State {
         Ok(sifted.computed.into_iter().map(|(_, outputs)| outputs).collect())
     }
 
-    fn compute_batch(&self, engine: &mut Workspace, stream: &StreamName, batch: &RecordBatch) -> Outputs {
-        #[cfg(test)]
-        crate::fault_point::step(&self.tenant.id, batch);
-        engine.step(stream, batch)
+    /// Computes a batch that takes long, while those who serve go on. A panic is one of the actor all the same.
+    async fn step_aside(&mut self, stream: &StreamName, batch: &RecordBatch) -> Outputs {
+        let mut engine = std::mem::take(&mut self.engine);
+        let (workspace, stream, batch) = (self.tenant.id.clone(), stream.clone(), batch.clone());
+        let computed = self.deps.background.run(move || {
+            let outputs = compute_batch(&workspace, &mut engine, &stream, &batch);
+            (engine, outputs)
+        });
+        let (engine, outputs) = computed.await.unwrap_or_else(|error| resume_unwind(error.into_panic()));
+        self.engine = engine;
+        outputs
     }
 
     fn table_schemas(&self) -> Vec<Arc<TableSchema>> {
@@ -1695,7 +1707,7 @@ impl State {
                     };
                     let step = |engine: &mut Workspace, part: &RecordBatch| {
                         // an event that is late now was told of when it came
-                        Outputs { late: Vec::new(), ..self.compute_batch(engine, &stream, part) }
+                        Outputs { late: Vec::new(), ..compute_batch(&self.tenant.id, engine, &stream, part) }
                     };
                     if bad.contains(&offset.0) {
                         let sifted = sift(alone, &batch, step, empty)?;
@@ -1903,6 +1915,13 @@ impl State {
             tracing::error!(workspace = %self.tenant.id, %fault, "portfolio could not be started again");
         }
     }
+}
+
+#[cfg_attr(not(test), expect(unused_variables, reason = "only a test makes one of them fail"))]
+fn compute_batch(workspace: &WorkspaceId, engine: &mut Workspace, stream: &StreamName, batch: &RecordBatch) -> Outputs {
+    #[cfg(test)]
+    crate::fault_point::step(workspace, batch);
+    engine.step(stream, batch)
 }
 
 fn cannot_be_planned(metric: &ItemName, reason: &str) -> String {

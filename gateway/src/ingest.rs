@@ -8,6 +8,7 @@ use crate::problem::Problem;
 use crate::quota::Tier;
 use actors::Ingested;
 use actors::agent::AGENT_EVENTS;
+use actors::background::Background;
 use axum::body::Body;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
@@ -20,15 +21,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use streams::decode::{Bounds, Decoded, Format, TsUnit, decode};
 use streams::table::Table;
-use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of request bodies in memory at the same time, over all connections.
 const IN_FLIGHT_BYTES: usize = 256 << 20;
 /// Large bodies that are decompressed and decoded at the same time: each may take `limits.decompressed_bytes`.
 const DECODING: usize = 4;
-/// What the priority of the threads that decode large bodies is lowered by.
-const NICE: i32 = 10;
 /// Bodies larger than this are decoded off the event loop: beyond it, others would wait noticeably.
 const INLINE_BYTES: usize = 256 << 10;
 /// The same for compressed ones, which may grow a thousandfold.
@@ -42,44 +40,13 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 25;
 pub(crate) struct Intake {
     in_flight: Arc<Semaphore>,
     decoding: Arc<Semaphore>,
-    decoders: Decoders,
+    decoders: Background,
 }
 
 impl Intake {
     pub(crate) fn start() -> std::io::Result<Intake> {
         let (in_flight, decoding) = (Arc::new(Semaphore::new(IN_FLIGHT_BYTES)), Arc::new(Semaphore::new(DECODING)));
-        Ok(Intake { in_flight, decoding, decoders: Decoders::start()? })
-    }
-}
-
-/// Threads for large bodies, of lower priority than those that serve: who sends much does not make the others wait.
-struct Decoders(Option<Runtime>);
-
-impl Decoders {
-    fn start() -> std::io::Result<Decoders> {
-        let lower = || {
-            if let Err(error) = rustix::process::nice(NICE) {
-                tracing::warn!(%error, "large bodies are decoded at normal priority");
-            }
-        };
-        let mut builder = tokio::runtime::Builder::new_current_thread(); // only its threads for blocking work run
-        builder.thread_name("decode").on_thread_start(lower).max_blocking_threads(DECODING);
-        Ok(Decoders(Some(builder.build()?)))
-    }
-
-    async fn run<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
-    ) -> Result<T, Problem> {
-        let threads = self.0.as_ref().ok_or_else(|| Problem::internal("the decoders have ended"))?;
-        threads.spawn_blocking(work).await.map_err(Problem::internal)?
-    }
-}
-
-impl Drop for Decoders {
-    fn drop(&mut self) {
-        // this may be a thread that must not wait
-        _ = self.0.take().map(Runtime::shutdown_background);
+        Ok(Intake { in_flight, decoding, decoders: Background::start("decode", DECODING)? })
     }
 }
 
@@ -200,7 +167,7 @@ pub(crate) async fn take_rows(
         let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
         Ok(decoder.decode(&body, format, unit, &bounds, now)?)
     };
-    let decoded = if large { state.intake.decoders.run(work).await } else { work() }?;
+    let decoded = if large { state.intake.decode(work).await } else { work() }?;
     let done = state.system.change_rows(&member.workspace, table.name(), decoded).await?;
     Ok(count(state, &member.workspace, &tier, &done))
 }
@@ -239,7 +206,7 @@ async fn decode_body(
         let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
         Ok(decode(&schema, &body, format, unit, &bounds, now)?)
     };
-    if large { state.intake.decoders.run(work).await } else { work() }
+    if large { state.intake.decode(work).await } else { work() }
 }
 
 impl Intake {
@@ -282,6 +249,13 @@ impl Intake {
             parts => parts.concat().into(),
         };
         Ok((body, held))
+    }
+
+    async fn decode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        self.decoders.run(work).await.map_err(Problem::internal)?
     }
 
     async fn turn(&self) -> Result<OwnedSemaphorePermit, Problem> {
