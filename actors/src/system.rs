@@ -1,7 +1,7 @@
 //! The whole system as the gateway sees it: every request that reaches a workspace goes through here.
 
 use crate::agent::{AgentInfo, RunHandle, RunRequest, Sessions};
-use crate::background::Background;
+use crate::background::{self, Background};
 use crate::blocks::{self, Past};
 use crate::clock::Clock;
 use crate::commit::Committer;
@@ -155,7 +155,7 @@ impl Deps {
     /// An engine without metrics, bounded as all are.
     pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        engine::workspace::Workspace::new(self.state, || START.elapsed())
+        engine::workspace::Workspace::new(self.state, || START.elapsed()).pausing(background::pause)
     }
 
     /// The program of a metric's SQL; `metrics` gives those it may read.

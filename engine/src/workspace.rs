@@ -260,6 +260,7 @@ pub struct Workspace {
     prices: Prices,
     limits: StateLimits,
     stopwatch: Option<Stopwatch>,
+    pause: Option<fn()>,
     /// The parts of the last checkpoint; none while nothing is stored that may stay.
     ledger: Option<Ledger>,
 }
@@ -269,6 +270,11 @@ impl Workspace {
     /// neither.
     pub fn new(limits: StateLimits, stopwatch: Stopwatch) -> Workspace {
         Workspace { limits, stopwatch: Some(stopwatch), ..Workspace::default() }
+    }
+
+    /// The same, which calls `pause` after each metric that computed a batch: there is a place for others to go on.
+    pub fn pausing(self, pause: fn()) -> Workspace {
+        Workspace { pause: Some(pause), ..self }
     }
 
     /// Starts a metric with empty state, or replaces its definition and state.
@@ -755,7 +761,7 @@ impl Workspace {
             &mut Vec<Rows>,
         ) -> Result<()>,
     ) {
-        let Self { streams, metrics, tables, stopwatch, .. } = self;
+        let Self { streams, metrics, tables, stopwatch, pause, .. } = self;
         let of = |stream: &StreamName| streams.get(stream).and_then(|time| time.frontier);
         for (name, entry) in metrics {
             if entry.failure.is_some() || !entry.metric.program().reads(stream) {
@@ -770,6 +776,7 @@ impl Workspace {
             }
             entry.take(name, rows.into_iter().map(|rows| Produced { rows, is_newest: true }), result, out);
             entry.look(name, frontier, out);
+            pause.iter().for_each(|pause| pause());
         }
         self.pass_on(stream, out);
     }

@@ -8,7 +8,7 @@ use crate::problem::Problem;
 use crate::quota::Tier;
 use actors::Ingested;
 use actors::agent::AGENT_EVENTS;
-use actors::background::Background;
+use actors::background::{Background, pause};
 use axum::body::Body;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
@@ -31,6 +31,8 @@ const DECODING: usize = 4;
 const INLINE_BYTES: usize = 256 << 10;
 /// The same for compressed ones, which may grow a thousandfold.
 const INLINE_COMPRESSED_BYTES: usize = 4 << 10;
+/// This much is decompressed in a tenth of a millisecond or two.
+const UNPACKED_BYTES: usize = 64 << 10;
 /// Each part of a body must come within this time.
 const PART_WAIT: Duration = Duration::from_secs(30);
 /// Windows of zstd beyond 2^this bytes are refused: the decoder allocates them whole.
@@ -164,7 +166,7 @@ pub(crate) async fn take_rows(
     let (now, decoder) = (state.system.now(), table.clone());
     let work = move || -> Result<Decoded, Problem> {
         let body = unpack(body, encoding, &limits)?;
-        let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
+        let bounds = Bounds { event_bytes: limits.event_bytes, pause, ..Bounds::default() };
         Ok(decoder.decode(&body, format, unit, &bounds, now)?)
     };
     let decoded = if large { state.intake.decode(work).await } else { work() }?;
@@ -203,7 +205,7 @@ async fn decode_body(
     let now = state.system.now();
     let work = move || {
         let body = unpack(body, encoding, &limits)?;
-        let bounds = Bounds { event_bytes: limits.event_bytes, ..Bounds::default() };
+        let bounds = Bounds { event_bytes: limits.event_bytes, pause, ..Bounds::default() };
         Ok(decode(&schema, &body, format, unit, &bounds, now)?)
     };
     if large { state.intake.decode(work).await } else { work() }
@@ -275,7 +277,14 @@ fn unpack(body: Bytes, encoding: Encoding, limits: &Limits) -> Result<Bytes, Pro
     };
     let most = limits.decompressed_bytes;
     let mut out = Vec::new();
-    let read = |reader: &mut dyn Read, out: &mut Vec<u8>| reader.take(most as u64 + 1).read_to_end(out);
+    let read = |reader: &mut dyn Read, out: &mut Vec<u8>| -> std::io::Result<()> {
+        while out.len() <= most
+            && (&mut *reader).take(UNPACKED_BYTES.min(most + 1 - out.len()) as u64).read_to_end(out)? > 0
+        {
+            pause();
+        }
+        Ok(())
+    };
     match encoding {
         Encoding::Identity => return Ok(body),
         Encoding::Gzip => read(&mut flate2::read::MultiGzDecoder::new(body.as_ref()), &mut out).map_err(broken)?,

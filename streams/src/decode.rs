@@ -94,7 +94,12 @@ pub struct Bounds {
     pub id_bytes: usize,
     /// The first so many bad events are described; the others are counted.
     pub described: usize,
+    /// Called after every [`PAUSE_EVENTS`] events: a place for others to go on.
+    pub pause: fn(),
 }
+
+/// Events that are decoded in about a tenth of a millisecond.
+pub const PAUSE_EVENTS: usize = 1_024;
 
 impl Default for Bounds {
     fn default() -> Self {
@@ -104,6 +109,7 @@ impl Default for Bounds {
             event_bytes: 1 << 20,
             id_bytes: 128,
             described: 100,
+            pause: || (),
         }
     }
 }
@@ -386,7 +392,15 @@ impl<'s> Rows<'s> {
     /// Takes in an event that the scanner read.
     fn scanned(&mut self, row: Scanned<'_, '_>) {
         self.append(row.ts, row.id, row.cells, row.extra);
+        self.next();
+    }
+
+    /// An event is done.
+    fn next(&mut self) {
         self.index += 1;
+        if self.index.is_multiple_of(PAUSE_EVENTS) {
+            (self.bounds.pause)();
+        }
     }
 
     fn append(&mut self, ts: Micros, id: Option<&str>, cells: &[Cell<'_>], extra: Option<&str>) {
@@ -407,7 +421,7 @@ impl<'s> Rows<'s> {
                 self.bounds.event_bytes
             );
             self.reject("event_too_large", detail, text);
-            self.index += 1;
+            self.next();
             return;
         }
         let mut input = serde_json::Deserializer::from_slice(text);
@@ -416,7 +430,7 @@ impl<'s> Rows<'s> {
             Ok(row) => self.append(row.ts, row.id.as_deref(), &row.cells, row.extra.as_deref()),
             Err(error) => self.malformed(text, &error),
         }
-        self.index += 1;
+        self.next();
     }
 
     fn malformed(&mut self, text: &[u8], error: &serde_json::Error) {

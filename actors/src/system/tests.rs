@@ -458,19 +458,30 @@ async fn a_metric_whose_backfill_cannot_be_read_is_not_defined_and_one_of_before
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_cannot_be_computed_goes_to_the_dead_letters_and_the_rest_counts() {
+    poison_among(10).await;
+}
+
+/// Where the batch is so large that it is computed aside.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_batch_with_an_event_that_cannot_be_computed_is_told_apart_as_a_small_one_is() {
+    poison_among(1_500).await;
+}
+
+async fn poison_among(events: i64) {
     let directory = TempDir::new().unwrap();
     let world = World::with(directory.path(), Limits::default(), &["poisoned", "neighbour"]).await;
     let poisoned: WorkspaceId = "poisoned".parse().unwrap();
     fault_point::panic_at(&poisoned, "id", "bad-5");
     world.trades("poisoned", "A", 0, 10, "good").await.unwrap();
-    world.trades("poisoned", "B", 0, 10, "bad").await.unwrap();
-    world.trades("poisoned", "A", 0, 10, "more").await.unwrap();
+    world.trades("poisoned", "B", 0, events, "bad").await.unwrap();
+    world.trades("poisoned", "A", events, 10, "more").await.unwrap();
     world.trades("neighbour", "A", 0, 10, "good").await.unwrap();
     assert_eq!(world.counted("neighbour").await, 10);
     eventually("it is over the event", async || {
-        let (metric, query) = ("sums".parse().unwrap(), RowsQuery { limit: 100, ..RowsQuery::default() });
+        let (metric, query) = ("sums".parse().unwrap(), RowsQuery { limit: 10_000, ..RowsQuery::default() });
         let rows = world.system.metric_rows(&poisoned, &metric, query);
-        rows.await.is_ok_and(|page| page.values().iter().filter_map(|row| row["n"].as_i64()).sum::<i64>() == 29)
+        rows.await
+            .is_ok_and(|page| page.values().iter().filter_map(|row| row["n"].as_i64()).sum::<i64>() == events + 19)
     })
     .await;
     eventually("the letter is stored", async || {
