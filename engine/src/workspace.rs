@@ -355,8 +355,8 @@ impl Workspace {
 
     /// A workspace without metrics that has these tables as they were before `offset`.
     pub fn with_tables_before(&self, offset: u64) -> Result<Workspace> {
-        let Workspace { limits, stopwatch, .. } = *self;
-        Ok(Workspace { tables: self.tables.before(offset)?, limits, stopwatch, ..Workspace::default() })
+        let Workspace { limits, stopwatch, pause, .. } = *self;
+        Ok(Workspace { tables: self.tables.before(offset)?, limits, stopwatch, pause, ..Workspace::default() })
     }
 
     /// Metrics that join `table`.

@@ -36,7 +36,9 @@ const HEAD_WAIT: Duration = Duration::from_secs(15);
 const DRAIN: Duration = Duration::from_secs(5);
 /// After an error of `accept`, such as no file descriptors, some time must pass for it to go away.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-/// A client of a server that is starting comes again after this.
+/// Clients of a server that is starting wait this long for it,
+const SHORT_START: Duration = Duration::from_secs(4);
+/// and then come again after this.
 const START_WAIT: Duration = Duration::from_secs(1);
 /// Requests at the same time on one HTTP/2 connection.
 const STREAMS_MAX: u32 = 128;
@@ -169,12 +171,16 @@ pub struct Starting {
 type Waits = Arc<Mutex<Part>>;
 
 impl Starting {
-    /// Answers on `listener` until the server is ready.
+    /// Answers on `listener` until the server is ready. The first seconds clients just wait there, so that a usual start
+    /// refuses nobody.
     pub fn serve(listener: TcpListener, config: &Config) -> Starting {
         let waits: Waits = Arc::new(Mutex::new(waiting("log", "is being read")));
         let stop = CancellationToken::new();
         let (router, most, stopped) = (starting_router(waits.clone(), config), config.limits.connections, stop.clone());
         let listener = tokio::spawn(async move {
+            if tokio::time::timeout(SHORT_START, stopped.cancelled()).await.is_ok() {
+                return listener;
+            }
             let open = answer(&listener, None, router, most, stopped.cancelled()).await;
             tokio::spawn(open.end(DRAIN)); // none of its answers takes long
             listener

@@ -38,7 +38,8 @@ impl Demo {
         let client = Client::builder().timeout(Duration::from_secs(30)).build().unwrap();
         let mut demo = Demo { child, url: format!("http://127.0.0.1:{port}"), token: String::new(), client };
         let began = Instant::now();
-        while demo.client.get(format!("{}/ready", demo.url)).send().await.is_err() {
+        let ready = || demo.client.get(format!("{}/ready", demo.url)).send();
+        while !ready().await.is_ok_and(|answer| answer.status().is_success()) {
             assert!(began.elapsed() < PATIENCE, "the demo does not start");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
