@@ -38,9 +38,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{
-    Alert, DeadLetter, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, TableRow, Workspace,
-};
+use sql::store::{Alert, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, TableRow, Workspace};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::AtomicUsize;
@@ -49,7 +47,7 @@ use std::sync::{Arc, LazyLock, OnceLock, Weak};
 use std::time::{Duration, Instant};
 use streams::decode::{Decoded, EventError};
 use streams::dedup::Dedup;
-use streams::log::{Body, Filter, Log, Offset};
+use streams::log::{Body, Filter, Log, Offset, Refused};
 use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 use streams::table::{built_in_tables, positions};
 
@@ -814,29 +812,18 @@ impl System {
     pub async fn ingest(&self, id: &WorkspaceId, stream: &StreamName, decoded: Decoded) -> Result<Ingested, Fault> {
         let tenant = self.tenant(id)?;
         let Decoded { batch, rejected, errors } = decoded;
-        let appended = if batch.num_rows() > 0 {
-            tenant.append(stream, batch).await?
-        } else {
-            crate::tenant::Appended { accepted: 0, duplicates: 0, offset: None }
+        let at = self.now();
+        let refused = |error: &EventError| Refused {
+            at,
+            code: error.code.to_owned(),
+            detail: error.detail.clone(),
+            payload: error.payload.clone(),
         };
+        // before the good ones: where there is no room for these, nothing was taken in
         if !errors.is_empty() {
-            let at = self.now();
-            let letter = |error: &EventError| DeadLetter {
-                stream: stream.clone(),
-                at,
-                code: error.code.to_owned(),
-                detail: error.detail.clone(),
-                payload: error.payload.clone(),
-            };
-            let (letters, tenant) = (errors.iter().map(letter).collect(), tenant.clone());
-            let held = tenant.hold();
-            // the answer does not wait until the workspace is awake
-            tokio::spawn(async move {
-                if let Some(actor) = tenant.awake(Duration::from_millis(ASK)).await {
-                    _ = actor.send_message(WorkspaceMsg::DeadLetters { letters, _awake: held });
-                }
-            });
+            tenant.refuse(stream, errors.iter().map(refused).collect()).await?;
         }
+        let appended = tenant.append(stream, batch).await?;
         metrics::counter!("tidewatch_events_accepted_total").increment(appended.accepted);
         metrics::counter!("tidewatch_events_rejected_total").increment(rejected as u64);
         metrics::counter!("tidewatch_events_duplicate_total").increment(appended.duplicates);
@@ -917,11 +904,7 @@ impl System {
             );
             return Err(Fault::new(FaultKind::Conflict, "limit_reached", detail));
         }
-        let appended = if batch.num_rows() > 0 {
-            tenant.append(name, batch).await?
-        } else {
-            crate::tenant::Appended { accepted: 0, duplicates: 0, offset: None }
-        };
+        let appended = tenant.append(name, batch).await?;
         Ok(Ingested {
             accepted: appended.accepted,
             duplicates: appended.duplicates,

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
 use std::time::Duration;
 use streams::dedup::{Dedup, DedupError, Key, Keys, Ticket};
-use streams::log::{AppendError, Body, Log, Pending, Record};
+use streams::log::{AppendError, Body, Log, Pending, Record, Refused};
 use streams::schema::{StreamSchema, built_in};
 use streams::table::{Table, built_in_tables};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -174,6 +174,11 @@ enum Sent {
         stream: StreamName,
         frontier: Micros,
     },
+    Refused {
+        stream: StreamName,
+        events: Vec<Refused>,
+        permit: OwnedSemaphorePermit,
+    },
     Nothing,
 }
 
@@ -210,17 +215,12 @@ impl Tenant {
 
     /// Drops repeats, fixes the place of the rest, and returns once all of it is durable.
     pub(crate) async fn append(&self, stream: &StreamName, batch: RecordBatch) -> Result<Appended, Fault> {
+        if batch.num_rows() == 0 {
+            return Ok(Appended { accepted: 0, duplicates: 0, offset: None });
+        }
         let all = batch.num_rows() as u64;
         let bytes = batch.get_array_memory_size();
-        let most = self.shared.mailbox_bytes;
-        let permits = bytes.div_ceil(PERMIT_BYTES).min(most.div_ceil(PERMIT_BYTES)) as u32;
-        let Ok(permit) = self.mailbox.clone().try_acquire_many_owned(permits) else {
-            let detail = format!(
-                "workspace `{}` has its {most} bytes of limits.mailbox_bytes waiting to be computed; try again in a moment",
-                self.id
-            );
-            return Err(Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "backpressure", detail));
-        };
+        let permit = self.room_for(bytes)?;
         let ids = self.ids(stream, &batch);
         let Shared { log, dedup, .. } = self.shared.as_ref();
         let (count, done, doubtful) = {
@@ -264,6 +264,32 @@ impl Tenant {
         counters.batches.fetch_add(1, Relaxed);
         counters.bytes.fetch_add(bytes as u64, Relaxed);
         Ok(Appended { accepted: count, duplicates: all - count, offset })
+    }
+
+    /// Notes events that were refused; returns once that is durable.
+    pub(crate) async fn refuse(&self, stream: &StreamName, events: Vec<Refused>) -> Result<(), Fault> {
+        let permit = self.room_for(events.iter().map(|event| event.detail.len() + event.payload.len()).sum())?;
+        let body = Body::Refused { stream: stream.clone(), events: events.clone() };
+        let done = {
+            let mut order = self.order.lock();
+            let pending = self.shared.log.enqueue(Record { workspace: self.id.clone(), body })?;
+            self.put(&mut order, Some(pending), Sent::Refused { stream: stream.clone(), events, permit })
+        };
+        done.await.map_err(|_| AppendError::Stopped)??;
+        Ok(())
+    }
+
+    /// Room in the mailbox for what has so many bytes.
+    fn room_for(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Fault> {
+        let most = self.shared.mailbox_bytes;
+        let permits = bytes.div_ceil(PERMIT_BYTES).min(most.div_ceil(PERMIT_BYTES)) as u32;
+        self.mailbox.clone().try_acquire_many_owned(permits).map_err(|_| {
+            let detail = format!(
+                "workspace `{}` has its {most} bytes of limits.mailbox_bytes waiting to be computed; try again in a moment",
+                self.id
+            );
+            Fault::new(FaultKind::Busy { retry_after: Duration::from_secs(1) }, "backpressure", detail)
+        })
     }
 
     /// The key of each event's id, `None` for an event without one; empty when none has one.
@@ -459,7 +485,9 @@ async fn deliver(tenant: Weak<Tenant>, mut ordered: mpsc::UnboundedReceiver<Orde
 impl Tenant {
     /// The ids of a record are known once it is durable; those of a refused one are new again.
     fn settle(&self, result: &Result<u64, AppendError>, mut what: Sent) -> Sent {
-        if let (Ok(offset), Sent::Events { .. } | Sent::Advance { .. }) = (result, &what) {
+        if let Ok(offset) = result
+            && !matches!(what, Sent::Nothing)
+        {
             self.counters.appended.store(offset + 1, SeqCst);
         }
         if let Sent::Events { ids, ticket, .. } = &mut what
@@ -486,6 +514,9 @@ impl Tenant {
                 WorkspaceMsg::Events { offset, stream, batch, permit }
             }
             Sent::Advance { stream, frontier } => WorkspaceMsg::Advance { offset, stream, frontier },
+            Sent::Refused { stream, events, permit } => {
+                WorkspaceMsg::Refused { offset, stream, events, _permit: permit }
+            }
         };
         let events = matches!(message, WorkspaceMsg::Events { .. });
         let sent = self.actor().is_some_and(|actor| actor.send_message(message).is_ok());

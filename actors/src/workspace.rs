@@ -35,7 +35,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
-use streams::log::{Body, Filter, Offset, ReadError, Record, Scan};
+use streams::log::{Body, Filter, Offset, ReadError, Record, Refused, Scan};
 use streams::table::{Table, built_in_tables, positions};
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
@@ -53,9 +53,11 @@ pub(crate) enum WorkspaceMsg {
         stream: StreamName,
         frontier: Micros,
     },
-    DeadLetters {
-        letters: Vec<DeadLetter>,
-        _awake: crate::tenant::Held,
+    Refused {
+        offset: u64,
+        stream: StreamName,
+        events: Vec<Refused>,
+        _permit: OwnedSemaphorePermit,
     },
     /// Provisional rows are due.
     Tick,
@@ -446,11 +448,13 @@ impl Actor for WorkspaceActor {
             }
             WorkspaceMsg::Advance { .. } => {}
             WorkspaceMsg::Rest => state.on_rest(&myself),
-            WorkspaceMsg::DeadLetters { letters, .. } => {
-                let room = DEAD_LETTERS_HELD.saturating_sub(state.unsaved.dead_letters.len());
-                state.unsaved.dead_letters.extend(letters.into_iter().take(room));
+            WorkspaceMsg::Refused { offset, stream, events, .. } if offset >= state.applied => {
+                state.refused(&stream, events);
+                state.applied = offset + 1;
+                state.tenant.counters.pushed.fetch_max(state.applied, Relaxed);
                 state.plan_save(&myself);
             }
+            WorkspaceMsg::Refused { .. } => {}
             WorkspaceMsg::Tick => state.on_tick(&myself),
             WorkspaceMsg::Idle => state.on_idle(&myself),
             WorkspaceMsg::Save => state.on_save(&myself),
@@ -662,6 +666,10 @@ impl State {
             let outputs = match record.body {
                 Body::Events { stream, batch } => self.step(offset.0, &stream, &batch).await?,
                 Body::Advance { stream, frontier } => vec![self.engine.idle(&stream, frontier)],
+                Body::Refused { stream, events } => {
+                    self.refused(&stream, events);
+                    Vec::new()
+                }
             };
             for outputs in outputs {
                 self.recall(&outputs.alerts).await?;
@@ -1197,6 +1205,15 @@ impl State {
         let mut stale: Vec<Episode> = stale.collect();
         stale.sort();
         stale.iter().for_each(|episode| self.resolve(episode));
+    }
+
+    /// Events that were refused when they came are dead letters.
+    fn refused(&mut self, stream: &StreamName, events: Vec<Refused>) {
+        let room = DEAD_LETTERS_HELD.saturating_sub(self.unsaved.dead_letters.len());
+        let letter =
+            |Refused { at, code, detail, payload }| DeadLetter { stream: stream.clone(), at, code, detail, payload };
+        self.unsaved.dead_letters.extend(events.into_iter().take(room).map(letter));
+        self.dirty = true; // the state has them behind it
     }
 
     /// Events too late for a metric go to the dead letters.

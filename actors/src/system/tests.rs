@@ -170,7 +170,10 @@ impl World {
             let ts = (START + (second + i) * 1_000_000) / 1_000;
             format!(r#"{{"id":"{ids}-{i}","ts":{ts},"symbol":"{symbol}","price":1,"qty":1}}"#)
         };
-        let body = (0..count).map(line).collect::<Vec<_>>().join("\n");
+        self.post(name, (0..count).map(line).collect::<Vec<_>>().join("\n")).await
+    }
+
+    async fn post(&self, name: &str, body: String) -> Result<Ingested, Fault> {
         let (id, stream) = (name.parse().unwrap(), "market.trades".parse().unwrap());
         let schema = self.system.schema(&id, &stream).await.unwrap();
         let bounds = DecodeBounds { ts_ahead: Span::seconds(1_000_000), ..DecodeBounds::default() };
@@ -389,6 +392,38 @@ async fn several_bad_events_in_one_replay_are_all_found_and_metrics_over_metrics
     let all = world.system.metric_rows(&id, &"all".parse().unwrap(), query).await.unwrap().values();
     assert_eq!(all[0]["n"], 3 * 9 + 1);
     assert_eq!(world.system.actors().await[0].restarts, restarts);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_events_are_dead_letters_once_whatever_is_killed() {
+    const ROUNDS: usize = 6;
+    let directory = TempDir::new().unwrap();
+    let id: WorkspaceId = "refusing".parse().unwrap();
+    World::with(directory.path(), Limits::default(), &["refusing"]).await.kill().await;
+    let letters = async |world: &World| {
+        let letters = world.system.store().dead_letters(&id, None, 100, None).await.unwrap().0;
+        let mut payloads: Vec<String> = letters.into_iter().map(|letter| letter.payload).collect();
+        payloads.sort();
+        payloads
+    };
+    let line = |price: &str, ts: usize| format!(r#"{{"ts":{ts},"symbol":"A","price":{price},"qty":1}}"#);
+    let ts = |round: usize| START as usize / 1_000 + round;
+    let mut expected: Vec<String> = Vec::new();
+    for round in 0..ROUNDS {
+        let world = World::open(directory.path(), Limits::default()).await;
+        let bad = line("\"x\"", ts(round));
+        let body = if round % 2 == 0 { format!("{bad}\n{}", line("1", ts(round))) } else { bad.clone() };
+        let done = world.post("refusing", body).await.unwrap();
+        assert_eq!((done.rejected, done.accepted), (1, (round % 2 == 0) as u64), "round {round}");
+        expected.push(bad);
+        if round % 3 == 2 {
+            eventually("they are stored", async || letters(&world).await == expected).await;
+        }
+        world.kill().await;
+    }
+    let world = World::open(directory.path(), Limits::default()).await;
+    eventually("all are there once", async || letters(&world).await == expected).await;
+    assert_eq!(world.counted("refusing").await, ROUNDS as i64 / 2);
 }
 
 /// Damages the file in the middle of the log, in its middle.

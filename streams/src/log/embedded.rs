@@ -209,6 +209,8 @@ impl EmbeddedLog {
                 Draft::events(&record.workspace, stream, batch, schema)
                     .map_err(|cause| AppendError::Unencodable { stream: stream.clone(), cause: cause.to_string() })
             }
+            Body::Refused { stream, events } => Draft::refused(&record.workspace, stream, events)
+                .map_err(|cause| AppendError::Unencodable { stream: stream.clone(), cause: cause.to_string() }),
         }
     }
 

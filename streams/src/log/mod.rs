@@ -54,13 +54,27 @@ pub struct Record {
     pub body: Body,
 }
 
-/// What happened: events came, or time went on without them.
+/// What happened: events came, some that cannot be used, or time went on without them.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Body {
     /// Accepted events of one stream, in order. The schema is that of the stream when they came.
     Events { stream: StreamName, batch: RecordBatch },
     /// Processing time moved the event time of an idle stream to `frontier`; a replay does the same here.
     Advance { stream: StreamName, frontier: Micros },
+    /// Events that were refused when they came.
+    Refused { stream: StreamName, events: Vec<Refused> },
+}
+
+/// An event that was refused, and why.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Refused {
+    /// When it came.
+    pub at: Micros,
+    /// A stable word.
+    pub code: String,
+    pub detail: String,
+    /// The event as it came, cut where it is long.
+    pub payload: String,
 }
 
 /// Which records a scan gives; the default is all of them. The rest is passed over without decoding it.

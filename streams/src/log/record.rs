@@ -12,7 +12,7 @@
 //! a record where a reader looks for the next good one.
 
 use super::batch::{self, EncodedSchema};
-use super::{Body, Filter, Record};
+use super::{Body, Filter, Record, Refused};
 use arrow::array::{Array, AsArray};
 use arrow::compute;
 use arrow::datatypes::{SchemaRef, TimestampMicrosecondType};
@@ -29,6 +29,7 @@ const REST_MIN: usize = 4;
 const SCHEMA: u8 = 0;
 const EVENTS: u8 = 1;
 const ADVANCE: u8 = 2;
+const REFUSED: u8 = 4;
 /// No record of a workspace: says that all before it is durable.
 const SEAL: u8 = 3;
 
@@ -59,6 +60,16 @@ impl Draft {
 
     pub(super) fn advance(workspace: &WorkspaceId, stream: &StreamName, frontier: Micros) -> Draft {
         Self::new(head(ADVANCE, false, workspace.as_str(), stream.as_str(), Some((frontier, frontier))), None)
+    }
+
+    pub(super) fn refused(
+        workspace: &WorkspaceId,
+        stream: &StreamName,
+        events: &[Refused],
+    ) -> Result<Draft, serde_json::Error> {
+        let mut bytes = head(REFUSED, false, workspace.as_str(), stream.as_str(), None);
+        serde_json::to_writer(&mut bytes, events)?;
+        Ok(Self::new(bytes, None))
     }
 
     pub(super) fn schema(schema: &EncodedSchema) -> Draft {
@@ -239,6 +250,7 @@ impl<'a> Frame<'a> {
                 Body::Events { stream, batch: batch::decode(self.payload, schema).map_err(text)? }
             }
             (ADVANCE, None, Some((frontier, _))) => Body::Advance { stream, frontier },
+            (REFUSED, None, _) => Body::Refused { stream, events: serde_json::from_slice(self.payload).map_err(text)? },
             (kind, ..) => return Err(format!("record of kind {kind}, unknown to this version")),
         };
         Ok(Record { workspace, body })
@@ -288,6 +300,17 @@ mod tests {
         assert!(frame.matches(&at(ts.0, ts.0)) && frame.matches(&at(i64::MIN, i64::MAX)));
         assert!(!frame.matches(&at(ts.0 + 1, i64::MAX)) && !frame.matches(&at(0, ts.0 - 1)));
         assert!(frame.matches(&Filter { with_ids: true, ..Filter::default() }));
+    }
+
+    #[test]
+    fn refused_events_read_back_as_they_came() {
+        let (workspace, stream): (_, StreamName) = ("alpha".parse().unwrap(), "market.trades".parse().unwrap());
+        let (code, detail, payload) =
+            ("bad_type".to_owned(), "price is no number".to_owned(), "{\"price\": \"\u{1}é\"}".to_owned());
+        let events = vec![Refused { at: Micros(-7), code, detail, payload }];
+        let bytes = sealed(Draft::refused(&workspace, &stream, &events).unwrap());
+        let record = Frame::read(&bytes, SALT).unwrap().decode(None).unwrap();
+        assert_eq!(record, Record { workspace, body: Body::Refused { stream, events } });
     }
 
     #[test]

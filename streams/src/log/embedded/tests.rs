@@ -613,7 +613,7 @@ fn who_writes_little_does_not_wait_for_all_of_who_writes_much() {
     assert_eq!(much.map(|pending| block_on(pending).unwrap().0), [1, 3, 4, 5]);
     let rows = |record: &Record| match &record.body {
         Body::Events { batch, .. } => batch.num_rows(),
-        Body::Advance { .. } => 0,
+        Body::Advance { .. } | Body::Refused { .. } => 0,
     };
     let kept: Vec<usize> = all(&log).iter().map(|(_, record)| rows(record)).collect();
     assert_eq!(kept, [1, 20_000, 1, 20_000, 20_000, 1]);
