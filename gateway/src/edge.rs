@@ -16,6 +16,7 @@ use axum::response::{IntoResponse, Response};
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 use sql::store::AuditEntry;
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -183,7 +184,7 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
         from: origin.shown(),
         request_id: origin.request_id.into(),
     };
-    keep(&state, &entry).await;
+    keep(&state, entry).await;
     response
 }
 
@@ -194,9 +195,71 @@ async fn known(state: &AppState, id: Option<WorkspaceId>) -> Option<WorkspaceId>
     state.system.workspace_exists(&id).await.then_some(id)
 }
 
-async fn keep(state: &AppState, entry: &AuditEntry) {
-    if let Err(error) = state.system.store().audit(entry).await {
-        tracing::error!(%error, ?entry, "an audit entry could not be stored");
+async fn keep(state: &AppState, entry: AuditEntry) {
+    let Some(entry) = state.unaudited.behind_others(entry) else { return };
+    match state.system.store().audit(&entry).await {
+        Ok(()) => {}
+        Err(error) if error.is_away() => {
+            if state.unaudited.wait(entry) {
+                tokio::spawn(catch_up(state.clone()));
+            }
+        }
+        Err(error) => tracing::error!(%error, ?entry, "an audit entry could not be stored"),
+    }
+}
+
+/// Entries that wait for the store, at most; what comes on top is told in the process's own log.
+const UNAUDITED_MAX: usize = 10_000;
+/// How often it is tried then.
+const CATCH_UP_EVERY: Duration = Duration::from_secs(1);
+
+/// Entries of the audit log that wait for a store that is away, oldest first.
+#[derive(Default)]
+pub(crate) struct Unaudited(Mutex<VecDeque<AuditEntry>>);
+
+impl Unaudited {
+    /// The entry again, where none waits before it.
+    fn behind_others(&self, entry: AuditEntry) -> Option<AuditEntry> {
+        let mut waiting = self.0.lock();
+        if waiting.is_empty() {
+            return Some(entry);
+        }
+        Self::push(&mut waiting, entry);
+        None
+    }
+
+    /// Whether it is the first that waits: somebody has to see that they come to the store.
+    fn wait(&self, entry: AuditEntry) -> bool {
+        let mut waiting = self.0.lock();
+        Self::push(&mut waiting, entry);
+        waiting.len() == 1
+    }
+
+    fn push(waiting: &mut VecDeque<AuditEntry>, entry: AuditEntry) {
+        match waiting.len() < UNAUDITED_MAX {
+            true => waiting.push_back(entry),
+            false => tracing::error!(?entry, "an audit entry is lost: {UNAUDITED_MAX} wait for the store already"),
+        }
+    }
+}
+
+/// Stores the entries that wait, in their order, once the store is back.
+async fn catch_up(state: AppState) {
+    loop {
+        let Some(entry) = state.unaudited.0.lock().front().cloned() else { return };
+        match state.system.store().audit(&entry).await {
+            Err(error) if error.is_away() => {
+                tokio::time::sleep(CATCH_UP_EVERY).await;
+                continue;
+            }
+            Err(error) => tracing::error!(%error, ?entry, "an audit entry could not be stored"),
+            Ok(()) => {}
+        }
+        let mut waiting = state.unaudited.0.lock();
+        waiting.pop_front();
+        if waiting.is_empty() {
+            return; // under the lock: the next one that waits finds that it is the first
+        }
     }
 }
 
@@ -224,7 +287,7 @@ pub(crate) async fn audit_frame(
         from: origin.shown(),
         request_id: origin.request_id.to_string(),
     };
-    keep(state, &entry).await;
+    keep(state, entry).await;
 }
 
 /// The workspace that a path names.

@@ -41,6 +41,7 @@ use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
+use edge::Unaudited;
 use engine::event::WorkspaceId;
 use hub::Group;
 use ingest::Intake;
@@ -69,6 +70,7 @@ pub struct AppState {
     pub closing: CancellationToken,
     pub(crate) intake: Arc<Intake>,
     pub(crate) quotas: Arc<Quotas>,
+    pub(crate) unaudited: Arc<Unaudited>,
 }
 
 impl AppState {
@@ -91,6 +93,7 @@ impl AppState {
             closing: CancellationToken::new(),
             intake: Arc::new(Intake::start()?),
             quotas: Arc::default(),
+            unaudited: Arc::default(),
         })
     }
 

@@ -207,6 +207,10 @@ async fn without_the_database_events_are_taken_in_and_later_all_is_there_once() 
         assert_eq!((status, &answer["accepted"]), (StatusCode::OK, &json!(50)), "{answer}");
         assert!(began.elapsed() < Duration::from_secs(20), "ingest waited {:?} for the store", began.elapsed());
     }
+    // what is asked of the store has to wait, and who asked is not forgotten
+    let refused =
+        process.call(Method::PUT, "/api/v1/workspaces/acme/metrics/other", json!({"sql": VOLUME}).to_string());
+    assert_eq!(refused.await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
     // live results go on: the newest window is open and holds the newest trades
     let live = "/api/v1/workspaces/acme/metrics/volume/rows?final=false&symbol=A";
     process
@@ -226,6 +230,15 @@ async fn without_the_database_events_are_taken_in_and_later_all_is_there_once() 
         .until("final rows are in the database", |_| async {
             // all windows but the open one of the last two posts
             database.sql("postgres", "tides", stored).parse::<i64>().unwrap() >= 38 * 50
+        })
+        .await;
+    process
+        .until("the audit log has what was refused meanwhile", |process| async {
+            let audit = process.call(Method::GET, "/api/v1/workspaces/acme/audit", String::new()).await;
+            audit.is_some_and(|(_, log)| {
+                let entries = log["entries"].as_array().into_iter().flatten();
+                entries.filter(|entry| entry.to_string().contains("metrics/other")).count() == 1
+            })
         })
         .await;
     drop(process);

@@ -141,9 +141,9 @@ enum Cause {
 fn cause(error: &sqlx::Error) -> Cause {
     let error = match error {
         sqlx::Error::PoolTimedOut => return Cause::Busy,
-        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed => {
-            return Cause::Unreachable;
-        }
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolClosed => return Cause::Unreachable,
+        // a server that ends in the middle of a message, such as a handshake: seen by the kill test
+        sqlx::Error::Protocol(_) => return Cause::Unreachable,
         sqlx::Error::Database(error) => error,
         _ => return Cause::Other,
     };
