@@ -5,10 +5,13 @@ use super::*;
 use cache::{Cache, RedisConfig, Standing};
 use std::time::Instant;
 
-/// Two servers over one store and one Redis.
-async fn two(redis: &RedisServer, config: &Config) -> [Server; 2] {
+/// A busy machine must not make a Redis that is there one that is gone.
+const PATIENT_MS: u64 = 10_000;
+
+/// Two servers over one store and one Redis, which they wait for so long.
+async fn two(redis: &RedisServer, timeout_ms: u64, config: &Config) -> [Server; 2] {
     let dir = Arc::new(TempDir::new().unwrap());
-    let settings = RedisConfig { url: Some(redis.url.clone()), ..RedisConfig::default() };
+    let settings = RedisConfig { url: Some(redis.url.clone()), timeout_ms, ..RedisConfig::default() };
     let mut nodes = Vec::new();
     for name in ["a", "b"] {
         let era = dir.path().join(format!("era-{name}"));
@@ -55,7 +58,7 @@ async fn what_a_tier_gives_an_hour_is_one_quota_for_all_nodes() {
         Ok(redis) => redis,
         Err(why) => return println!("skipped: {why}"),
     };
-    let nodes = two(&redis, &config()).await;
+    let nodes = two(&redis, PATIENT_MS, &config()).await;
     let key = &viewer(&nodes[0]).await;
     let mut answers = Vec::new();
     for n in 0..30 {
@@ -74,7 +77,7 @@ async fn who_guesses_passwords_has_to_wait_at_all_nodes() {
         Ok(redis) => redis,
         Err(why) => return println!("skipped: {why}"),
     };
-    let nodes = two(&redis, &config()).await;
+    let nodes = two(&redis, PATIENT_MS, &config()).await;
     let sign_in = async |node: usize, password: &str| {
         let body = json!({"email": "root@example.com", "password": password});
         nodes[node].call("POST", "/api/v1/auth/login", "", body).await
@@ -101,7 +104,7 @@ async fn without_redis_each_node_counts_on_and_serves_and_says_so() {
         Ok(redis) => redis,
         Err(why) => return println!("skipped: {why}"),
     };
-    let nodes = two(&redis, &config()).await;
+    let nodes = two(&redis, RedisConfig::default().timeout_ms, &config()).await;
     let root = nodes[0].token("root@example.com").await;
     let key = &viewer(&nodes[0]).await;
     let part = |answer: &Answer| {
@@ -122,7 +125,7 @@ async fn without_redis_each_node_counts_on_and_serves_and_says_so() {
     assert_eq!(nodes[0].get("/api/v1/workspaces/acme/metrics", key).await.status, 429);
     assert_eq!(nodes[1].get("/api/v1/workspaces/acme/metrics", key).await.status, 200);
     assert_eq!(nodes[0].get("/api/v1/workspaces/acme/portfolios", &root).await.status, 200);
-    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     let ready = nodes[0].get("/ready", "").await;
     assert_eq!((ready.status, &ready.body["status"], &part(&ready)["ok"]), (200, &json!("degraded"), &json!(false)));
 
@@ -132,7 +135,7 @@ async fn without_redis_each_node_counts_on_and_serves_and_says_so() {
     redis.signal("STOP");
     let began = Instant::now();
     assert_eq!(nodes[1].get("/api/v1/workspaces/acme/metrics", key).await.status, 200);
-    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     redis.signal("CONT");
 }
 
@@ -143,7 +146,7 @@ async fn a_portfolio_changed_at_one_node_is_told_by_the_other() {
         Err(why) => return println!("skipped: {why}"),
     };
     let config = Config { tiers: [("small".to_owned(), Tier::default())].into(), ..Config::default() };
-    let nodes = two(&redis, &config).await;
+    let nodes = two(&redis, PATIENT_MS, &config).await;
     let root = nodes[0].token("root@example.com").await;
     let portfolios = "/api/v1/workspaces/acme/portfolios";
     let names = async |node: &Server| node.get(portfolios, &root).await.body["portfolios"].clone();
