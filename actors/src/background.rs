@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinError;
 
-/// What the priority is lowered by: of two threads that want one core such a one gets a tenth of it, and it gives way at
-/// once to one that was asleep.
+/// What the priority is lowered by: of two threads that want one core such a one gets a tenth of it.
 const NICE: i32 = 10;
 
 /// Who gave way for longer than this has to see that it comes to an end,

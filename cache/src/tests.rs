@@ -219,7 +219,7 @@ async fn while_redis_is_gone_nobody_waits_and_nothing_stale_is_left_when_it_is_b
     for n in 0..100 {
         assert_eq!(get(&cache, &ask("acme", "a", &n.to_string()), "x").await, "x");
     }
-    assert!(began.elapsed() < Duration::from_millis(2_500), "{:?}", began.elapsed()); // half of its timeout each time
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
     assert!(matches!(cache.redis(), Standing::Gone(reason) if !reason.is_empty()));
     cache.changed(&[Tag::from("acme/a")]);
     assert_eq!(get(&cache, &asked, "second").await, "second");
@@ -245,7 +245,7 @@ async fn a_redis_that_hangs_costs_its_timeout_once_and_what_changed_meanwhile_is
     for n in 0..100 {
         assert_eq!(get(&cache, &ask("acme", "a", &n.to_string()), "x").await, "x");
     }
-    assert!(began.elapsed() < Duration::from_millis(2_500), "{:?}", began.elapsed()); // half of its timeout each time
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
     let link = cache.link.as_ref().unwrap();
     assert!(matches!(cache.redis(), Standing::Gone(reason) if reason.contains("no answer within 50ms")));
     cache.changed(&[Tag::from("acme/a")]);

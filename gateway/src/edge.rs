@@ -243,13 +243,14 @@ impl Unaudited {
     }
 }
 
-/// Stores the entries that wait, in their order, once the store is back.
+/// Stores the entries that wait, in their order, once the store is back. Those that wait when the server drains are told
+/// in the process's own log.
 async fn catch_up(state: AppState) {
     loop {
         let Some(entry) = state.unaudited.0.lock().front().cloned() else { return };
         match state.system.store().audit(&entry).await {
-            Err(error) if error.is_away() => {
-                tokio::time::sleep(CATCH_UP_EVERY).await;
+            Err(error) if error.is_away() && !state.closing.is_cancelled() => {
+                _ = tokio::time::timeout(CATCH_UP_EVERY, state.closing.cancelled()).await;
                 continue;
             }
             Err(error) => tracing::error!(%error, ?entry, "an audit entry could not be stored"),
