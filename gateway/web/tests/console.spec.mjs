@@ -60,19 +60,21 @@ async function until(what, condition) {
   }
 }
 
-async function api(path, body, token) {
+async function api(path, body, token, method = 'POST') {
   const headers = { 'content-type': 'application/json', ...(token ? { authorization: `Bearer ${token}` } : {}) };
-  const response = await fetch(`${base}/api/v1${path}`, { method: 'POST', headers, body: JSON.stringify(body) });
-  expect(response.ok, `POST ${path} answered ${response.status}: ${await response.clone().text()}`);
-  return response.json();
+  const response = await fetch(`${base}/api/v1${path}`, { method, headers, body: body && JSON.stringify(body) });
+  const text = await response.text();
+  expect(response.ok, `${method} ${path} answered ${response.status}: ${text}`);
+  return text && JSON.parse(text);
 }
+
+const token = async () => (await api('/auth/login', { email, password })).access_token;
 
 const trade = (price) => ({ symbol: SYMBOL, price, qty: 10, side: 'buy', id: `zz-${Date.now()}-${price}` });
 
 /** Posts a trade of the test symbol as any other client would. */
 async function send(price) {
-  const { access_token } = await api('/auth/login', { email, password });
-  return api(`/workspaces/${workspace}/streams/market.trades/events`, [trade(price)], access_token);
+  return api(`/workspaces/${workspace}/streams/market.trades/events`, [trade(price)], await token());
 }
 
 const cellsOf = (page) => page.locator(`[data-testid^="cell-${SYMBOL}-"]`);
@@ -302,9 +304,64 @@ async function phone(browser) {
   });
 }
 
+/** A workspace of its own with the price of one symbol over the last minutes: 100, 101 and so on up to `LAST`. */
+const MINUTES = 20;
+const LAST = 100 + MINUTES - 1;
+async function climbing() {
+  const owner = await token();
+  const id = `lists-${Date.now()}`;
+  const change = (path, body, method = 'PUT') => api(`/workspaces/${id}${path}`, body, owner, method);
+  await api('/workspaces', { id, name: 'Lists' }, owner);
+  const high = (window) => `SELECT symbol, max(price) AS high FROM market.trades GROUP BY ${window}, symbol`;
+  const windows = {
+    cumulated: `cumulate(ts, INTERVAL '1 minute', INTERVAL '1 day')`,
+    hopping: `hop(ts, INTERVAL '1 minute', INTERVAL '1 day')`,
+    tumbling: `tumble(ts, INTERVAL '1 minute')`,
+  };
+  for (const [name, window] of Object.entries(windows)) await change(`/metrics/${name}`, { sql: high(window) });
+  const minutesAgo = (n) => new Date(Date.now() - n * 60_000).toISOString();
+  const trades = Array.from({ length: MINUTES }, (_, i) => ({
+    symbol: SYMBOL,
+    price: 100 + i,
+    qty: 1,
+    ts: minutesAgo(MINUTES - 1 - i),
+  }));
+  await change('/streams/market.trades/events', trades, 'POST');
+  return { id, change, windows: Object.keys(windows) };
+}
+
+async function charts(browser) {
+  const { id, change, windows } = await climbing();
+  const { page, complaints } = await open(browser, { viewport: { width: 1280, height: 800 } });
+  await page.goto(`${base}/#/${id}`);
+  await signIn(page);
+  await live(page);
+  for (const name of windows) {
+    await check(`a chart of ${name} windows opens with its past`, async () => {
+      await page.getByTestId('metric-select').selectOption(name);
+      const legend = page.getByTitle(`Take ${SYMBOL} off the chart`).locator('b');
+      const plot = page.locator('.u-over');
+      await until('the newest value', async () => (await legend.textContent()) === String(LAST));
+      await until('the oldest value at the left of the chart', async () => {
+        const { x, y } = await plot.boundingBox();
+        await page.mouse.move(x + 1, y + 40);
+        return (await legend.textContent()) === '100';
+      });
+      await page.mouse.move(0, 0);
+    });
+  }
+
+  await check('the browser had nothing to complain of with the charts', () => {
+    expect(complaints.length === 0, complaints.join('\n'));
+  });
+  await page.context().close();
+  await change('', undefined, 'DELETE');
+}
+
 const browser = await chromium.launch(BROWSER);
 await desktop(browser);
 await phone(browser);
+await charts(browser);
 await browser.close();
 console.log(`${passed} passed, ${failed} failed`);
 process.exit(failed === 0 ? 0 : 1);

@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { Channel, changedUnder } from './channel';
+import { addedUnder, Channel, changedUnder } from './channel';
 import type { Patch } from './types';
 
 /** A channel driven by a script of messages; gives the kinds of effect, with the state where there is one. */
@@ -150,4 +150,19 @@ test('the touched keys of a patch are unescaped, and a patch of the whole names 
   expect(changedUnder([{ op: 'replace', path: '', value: {} }], 'rows')).toBeNull();
   expect(changedUnder([{ op: 'replace', path: '/rows', value: {} }], 'rows')).toBeNull();
   expect(changedUnder([{ op: 'add', path: '/rows/', value: {} }], 'rows')).toEqual(new Set(['']));
+});
+
+test('what a patch sets comes in its order, also where it sets the same key again', () => {
+  const patch: Patch = [
+    { op: 'add', path: '/rows/A~1B', value: 1 },
+    { op: 'add', path: '/rows/A~1B', value: 2 },
+    { op: 'replace', path: '/rows/C/vwap', value: 3 },
+    { op: 'remove', path: '/rows/C' },
+    { op: 'replace', path: '/rows', value: {} },
+    { op: 'replace', path: '', value: {} },
+  ];
+  expect(addedUnder(patch, 'rows')).toEqual([
+    ['A/B', 1],
+    ['A/B', 2],
+  ]);
 });

@@ -131,3 +131,13 @@ export function changedUnder(patch: Patch, root: string): Set<string> | null {
   }
   return keys;
 }
+
+/** The members that a patch sets under `root`, with their keys, in its order; also those that it sets again further on. */
+export function addedUnder<T>(patch: Patch, root: string): [string, T][] {
+  return patch.flatMap((operation): [string, T][] => {
+    const [, first, key, ...deeper] = operation.path.split('/');
+    const sets = operation.op === 'add' || operation.op === 'replace';
+    if (!sets || first !== root || key === undefined || deeper.length > 0) return [];
+    return [[jsonpatch.unescapePathComponent(key), operation.value as T]];
+  });
+}

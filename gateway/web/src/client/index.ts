@@ -13,7 +13,7 @@
  * Reading order: `types` (wire shapes), `problem` (errors), `session` (tokens), `channel` (what messages add up to),
  * `connection` (the WebSocket), `conversation` (what a chat's events add up to), `tidewatch` (all of it as one object).
  */
-export { changedUnder } from './channel';
+export { addedUnder, changedUnder } from './channel';
 export type { ConnectionState, Handlers, SubscriptionState } from './connection';
 export { Conversation } from './conversation';
 export { Problem, SignedOut, Unreachable, type ProblemItem } from './problem';

@@ -1,5 +1,6 @@
 /** One open metric: its current rows, and the history of the keys that the chart shows. */
 import {
+  addedUnder,
   changedUnder,
   workspacePath,
   type Metric,
@@ -8,27 +9,23 @@ import {
   type SubscriptionState,
 } from '../client';
 import { tidewatch } from './app.svelte';
-import { duration, numeric } from './format';
+import { duration } from './format';
+import { History, lookBack, POINTS_MAX, type Point } from './history';
 
 /** A chart holds this many keys: as many lines as a reader can tell apart. */
 export const KEYS_MAX = 8;
 const KEYS_AT_FIRST = 4;
-/** Windows kept per key. */
-const POINTS_MAX = 240;
-const HISTORY_LIMIT = 500;
-/** A window that closed without its final row being seen is looked up after this long. */
+/** Rows of a page of history, and pages read: a cumulated day in steps of a second has nine of them. */
+const PAGE_ROWS = 10_000;
+const PAGES_MAX = 20;
+/** A window that was to close without its final row being seen is looked up after this long. */
 const MEND_AFTER = 5_000;
+/** How long a metric waits for late events, unless it says so. */
+const MAX_DELAY = 5_000;
 
 export interface Entry {
   key: string;
   row: Row;
-}
-
-export interface Point {
-  /** End of the window, seconds since the Unix epoch. */
-  x: number;
-  y: number;
-  final: boolean;
 }
 
 /** A key on the chart and its place in the palette. */
@@ -51,7 +48,7 @@ export class MetricView {
   version = $state(0);
 
   #entries = new Map<string, Entry>();
-  #history = new Map<string, Map<string, Row>>();
+  #history = new Map<string, History>();
   #changed = new Set<string>();
   #state: MetricState = { rows: {} };
   #frame = 0;
@@ -75,6 +72,8 @@ export class MetricView {
         if (!changed) return this.#onSnapshot(state);
         this.#state = state;
         for (const key of changed) this.#changed.add(key);
+        // The final row of a window and the first of the next can come in one patch; the state holds the last only.
+        for (const [key, row] of addedUnder<Row>(patch, 'rows')) if (row.final) this.#record(key, { ...row });
         this.#draw();
       },
       onEvent: (event) => {
@@ -102,13 +101,7 @@ export class MetricView {
 
   /** The points of a key for one value column, oldest first: one for each window. */
   points(key: string, column: string): Point[] {
-    const rows = this.#history.get(key)?.values() ?? [];
-    const points: Point[] = [];
-    for (const row of rows) {
-      const y = numeric(row[column]);
-      if (y !== null) points.push({ x: Date.parse(row.window_end) / 1000, y, final: row.final });
-    }
-    return points.sort((a, b) => a.x - b.x);
+    return this.#history.get(key)?.points(column) ?? [];
   }
 
   #onSnapshot(state: MetricState): void {
@@ -134,7 +127,7 @@ export class MetricView {
       const row = this.#state.rows[key];
       if (row) this.#entries.set(key, { key, row: { ...row } });
       else this.#entries.delete(key);
-      if (row && this.#history.has(key)) this.#record(key, { ...row });
+      if (row) this.#record(key, { ...row });
     }
     this.#changed.clear();
     this.rows = [...this.#entries.values()];
@@ -151,67 +144,64 @@ export class MetricView {
     const slot = Array.from({ length: KEYS_MAX }, (_, i) => i).find((i) => !used.has(i))!;
     this.chosen = [...kept, { key, slot }];
     const row = this.#entries.get(key)?.row;
-    this.#history.set(key, new Map());
+    this.#history.set(key, new History(this.metric.window));
     if (row) this.#record(key, row);
     void this.#load(key);
   }
 
-  /** A session is known by its start, since its end moves; of every other window only the end is its own. */
-  #windowId(row: Row): string {
-    return this.metric.window.kind === 'session' ? row.window_start : row.window_end;
-  }
-
   #record(key: string, row: Row): void {
-    const rows = this.#history.get(key);
-    if (!rows) return;
-    const id = this.#windowId(row);
-    const known = rows.get(id);
-    // History may answer after a newer live row: a final row is never taken back, a revision never undone.
-    if (known && (known.final !== row.final ? known.final : known.revision > row.revision)) return;
-    rows.set(id, row);
-    if (!known && !this.#mending && [...rows.values()].some((other) => !other.final && this.#windowId(other) < id)) {
-      this.#mending = setTimeout(() => this.#mend(), MEND_AFTER);
-    }
-    if (rows.size > POINTS_MAX) rows.delete([...rows.keys()].sort()[0]!);
+    const history = this.#history.get(key);
+    if (!history?.record(row) || this.#mending) return;
+    const id = history.windowId(row);
+    if (history.openBefore(id).length === 0) return;
+    const wait = (duration(this.metric.max_delay) ?? MAX_DELAY) + MEND_AFTER;
+    this.#mending = setTimeout(() => this.#mend(id), wait);
   }
 
   /** The channel keeps the newest row of a key, so the final row of a closed window may have been folded away. */
-  #mend(): void {
+  #mend(before: string): void {
     this.#mending = undefined;
     for (const { key } of this.chosen) {
-      const open = [...(this.#history.get(key)?.values() ?? [])]
-        .filter((row) => !row.final)
-        .map((row) => row.window_start);
-      if (open.length > 1) void this.#load(key, open.sort()[0]);
+      const open = this.#history.get(key)?.openBefore(before) ?? [];
+      const starts = open.map((row) => row.window_start).sort();
+      if (starts[0]) void this.#load(key, [starts[0]]);
     }
   }
 
-  async #load(key: string, since?: string): Promise<void> {
-    const query = new URLSearchParams({ limit: String(HISTORY_LIMIT) });
+  /** Adds the past of a key to its chart; `froms` are tried in turn until the chart is full. */
+  async #load(key: string, froms?: (string | null)[]): Promise<void> {
     const row = this.#entries.get(key)?.row;
     if (!row) return; // gone with a new snapshot, and with it the values to ask by
-    const nulls = this.metric.keys.filter((name) => row[name] === null);
-    if (nulls.length > 0) query.set('is_null', nulls.join(','));
-    // the prefix tells a column from a parameter of the same name
-    for (const name of this.metric.keys) if (row[name] !== null) query.set(`key.${name}`, String(row[name]));
-    const from = since ?? this.#from(row);
-    if (from) query.set('from', from);
-    const path = workspacePath(this.workspace, 'metrics', this.metric.name, 'rows');
     try {
-      const { rows } = await tidewatch.get<{ rows: Row[] }>(`${path}?${query}`);
-      if (this.#closed) return;
-      for (const past of rows) this.#record(key, past);
-      this.problem = null;
-      this.version += 1;
+      for (const from of froms ?? lookBack(this.metric.window, row)) {
+        const rows = await this.#past(row, from);
+        if (this.#closed) return;
+        for (const past of rows) this.#record(key, past);
+        this.problem = null;
+        this.version += 1;
+        if (rows.length >= POINTS_MAX) return;
+      }
     } catch (error) {
       if (!this.#closed) this.problem = error;
     }
   }
 
-  /** Far enough back for a full chart. Counted from the newest row: a replay of old data has its own now. */
-  #from(row: Row): string | null {
-    const { slide, step, size } = this.metric.window;
-    const width = duration(slide ?? step ?? size);
-    return width ? new Date(Date.parse(row.window_end) - width * POINTS_MAX).toISOString() : null;
+  /** The newest rows of the key that `row` is of, among the windows that start at `from` or later. */
+  async #past(row: Row, from: string | null): Promise<Row[]> {
+    const query = new URLSearchParams({ limit: String(PAGE_ROWS) });
+    const nulls = this.metric.keys.filter((name) => row[name] === null);
+    if (nulls.length > 0) query.set('is_null', nulls.join(','));
+    // the prefix tells a column from a parameter of the same name
+    for (const name of this.metric.keys) if (row[name] !== null) query.set(`key.${name}`, String(row[name]));
+    if (from) query.set('from', from);
+    const path = workspacePath(this.workspace, 'metrics', this.metric.name, 'rows');
+    let newest: Row[] = [];
+    for (let page = 0; page < PAGES_MAX && !this.#closed; page += 1) {
+      const { rows, next } = await tidewatch.get<{ rows: Row[]; next?: string }>(`${path}?${query}`);
+      newest = [...newest, ...rows].slice(-POINTS_MAX);
+      if (!next) break;
+      query.set('after', next);
+    }
+    return newest;
   }
 }
