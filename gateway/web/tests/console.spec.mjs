@@ -327,15 +327,24 @@ async function climbing() {
     ts: minutesAgo(MINUTES - 1 - i),
   }));
   await change('/streams/market.trades/events', trades, 'POST');
-  return { id, change, windows: Object.keys(windows) };
+  return { id, change, high, windows: Object.keys(windows) };
 }
 
-async function charts(browser) {
-  const { id, change, windows } = await climbing();
+async function lists(browser) {
+  const { id, change, high, windows } = await climbing();
   const { page, complaints } = await open(browser, { viewport: { width: 1280, height: 800 } });
   await page.goto(`${base}/#/${id}`);
   await signIn(page);
   await live(page);
+  const option = (name) => page.getByTestId('metric-select').locator(`option[value="${name}"]`);
+  /** What a browser tells a page that its reader comes back to. */
+  const comeBack = () => page.evaluate(() => dispatchEvent(new Event('focus')));
+  const address = () => decodeURIComponent(new URL(page.url()).hash);
+
+  await check('an address without a metric opens the first, and says which', async () => {
+    await until('the address of a metric', () => address() === `#/${id}/cumulated`);
+  });
+
   for (const name of windows) {
     await check(`a chart of ${name} windows opens with its past`, async () => {
       await page.getByTestId('metric-select').selectOption(name);
@@ -351,7 +360,53 @@ async function charts(browser) {
     });
   }
 
-  await check('the browser had nothing to complain of with the charts', () => {
+  await check('what others add is in the lists when the reader comes back, and nothing else moves', async () => {
+    await mark(page);
+    await page.getByTestId('rows-filter').fill(SYMBOL);
+    await page.getByTestId('chat-input').fill('half a question');
+    await change('/metrics/added', { sql: high(`tumble(ts, INTERVAL '5 minutes')`) });
+    await change('/portfolios', { id: 'added', name: 'Added' }, 'POST');
+    const rule = { name: 'added', metric: 'added', condition: 'high > 1000', for: '0s', severity: 'warning' };
+    await change('/alert-rules', rule, 'POST');
+    expect((await option('added').count()) === 0, 'it is there already: this test tells nothing');
+    await comeBack();
+    await option('added').waitFor({ state: 'attached' });
+    await page.locator('[data-testid="portfolio-card"][data-portfolio="added"]').waitFor();
+    await page.getByTestId('alert-list').getByText('One rule watches').waitFor();
+    expect((await page.getByTestId('metric-select').inputValue()) === windows.at(-1), 'another metric is open');
+    expect((await page.getByTestId('rows-filter').inputValue()) === SYMBOL, 'the filter is gone');
+    expect((await page.getByTestId('chat-input').inputValue()) === 'half a question', 'the question is gone');
+    expect(await unchanged(page), 'the page was loaded again');
+  });
+
+  await check('a metric that others delete is shown as gone, with a way back', async () => {
+    await change(`/metrics/${windows.at(-1)}`, undefined, 'DELETE');
+    await page
+      .getByTestId('not-found')
+      .getByText(`There is no metric “${windows.at(-1)}”`)
+      .waitFor();
+    await page.getByTestId('not-found').getByRole('link', { name: 'hopping' }).click();
+    await page.getByTestId('rows-table').waitFor();
+    expect(address() === `#/${id}/hopping`, `the address is ${address()}`);
+    expect(await unchanged(page), 'the page was loaded again');
+  });
+
+  await check('a metric that others define anew opens as it is now', async () => {
+    await change('/metrics/hopping', { sql: high(`tumble(ts, INTERVAL '1 hour')`) });
+    await page.getByText('1h windows over market.trades').waitFor();
+  });
+
+  await check('an address of nothing says so, and leads back', async () => {
+    for (const nowhere of ['#/nonsense', '#/%E0%A4%A', `#/${id}/nonsense`, `#/${id}/hopping/more`]) {
+      await page.goto(`${base}/${nowhere}`);
+      await page.getByTestId('not-found').waitFor();
+      await page.getByTestId('not-found').locator(`a[href^="#/${id}"]`).first().click();
+      await page.getByTestId('rows-table').waitFor();
+      expect(address().startsWith(`#/${id}/`), `the address is ${address()}`);
+    }
+  });
+
+  await check('the browser had nothing to complain of with the lists', () => {
     expect(complaints.length === 0, complaints.join('\n'));
   });
   await page.context().close();
@@ -361,7 +416,7 @@ async function charts(browser) {
 const browser = await chromium.launch(BROWSER);
 await desktop(browser);
 await phone(browser);
-await charts(browser);
+await lists(browser);
 await browser.close();
 console.log(`${passed} passed, ${failed} failed`);
 process.exit(failed === 0 ? 0 : 1);

@@ -24,7 +24,7 @@ export class Alerts {
       },
       // Listening first, then reading the list: the other order loses what happens in between.
       onState: (state) => {
-        if (state.phase === 'live' && !(state.recovered && this.loaded)) void this.#load();
+        if (state.phase === 'live' && !(state.recovered && this.loaded)) void this.load();
       },
     });
   }
@@ -39,7 +39,8 @@ export class Alerts {
     }
   }
 
-  async #load(): Promise<void> {
+  /** Reads the lists: rules have no channel. */
+  async load(): Promise<void> {
     try {
       const [{ alerts }, { rules }] = await Promise.all([
         tidewatch.get<{ alerts: Alert[] }>(workspacePath(this.workspace, 'alerts')),
@@ -48,10 +49,10 @@ export class Alerts {
       this.#take(alerts);
       this.rules = rules;
       this.problem = null;
+      this.loaded = true;
     } catch (error) {
-      this.problem = error;
+      if (!this.loaded) this.problem = error;
     }
-    this.loaded = true;
   }
 
   #take(alerts: Alert[]): void {

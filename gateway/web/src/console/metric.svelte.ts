@@ -8,7 +8,7 @@ import {
   type Row,
   type SubscriptionState,
 } from '../client';
-import { tidewatch } from './app.svelte';
+import { app, tidewatch } from './app.svelte';
 import { duration } from './format';
 import { History, lookBack, POINTS_MAX, type Point } from './history';
 
@@ -107,10 +107,19 @@ export class MetricView {
   #onSnapshot(state: MetricState): void {
     this.#state = state;
     for (const key of [...this.#entries.keys(), ...Object.keys(state.rows)]) this.#changed.add(key);
+    if (this.loaded && Object.keys(state.rows).length === 0) this.#onRemoved();
     this.loaded = true;
     this.#draw();
     // What came and went while we were away is in the history only.
     for (const { key } of this.chosen) void this.#load(key);
+  }
+
+  /** The metric was removed or defined anew, or has no rows still. */
+  #onRemoved(): void {
+    this.chosen = [];
+    this.#untouched = true;
+    this.#history.clear();
+    app.refresh();
   }
 
   /** Gathers changes until the next frame, so that a burst of deltas is one repaint. */
