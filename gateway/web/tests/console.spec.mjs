@@ -1,5 +1,6 @@
 // The console in a real browser against a running server. Asks for TIDEWATCH_URL, TIDEWATCH_EMAIL, TIDEWATCH_PASSWORD,
 // TIDEWATCH_WORKSPACE and TIDEWATCH_METRIC (a metric over market.trades, keyed by symbol); SCREENSHOT_DIR is optional.
+// The user must be an admin, since another user is made who may do less.
 // Prints `ok` or `not ok` for each test; the exit status is 1 when one failed, 2 when it was called badly.
 import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -93,8 +94,8 @@ async function open(browser, options) {
   return { page, complaints };
 }
 
-async function signIn(page, secret = password) {
-  await page.getByTestId('sign-in-email').fill(email);
+async function signIn(page, secret = password, name = email) {
+  await page.getByTestId('sign-in-email').fill(name);
   await page.getByTestId('sign-in-password').fill(secret);
   await page.getByTestId('sign-in-submit').click();
 }
@@ -413,10 +414,65 @@ async function lists(browser) {
   await change('', undefined, 'DELETE');
 }
 
+async function viewer(browser) {
+  const { id, change } = await climbing();
+  const rule = { name: 'high', metric: 'tumbling', condition: `high >= ${LAST}`, for: '0s', severity: 'warning' };
+  await change('/alert-rules', rule, 'POST');
+  await change('/streams/market.trades/events', [{ symbol: SYMBOL, price: LAST, qty: 1 }], 'POST');
+  const name = `${id}@tidewatch.local`;
+  await api('/users', { email: name, password }, await token());
+  await change('/members', { email: name, role: 'viewer' });
+  const { page, complaints } = await open(browser, { viewport: { width: 1280, height: 800 } });
+  await page.goto(`${base}/#/${id}`);
+  await signIn(page, password, name);
+  await until('the invitation, or the workspace', async () => {
+    if (await page.getByTestId(`invitation-${id}`).count()) await page.getByRole('button', { name: 'Join' }).click();
+    return page.getByTestId('workspace-select').count();
+  });
+
+  await check('a viewer sees what there is, and which permission each closed door takes', async () => {
+    await live(page);
+    await page.getByTestId('rows-table').locator('tbody tr').first().waitFor();
+    const closed = async (button, permission) => {
+      await button.waitFor();
+      expect(await button.isDisabled(), `the button that takes ${permission} can be pressed`);
+      expect((await button.getAttribute('title')).includes(permission), `its title does not name ${permission}`);
+    };
+    await closed(page.getByTestId('send-event'), 'stream:ingest');
+    await closed(page.getByRole('button', { name: 'Acknowledge high' }), 'alert:respond');
+    await page.getByTestId('withheld-ai:use').waitFor();
+    await page.screenshot({ path: join(shots, 'viewer.png') });
+  });
+
+  await check('a role that changes opens its doors', async () => {
+    await change('/members', { email: name, role: 'member' });
+    await page.evaluate(() => dispatchEvent(new Event('focus')));
+    await page.getByTestId('chat-input').waitFor();
+    expect(await page.getByTestId('send-event').isEnabled(), 'no event can be sent');
+    await page.getByRole('button', { name: 'Acknowledge high' }).click();
+    await page.getByTestId('alert-list').getByText('seen').waitFor();
+  });
+
+  await check('a workspace that others take away is shown as not there', async () => {
+    await change('', undefined, 'DELETE');
+    await page.evaluate(() => dispatchEvent(new Event('focus')));
+    await page.getByTestId('not-found').getByText('There is no workspace').waitFor();
+    await page.getByRole('link', { name: 'Make a workspace' }).click();
+    await page.getByTestId('workspace-name').waitFor();
+  });
+
+  await check('the browser had nothing to complain of before the viewer', () => {
+    const own = complaints.filter((text) => !text.includes(id)); // requests that met the end of the workspace
+    expect(own.length === 0, own.join('\n'));
+  });
+  await page.context().close();
+}
+
 const browser = await chromium.launch(BROWSER);
 await desktop(browser);
 await phone(browser);
 await lists(browser);
+await viewer(browser);
 await browser.close();
 console.log(`${passed} passed, ${failed} failed`);
 process.exit(failed === 0 ? 0 : 1);

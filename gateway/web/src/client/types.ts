@@ -7,6 +7,8 @@ export interface Workspace {
   role: string;
   tier: string;
   pack?: string | null;
+  /** Of the list in `Me`: what one may do there; with `@` and a resource behind it, on that one only. */
+  permissions?: string[];
   /** Of the list in `Me`: not a member yet; the first request to the workspace accepts. */
   invited?: boolean;
 }
