@@ -407,6 +407,33 @@ async function lists(browser) {
     }
   });
 
+  await check('what lies over the page goes away by Escape and by a press elsewhere', async () => {
+    await page.goto(`${base}/#/${id}/cumulated`);
+    const sql = page.getByText('up to 1d in steps of 1m over market.trades');
+    const opens = [sql, page.getByTestId('usage').locator('summary')];
+    for (const leave of [() => page.keyboard.press('Escape'), () => page.getByText('Current rows').click()]) {
+      for (const summary of opens) {
+        await summary.click();
+        const details = page.locator('details[open]');
+        await details.waitFor();
+        await leave();
+        await details.waitFor({ state: 'detached' });
+      }
+    }
+  });
+
+  await check('an event is sent to the stream that the open metric waits for', async () => {
+    const sql = `SELECT thread, count(*) AS n FROM chat.messages GROUP BY tumble(ts, INTERVAL '1 minute'), thread`;
+    await change('/metrics/quiet', { sql });
+    await comeBack();
+    await page.getByTestId('metric-select').selectOption('quiet');
+    await page.getByText('No rows yet').waitFor();
+    await page.getByRole('region', { name: 'Current rows' }).getByRole('button', { name: 'Send an event' }).click();
+    const stream = await page.getByTestId('event-stream').inputValue();
+    expect(stream === 'chat.messages', `the form opens for ${stream}`);
+    await page.keyboard.press('Escape');
+  });
+
   await check('the browser had nothing to complain of with the lists', () => {
     expect(complaints.length === 0, complaints.join('\n'));
   });

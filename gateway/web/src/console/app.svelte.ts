@@ -21,7 +21,8 @@ class App {
   /** Milliseconds since the Unix epoch, moved once a second. */
   now = $state(Date.now());
   dark = $state(false);
-  sending = $state(false);
+  /** The form for an event is open, for this stream; empty: for any. */
+  sending = $state<string | null>(null);
   /** The form for a new workspace is open. */
   creating = $state(false);
   /**
@@ -52,7 +53,7 @@ class App {
     system.addEventListener('change', () => this.#readTheme(system));
     addEventListener('hashchange', () => {
       this.creating = false;
-      this.sending = false;
+      this.sending = null;
       this.route = readRoute(location.hash);
     });
     tidewatch.onConnection((state) => {

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
 import {
+  count,
   cell,
   duration,
   elapsed,
@@ -26,6 +27,10 @@ test('a number keeps the digits that a reader can use', () => {
     '0',
     '1.5E-9',
   ]);
+});
+
+test('a count agrees with its noun', () => {
+  expect([0, 1, 2000].map((n) => count(n, 'key'))).toEqual(['0 keys', '1 key', '2,000 keys']);
 });
 
 test('what is no number is missing, and a decimal may be a string', () => {

@@ -19,6 +19,11 @@ function format(options: Intl.NumberFormatOptions): Intl.NumberFormat {
   return known;
 }
 
+/** `1 key`, `2 keys`. */
+export function count(n: number, noun: string): string {
+  return `${format({}).format(n)} ${noun}${n === 1 ? '' : 's'}`;
+}
+
 /** As many decimals as a reader can use: fewer for large numbers, six significant digits for small ones. */
 export function number(value: number | null): string {
   if (value === null) return MISSING;
