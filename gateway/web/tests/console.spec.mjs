@@ -480,6 +480,12 @@ async function viewer(browser) {
     await page.getByTestId('alert-list').getByText('seen').waitFor();
   });
 
+  await check('an alert that others silence says so', async () => {
+    await change('/silences', { matchers: { symbol: SYMBOL }, duration: '1h' }, 'POST');
+    await page.evaluate(() => dispatchEvent(new Event('focus')));
+    await page.getByTestId('alert-list').getByText('silenced').waitFor();
+  });
+
   await check('a workspace that others take away is shown as not there', async () => {
     await change('', undefined, 'DELETE');
     await page.evaluate(() => dispatchEvent(new Event('focus')));

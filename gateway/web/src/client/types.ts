@@ -137,6 +137,8 @@ export interface Alert {
   resolved_at: string | null;
   acked_at: string | null;
   acked_by: string | null;
+  /** Of the list only: a silence keeps it from being told. */
+  silenced?: boolean;
 }
 
 export interface AlertRule {

@@ -60,7 +60,9 @@ export class Alerts {
       const known = this.#known.get(alert.id);
       // The list may have been read before an event that came first: what has ended does not begin again.
       if (known?.resolved_at && !alert.resolved_at) continue;
-      this.#known.set(alert.id, { ...alert, acked_at: alert.acked_at ?? known?.acked_at ?? null });
+      const acked_at = alert.acked_at ?? known?.acked_at ?? null;
+      const silenced = alert.silenced ?? known?.silenced ?? false; // events do not tell
+      this.#known.set(alert.id, { ...alert, acked_at, silenced });
     }
     const ordered = [...this.#known.values()].sort(byUrgency);
     const resolved = ordered.filter((alert) => alert.resolved_at).slice(0, RESOLVED_SHOWN);
