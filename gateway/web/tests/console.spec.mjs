@@ -272,9 +272,14 @@ async function phone(browser) {
     await cut();
     await page.locator('[data-testid="connection-state"][data-state="reconnecting"]').waitFor();
     await send(300);
+    const added = `/workspaces/${workspace}/metrics/added_meanwhile`;
+    const sql = `SELECT symbol, max(price) AS high FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol`;
+    await api(added, { sql }, await token(), 'PUT');
     held = false;
     await live(page);
     await until(`a change of "${before}"`, async () => (await read(page)) !== before);
+    await page.getByTestId('metric-select').locator('option[value="added_meanwhile"]').waitFor({ state: 'attached' });
+    await api(added, undefined, await token(), 'DELETE');
     expect(await unchanged(page), 'the page was loaded again');
   });
 
