@@ -1,6 +1,7 @@
 //! Where a test makes this crate fail. Not in any other build.
 
 use arrow::array::{AsArray, RecordBatch};
+use engine::checkpoint::State;
 use engine::event::WorkspaceId;
 use parking_lot::Mutex;
 
@@ -30,17 +31,45 @@ pub(crate) fn step(workspace: &WorkspaceId, batch: &RecordBatch) {
     }
 }
 
+/// Workspaces whose saved state is not what it was when they are started next.
+static TO_SPOIL: Mutex<Vec<WorkspaceId>> = Mutex::new(Vec::new());
+/// Those that were given such a state.
+static SPOILED: Mutex<Vec<WorkspaceId>> = Mutex::new(Vec::new());
+
+/// The next saved state of `workspace` that is read is not what it was.
+pub(crate) fn spoil_state(workspace: &WorkspaceId) {
+    TO_SPOIL.lock().push(workspace.clone());
+}
+
+/// The state as it is read.
+pub(crate) fn spoiled(workspace: &WorkspaceId, state: Option<State>) -> Option<State> {
+    let mut state = state?;
+    let mut to_spoil = TO_SPOIL.lock();
+    if let Some(at) = to_spoil.iter().position(|id| id == workspace) {
+        SPOILED.lock().push(to_spoil.remove(at));
+        match state.parts.values_mut().next().and_then(|part| part.last_mut()) {
+            Some(byte) => *byte ^= 1,
+            None => state.head.truncate(1),
+        }
+    }
+    Some(state)
+}
+
 /// Workspaces whose saved state was refused: it would be computed again, and nobody would notice.
 static REFUSED: Mutex<Vec<WorkspaceId>> = Mutex::new(Vec::new());
 
-/// The saved state of `workspace` cannot be used.
+/// The saved state of `workspace` cannot be used, which is as it should be when it was spoiled.
 pub(crate) fn refuse_state(workspace: &WorkspaceId) {
-    REFUSED.lock().push(workspace.clone());
+    let mut spoiled = SPOILED.lock();
+    match spoiled.iter().position(|id| id == workspace) {
+        Some(at) => _ = spoiled.remove(at),
+        None => REFUSED.lock().push(workspace.clone()),
+    }
 }
 
-/// Whether that happened.
+/// Whether that happened, or a spoiled state was taken for a good one.
 pub(crate) fn refused_state(workspace: &WorkspaceId) -> bool {
-    REFUSED.lock().contains(workspace)
+    REFUSED.lock().contains(workspace) || SPOILED.lock().contains(workspace)
 }
 
 /// Panics at an event whose `column` is `value`.

@@ -3,6 +3,9 @@
 //! The engine's state, the rows and the offset they stand for are committed together; a restart loads
 //! them and replays the log from that offset, and rows it repeats are no-ops in the store.
 
+mod past; // what is computed of the time before now
+
+use self::past::sift;
 use crate::blocks::{self, Width};
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
@@ -28,10 +31,10 @@ use engine::window::Window;
 use engine::workspace::{Failure, Outputs, Stop, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
-use sql::store::{Alert, Commit, DeadLetter, FinalRow, RowQuery, StoreError};
+use sql::store::{Alert, Commit, DeadLetter, FinalRow, StoreError};
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -328,33 +331,11 @@ const HEAVY: usize = 1_024;
 /// A batch at which the actor failed so often is searched for the events that do it.
 const POISON_AFTER: u32 = 2;
 
-/// What a metric takes in of the time before it was defined.
-enum Past {
-    /// Final rows of the metric it reads.
-    Rows(History),
-    Log(Box<Computed>),
-}
-
-/// Final rows in the order of windows, and the time after which the first of their windows ends.
-type History = (Micros, Vec<Rows>);
-
-/// What one metric makes of the log, of which nothing is kept yet.
-struct Computed {
-    /// Has that metric alone.
-    engine: Workspace,
-    outputs: Vec<Outputs>,
-    /// Events that cannot be computed: the offset and stream they came at, and what the panic said.
-    poison: Vec<(u64, StreamName, RecordBatch, String)>,
-}
+/// Rejected events held for the next commit; the ones over it are only counted.
+const DEAD_LETTERS_HELD: usize = 1_000;
 
 /// A log that cannot be read is mended by somebody, which takes a while.
 const LOG_AGAIN: Duration = Duration::from_secs(30);
-
-/// The most rows of another metric that one definition reads at once.
-const BACKFILL_ROWS: usize = 1_000_000;
-
-/// Rejected events held for the next commit; the ones over it are only counted.
-const DEAD_LETTERS_HELD: usize = 1_000;
 
 pub(crate) struct WorkspaceActor;
 
@@ -574,15 +555,18 @@ impl State {
         known.iter().for_each(|metric| self.start_rules(metric));
         let (open, _) = store.alerts(&id, Some("firing"), 10_000, None).await?;
         self.firing = open.into_iter().map(|alert| ((alert.rule.clone(), alert.labels.to_string()), alert)).collect();
-        let fresh = match checkpoint.and_then(|c| c.state) {
+        let state = checkpoint.and_then(|c| c.state);
+        #[cfg(test)]
+        let state = crate::fault_point::spoiled(&id, state);
+        let fresh = match state {
             Some(state) => match Saved::read(&state).and_then(|saved| self.engine.restore(saved)) {
                 Ok(fresh) => fresh,
                 Err(error) => {
                     tracing::warn!(workspace = %id, %error, "saved state cannot be used; computing it again from the log");
                     #[cfg(test)]
                     crate::fault_point::refuse_state(&id);
-                    self.read_tables().await?;
-                    known
+                    self.compute_all().await?;
+                    Vec::new()
                 }
             },
             None => known,
@@ -619,23 +603,6 @@ impl State {
         }
         if self.dirty || !self.unsaved.is_empty() {
             self.plan_save(myself);
-        }
-        Ok(())
-    }
-
-    /// Applies what the log still holds of changes of tables before the checkpoint, whose rows are lost.
-    async fn read_tables(&mut self) -> Result<(), ActorProcessingErr> {
-        let mut records = self.scan(self.tenant.first);
-        while let Some(record) = records.recv().await {
-            let (offset, record) = record?;
-            if offset.0 >= self.applied {
-                break;
-            }
-            if let Body::Events { stream, batch } = record.body
-                && stream.is_table()
-            {
-                self.apply_change(&stream, &batch, offset.0);
-            }
         }
         Ok(())
     }
@@ -735,91 +702,6 @@ impl State {
         }
         self.start_rules(&name);
         Ok(())
-    }
-
-    /// Computes what a metric without state has missed: from the log, or from the final rows of the metric it reads.
-    async fn catch_up(&mut self, name: &ItemName) -> Result<(), ActorProcessingErr> {
-        let defined = &self.metrics[name];
-        let (definition, program, since) = (defined.definition.clone(), defined.program.clone(), defined.since);
-        if let Some(past) = self.past(name, &definition, &program, since).await? {
-            self.take_in(name, past);
-        }
-        Ok(())
-    }
-
-    /// What a metric has missed, which need not be there yet; nothing changes by it.
-    async fn past(
-        &mut self,
-        name: &ItemName,
-        definition: &MetricDefinition,
-        program: &Arc<Program>,
-        since: u64,
-    ) -> Result<Option<Past>, ActorProcessingErr> {
-        let has_missed = since < self.applied;
-        Ok(match program.stream().metric() {
-            None if has_missed => Some(Past::Log(Box::new(self.compute(name, definition, program, since).await?))),
-            Some(upstream) if has_missed || definition.backfill.is_some() => {
-                Some(Past::Rows(self.history(&upstream, definition.backfill).await?))
-            }
-            _ => None,
-        })
-    }
-
-    fn take_in(&mut self, name: &ItemName, past: Past) {
-        match past {
-            Past::Rows((since, rows)) => {
-                let outputs = self.engine.backfill(name, since, &rows);
-                self.keep(outputs, false);
-            }
-            Past::Log(computed) => {
-                computed.outputs.into_iter().for_each(|outputs| self.keep(outputs, false));
-                for (offset, stream, event, panic) in &computed.poison {
-                    self.poison(*offset, stream, event, panic);
-                }
-                self.engine.adopt(computed.engine);
-            }
-        }
-        self.dirty = true;
-    }
-
-    /// Final rows that a metric has had in the last `span`, or in all its time.
-    async fn history(&mut self, upstream: &ItemName, span: Option<Span>) -> Result<History, Fault> {
-        let Some(closed) = self.engine.closed(upstream) else { return Ok((Micros::MIN, Vec::new())) };
-        let from = span.map_or(Micros::MIN, |span| closed.minus(span));
-        let mut rows = BTreeMap::new();
-        let mut keep = |row: FinalRow| {
-            let place = (row.window_end, row.window_start, row.key.clone());
-            if row.window_end > from
-                && row.window_end <= closed
-                && rows.get(&place).is_none_or(|known: &FinalRow| known.revision < row.revision)
-            {
-                rows.insert(place, row);
-            }
-        };
-        let window = self.metrics[upstream].program.window().size();
-        let mut page = RowQuery { from: Some(from.minus(window)), limit: 10_000, ..RowQuery::default() };
-        loop {
-            let (found, next) = self.deps.store.rows(&self.tenant.id, upstream, &page).await?;
-            found.into_iter().for_each(&mut keep);
-            page.after = next;
-            if page.after.is_none() {
-                break;
-            }
-        }
-        let unsaved = self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *upstream);
-        unsaved.cloned().for_each(&mut keep);
-        let rows: Vec<FinalRow> = rows.into_values().take(BACKFILL_ROWS + 1).collect();
-        if rows.len() > BACKFILL_ROWS {
-            let detail =
-                format!("`{upstream}` has more than {BACKFILL_ROWS} rows in that time; ask for a shorter `backfill`");
-            return Err(Fault::invalid("backfill_too_long", detail));
-        }
-        let mut batches = Vec::new();
-        for rows in rows.chunks(10_000) {
-            let program = &self.metrics[upstream].program;
-            batches.push(rows::from_store_columns(program, rows).map_err(Fault::internal)?);
-        }
-        Ok((from, batches))
     }
 
     fn start_rules(&mut self, metric: &ItemName) {
@@ -989,7 +871,7 @@ impl State {
             return Ok(vec![Outputs::default()]);
         }
         if is_fine {
-            let outputs = if batch.num_rows() * self.metrics.len() > HEAVY {
+            let outputs = if self.is_heavy(stream, batch) {
                 self.step_aside(stream, batch).await
             } else {
                 compute_batch(&self.tenant.id, &mut self.engine, stream, batch)
@@ -1010,6 +892,13 @@ impl State {
         }
         self.metrics.values_mut().for_each(|metric| metric.changed = true);
         Ok(sifted.computed.into_iter().map(|(_, outputs)| outputs).collect())
+    }
+
+    /// Whether a batch takes long.
+    fn is_heavy(&self, stream: &StreamName, batch: &RecordBatch) -> bool {
+        let rows = batch.num_rows();
+        rows * self.metrics.len() > HEAVY
+            && rows * self.metrics.keys().filter(|metric| self.engine.feeds(stream, metric)).count() > HEAVY
     }
 
     /// Computes a batch that takes long, while those who serve go on. A panic is one of the actor all the same.
@@ -1038,7 +927,8 @@ impl State {
             engine.define(name.clone(), defined.version, defined.program.clone(), timing)?;
         }
         // a rule that cannot run was told of when it was started
-        for rule in self.rules.iter().filter_map(|(name, definition)| self.rule(name, definition).ok()) {
+        let rules = self.rules.iter().filter(|(_, definition)| names.contains(&definition.metric));
+        for rule in rules.filter_map(|(name, definition)| self.rule(name, definition).ok()) {
             engine.watch(rule)?;
         }
         Ok(engine)
@@ -1665,89 +1555,6 @@ impl State {
         Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail))
     }
 
-    /// Computes one metric alone over the log from `since` to where the others stand.
-    async fn compute(
-        &mut self,
-        name: &ItemName,
-        definition: &MetricDefinition,
-        program: &Arc<Program>,
-        since: u64,
-    ) -> Result<Computed, ActorProcessingErr> {
-        // batches with events that cannot be computed: once one is found, all begins anew and it is sifted
-        let mut bad = BTreeSet::new();
-        loop {
-            match self.compute_without(name, definition, program, since, &bad).await? {
-                Ok(computed) => return Ok(computed),
-                Err(offset) => _ = bad.insert(offset),
-            }
-        }
-    }
-
-    /// The same, or the offset of a batch that is none of `bad` and cannot be computed as it is.
-    async fn compute_without(
-        &mut self,
-        name: &ItemName,
-        definition: &MetricDefinition,
-        program: &Arc<Program>,
-        since: u64,
-        bad: &BTreeSet<u64>,
-    ) -> Result<Result<Computed, u64>, ActorProcessingErr> {
-        let timing = timing(definition);
-        let oldest = definition.backfill.and_then(|span| Some(self.engine.frontier(program.stream())?.minus(span)));
-        let (deps, tables) = (self.deps.clone(), self.table_schemas());
-        // who adopts the metric knows its version
-        let begin = |engine: &mut Workspace| engine.define(name.clone(), 0, program.clone(), timing);
-        let empty = || -> Result<Workspace, ActorProcessingErr> {
-            let mut alone = engine_with(&deps, &tables)?;
-            begin(&mut alone)?;
-            Ok(alone)
-        };
-        // tables as they were: what the log still has of their changes comes again as it is read
-        let mut alone = self.engine.with_tables_before(since.max(self.deps.log.head().0))?;
-        begin(&mut alone)?;
-        let (mut all, mut poison) = (Vec::new(), Vec::new());
-        let until = self.applied;
-        let mut records = self.scan(since);
-        while let Some(record) = records.recv().await {
-            let (offset, record) = record?;
-            if offset.0 >= until {
-                break;
-            }
-            match record.body {
-                Body::Events { stream, batch } if stream.is_table() => {
-                    self.change_table(&mut alone, &stream, &batch, offset.0);
-                }
-                Body::Events { stream, batch } if program.reads(&stream) => {
-                    let batch = match oldest {
-                        Some(oldest) => since_time(&batch, oldest)?,
-                        None => batch,
-                    };
-                    let step = |engine: &mut Workspace, part: &RecordBatch| {
-                        // an event that is late now was told of when it came
-                        Outputs { late: Vec::new(), ..compute_batch(&self.tenant.id, engine, &stream, part) }
-                    };
-                    if bad.contains(&offset.0) {
-                        let sifted = sift(alone, &batch, step, empty)?;
-                        alone = sifted.engine;
-                        all.extend(sifted.computed.into_iter().map(|(_, outputs)| outputs));
-                        let left_out = sifted.poison.into_iter();
-                        poison.extend(left_out.map(|(event, panic)| (offset.0, stream.clone(), event, panic)));
-                    } else {
-                        match catch_unwind(AssertUnwindSafe(|| step(&mut alone, &batch))) {
-                            Ok(outputs) => all.push(outputs),
-                            Err(_) => return Ok(Err(offset.0)),
-                        }
-                    }
-                }
-                Body::Advance { stream, frontier } if program.reads(&stream) => {
-                    all.push(alone.idle(&stream, frontier));
-                }
-                _ => {}
-            }
-        }
-        Ok(Ok(Computed { engine: alone, outputs: all, poison }))
-    }
-
     async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {
         if let Some(rule) = self.rules.iter().find(|(_, rule)| rule.metric == *name) {
             let detail = format!("alert rule `{}` reads metric `{name}`; delete the rule first", rule.0);
@@ -1976,46 +1783,6 @@ pub(crate) fn timing(definition: &MetricDefinition) -> Timing {
     }
 }
 
-/// What came of a batch without the events that cannot be computed.
-struct Sifted {
-    engine: Workspace,
-    /// In parts, which are the rest of the batch in its order.
-    computed: Vec<(RecordBatch, Outputs)>,
-    /// The events at which `step` panicked, and with what.
-    poison: Vec<(RecordBatch, String)>,
-}
-
-/// Computes `batch`, cut in halves until each event at which `step` panics is alone. `empty` gives an engine with the
-/// same metrics as `engine`, which takes its state over from before a panic.
-fn sift(
-    mut engine: Workspace,
-    batch: &RecordBatch,
-    step: impl Fn(&mut Workspace, &RecordBatch) -> Outputs,
-    empty: impl Fn() -> Result<Workspace, ActorProcessingErr>,
-) -> Result<Sifted, ActorProcessingErr> {
-    let (mut computed, mut poison) = (Vec::new(), Vec::new());
-    let mut parts = vec![batch.clone()];
-    while let Some(part) = parts.pop() {
-        let before = engine.state()?;
-        match catch_unwind(AssertUnwindSafe(|| step(&mut engine, &part))) {
-            Ok(outputs) => computed.push((part, outputs)),
-            Err(panic) => {
-                engine = empty()?;
-                let fresh = engine.restore(Saved::read(&before)?)?;
-                engine.forget_saved(); // the store has another one
-                assert!(fresh.is_empty(), "state of {fresh:?} was lost between two batches");
-                let half = part.num_rows() / 2;
-                if half > 0 {
-                    parts.extend([part.slice(half, part.num_rows() - half), part.slice(0, half)]);
-                } else {
-                    poison.push((part, reason(panic.as_ref())));
-                }
-            }
-        }
-    }
-    Ok(Sifted { engine, computed, poison })
-}
-
 /// An engine with these reference tables, without rows.
 fn engine_with(deps: &Deps, tables: &[Arc<TableSchema>]) -> Result<Workspace, ActorProcessingErr> {
     let mut engine = deps.empty_engine();
@@ -2023,13 +1790,4 @@ fn engine_with(deps: &Deps, tables: &[Arc<TableSchema>]) -> Result<Workspace, Ac
         engine.define_table(table.clone())?;
     }
     Ok(engine)
-}
-
-/// The events at `oldest` or later.
-fn since_time(batch: &RecordBatch, oldest: Micros) -> Result<RecordBatch, ActorProcessingErr> {
-    use arrow::array::AsArray;
-    let Some(ts) = batch.column_by_name("ts") else { return Ok(batch.clone()) };
-    let ts = ts.as_primitive::<arrow::datatypes::TimestampMicrosecondType>();
-    let keep: arrow::array::BooleanArray = ts.iter().map(|at| Some(at.is_some_and(|at| at >= oldest.0))).collect();
-    Ok(arrow::compute::filter_record_batch(batch, &keep)?)
 }

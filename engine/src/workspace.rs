@@ -812,6 +812,13 @@ impl Workspace {
         out
     }
 
+    /// From now on `name` takes of the metric it reads only rows whose windows end after `since`.
+    pub fn pass_over(&mut self, name: &ItemName, since: Micros) {
+        if let Some(entry) = self.metrics.get_mut(name) {
+            entry.since = since;
+        }
+    }
+
     fn give(&mut self, name: &ItemName, upstream: &ItemName, rows: &[Rows], out: &mut Outputs) {
         let Some(read) = self.metrics.get(upstream) else { return };
         let (closed, program, failure) = (read.metric.closed(), read.metric.program().clone(), read.failure.is_some());
@@ -870,8 +877,8 @@ impl Workspace {
         Ok(state)
     }
 
-    /// Puts saved state under the metrics defined now. A metric that was defined again since, or whose
-    /// state does not fit, is returned by name: it starts from nothing.
+    /// Puts saved state under the metrics defined now. A metric that was defined again since is returned by name: it
+    /// starts from nothing. An error leaves a part of it here: what is computed then begins in an engine of its own.
     pub fn restore(&mut self, saved: Saved) -> Result<Vec<ItemName>, RestoreError> {
         self.streams = saved.streams;
         self.prices = Prices::restored(saved.prices);
@@ -889,17 +896,8 @@ impl Workspace {
                 fresh.push(name.clone());
                 continue;
             };
-            match entry.metric.restored(state.closed, pieces) {
-                Ok(metric) => {
-                    entry.metric = metric;
-                    entry.gauge.set(entry.metric.size());
-                }
-                Err(RestoreError::Mismatch(_)) => {
-                    fresh.push(name.clone());
-                    continue;
-                }
-                Err(error) => return Err(error),
-            }
+            entry.metric = entry.metric.restored(state.closed, pieces)?;
+            entry.gauge.set(entry.metric.size());
             entry.failure = state.failure.map(|reason| Stop { cause: state.cause, reason });
             entry.since = state.since.unwrap_or(Micros::MIN);
             if let Some(metric) = entry.metric.windows_mut() {

@@ -283,6 +283,10 @@ impl Simulation {
                     assert!(!first, "a panic of the simulation");
                 });
             }
+            19 if self.random.random_range(0..4) == 0 => {
+                fault_point::spoil_state(&self.senders[to].id);
+                self.kill().await;
+            }
             _ => self.kill().await,
         }
     }

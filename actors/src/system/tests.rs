@@ -563,6 +563,84 @@ async fn an_alert_fires_once_through_panics_and_kills() {
     assert_eq!(world.system.store().alerts(&id, None, 10, None).await.unwrap().0, stored);
 }
 
+/// A state that cannot be used, while the log still has all events.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_is_lost_is_computed_again_as_it_was() {
+    lost_state(false).await;
+}
+
+/// The same where the log has let the oldest of them go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_is_lost_is_computed_again_behind_what_retention_has_dropped() {
+    lost_state(true).await;
+}
+
+async fn lost_state(is_cut: bool) {
+    let names = [format!("kept-{is_cut}"), format!("lost-{is_cut}")];
+    let directory = TempDir::new().unwrap();
+    let world = World::of_small_files(directory.path()).await;
+    world.populate(&names.each_ref().map(String::as_str)).await;
+    for name in &names {
+        let id: WorkspaceId = name.parse().unwrap();
+        let late = serde_json::json!({"max_delay": 5_000_000, "allowed_lateness": 30_000_000,
+            "sql": "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '10 seconds'), symbol"});
+        let late = serde_json::from_value(late).unwrap();
+        world.system.define_metric(&id, "late".parse().unwrap(), late).await.unwrap();
+        let sums =
+            "SELECT symbol, n, sum(n) OVER (PARTITION BY symbol ORDER BY window_start) AS so_far FROM metrics.late";
+        world.define(name, "run", sums).await;
+        let rule = serde_json::json!({"metric": "run", "condition": "so_far > 15"});
+        let rule = serde_json::from_value(rule).unwrap();
+        world.system.define_alert_rule(&id, "many".parse().unwrap(), rule).await.unwrap();
+        world.trades(name, "A", 0, 10, "old").await.unwrap();
+    }
+    let kept_from = world.system.0.deps.log.tail();
+    for name in &names {
+        for second in [100, 1_000, 1_010, 1_020] {
+            world.trades(name, "A", second, 10, &format!("e{second}")).await.unwrap();
+        }
+        world.trades(name, "A", 1_045, 1, "on").await.unwrap();
+        world.trades(name, "A", 1_025, 1, "late-1").await.unwrap();
+    }
+    world.system.stop(Duration::from_secs(60)).await;
+    world.kill().await;
+    if is_cut {
+        let config = streams::log::Config { segment_bytes: 1, retain_bytes: Some(1), ..Default::default() };
+        let log = open_log(directory.path(), &config).await;
+        log.protect(kept_from, Micros(START));
+        assert_eq!(log.head(), kept_from);
+    }
+    fault_point::spoil_state(&names[1].parse().unwrap());
+
+    let world = World::of_small_files(directory.path()).await;
+    for name in &names {
+        world.trades(name, "A", 1_026, 1, "late-2").await.unwrap();
+        world.trades(name, "A", 1_055, 1, "end").await.unwrap();
+    }
+    let mut found = Vec::new();
+    for name in &names {
+        let id: WorkspaceId = name.parse().unwrap();
+        let mut all = Vec::new();
+        for metric in ["late", "run"] {
+            let query = sql::store::RowQuery { limit: 100, ..Default::default() };
+            let mut rows = Vec::new();
+            eventually("the second correction is stored", async || {
+                rows = world.system.store().rows(&id, &metric.parse().unwrap(), &query).await.unwrap().0;
+                rows.iter().any(|row| row.revision == 2)
+            })
+            .await;
+            all.extend(rows.into_iter().map(|row| (row.metric, row.window_start, row.revision, row.row)));
+        }
+        let alerts = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+        let alerts: Vec<_> = alerts.into_iter().map(|alert| (alert.state, alert.started_at, alert.row)).collect();
+        assert_eq!(alerts.len(), 1, "{alerts:?}");
+        found.push((all, alerts));
+    }
+    assert!(!fault_point::refused_state(&names[1].parse().unwrap()));
+    assert_eq!(found[1], found[0]);
+    assert!(found[0].0.iter().any(|row| row.3.contains("\"so_far\":52")), "{:?}", found[0].0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_from_before_a_column_was_added_are_read_in_the_columns_of_now_and_count_once_in_memory() {
     let directory = TempDir::new().unwrap();
