@@ -1,6 +1,7 @@
 //! Memory first, then Redis, then whoever can load it: of many who miss the same at the same time one asks, and all get
 //! its answer.
 
+use crate::bus::Publisher;
 use crate::config::{CacheError, Config, RedisConfig};
 use crate::link::{Link, Standing};
 use crate::shared::Looked;
@@ -238,6 +239,11 @@ impl Cache {
     pub fn warmth(&self, class: Class) -> Warmth {
         let [memory, redis, loaded] = &self.counts[class as usize];
         Warmth { memory: memory.load(Relaxed), redis: redis.load(Relaxed), loaded: loaded.load(Relaxed) }
+    }
+
+    /// What publishes messages for other nodes, where Redis is configured.
+    pub fn publisher(&self) -> Option<Publisher> {
+        self.link.as_ref().map(|link| Publisher(link.inner.clone()))
     }
 
     /// How Redis stands.

@@ -5,6 +5,7 @@ mod config; // the settings of this crate
 mod tag; // what entries are made of, and that it changed
 mod layers; // memory first, then Redis, then whoever can load it
 mod link; // the connection to Redis, which may be gone at any time
+mod bus; // messages from node to node over Redis
 mod shared; // the second layer, as Redis keeps it
 mod bucket; // token buckets that several nodes share
 mod tries; // tries of a password that several nodes count together
@@ -13,6 +14,7 @@ mod tries; // tries of a password that several nodes count together
 mod tests;
 
 pub use bucket::{Level, Rate};
+pub use bus::{Heard, Listener, Publisher};
 pub use config::{CacheError, Config, RedisConfig};
 pub use layers::{Ask, Cache, Class, Kept, Warmth};
 pub use link::Standing;

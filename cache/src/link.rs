@@ -18,10 +18,10 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// How long a connection may take to be made. Nobody but the task that looks for Redis waits for it.
-const CONNECT_WITHIN: Duration = Duration::from_secs(1);
+pub(crate) const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 /// How often Redis is looked for while it is gone, and whether it is still there while nobody asks it anything.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-const PING_EVERY: Duration = Duration::from_secs(2);
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const PING_EVERY: Duration = Duration::from_secs(2);
 /// Tags that are remembered while Redis is gone; with more, all it has is forgotten when it is back.
 const UNTOLD_MAX: usize = 10_000;
 /// In place of the names of tags: all of them. No tag has this name, since each begins with a workspace.
@@ -162,6 +162,11 @@ fn take_era(file: &Path) -> Option<String> {
 }
 
 impl Inner {
+    /// The way to Redis, unless it is gone.
+    pub(crate) fn connection(&self) -> Option<MultiplexedConnection> {
+        self.connection.read().clone()
+    }
+
     pub(crate) fn key(&self, parts: &[&str]) -> String {
         let mut key = self.prefix.clone();
         for part in parts {

@@ -3,6 +3,7 @@
 use crate::oidc::OidcConfig;
 use crate::quota::{Tier, default_tiers};
 use crate::tls::TlsConfig;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -29,6 +30,17 @@ pub struct Config {
     pub tls: TlsConfig,
     /// Serves `/metrics` there instead of on `listen`.
     pub metrics_listen: Option<SocketAddr>,
+    /// Networks of proxies and edge nodes, which say in `x-forwarded-for` whose requests they pass on.
+    pub trusted_proxies: Vec<IpNet>,
+    pub edge: EdgeConfig,
+}
+
+/// The section `edge`, of a node that serves clients for another one.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EdgeConfig {
+    /// Where the node with the engine is: `http://10.0.0.5:8080`.
+    pub core: Option<String>,
 }
 
 impl Default for Config {
@@ -44,6 +56,8 @@ impl Default for Config {
             listen_tls: None,
             tls: TlsConfig::default(),
             metrics_listen: None,
+            trusted_proxies: Vec::new(),
+            edge: EdgeConfig::default(),
         }
     }
 }
@@ -152,6 +166,8 @@ pub struct Limits {
     /// Bytes that a client may be behind in a channel whose messages are not folded; and bytes of answers that may
     /// wait for one.
     pub queue_bytes: usize,
+    /// Bytes of channels' messages that may wait to be published for other nodes.
+    pub feed_bytes: usize,
     /// Bytes of messages to one WebSocket client that the kernel may hold: `SO_SNDBUF`, which Linux doubles.
     pub send_buffer_bytes: usize,
     /// HTTP requests a minute of one user or API key, whatever the workspace; a minute's worth may come at once.
@@ -172,6 +188,7 @@ impl Default for Limits {
             connections_per_workspace: 10_000,
             live_queries: 64,
             queue_bytes: 1 << 20,
+            feed_bytes: 64 << 20,
             send_buffer_bytes: 64 << 10,
             user_requests_per_minute: 600_000,
         }

@@ -5,6 +5,7 @@ use crate::AppState;
 use crate::extract::Seen;
 use crate::problem::{Code, Problem};
 use crate::quota::Standing;
+use crate::serve::FromNode;
 use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
@@ -34,6 +35,7 @@ struct RequestId(String);
 pub(crate) struct Origin {
     address: Option<IpAddr>,
     request_id: Box<str>,
+    is_node: bool,
 }
 
 impl Origin {
@@ -41,7 +43,12 @@ impl Origin {
     pub(crate) fn of(extensions: &Extensions) -> Origin {
         let address = extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         let request_id = extensions.get::<RequestId>().map(|id| id.0.as_str().into()).unwrap_or_default();
-        Origin { address, request_id }
+        Origin { address, request_id, is_node: extensions.get::<FromNode>().is_some() }
+    }
+
+    /// Whether a node that serves clients for this one passed it on.
+    pub(crate) fn is_node(&self) -> bool {
+        self.is_node
     }
 
     pub(crate) fn address(&self) -> Option<IpAddr> {

@@ -4,6 +4,7 @@
 mod channel; // one channel: offsets, history, subscribers
 mod crowd; // how many clients there are
 mod fanout; // who writes to them
+mod feed; // channels that several nodes serve
 mod load; // the state a channel starts from
 mod name; // how channels are named
 mod outbox; // what waits for one client
@@ -12,6 +13,7 @@ mod state; // what the messages of a state channel add up to
 
 pub(crate) use channel::Since;
 pub(crate) use crowd::{Crowd, Group, Seats};
+pub(crate) use feed::{Back, Feed, Heard, Offer};
 pub(crate) use name::{ChannelName, Topic};
 pub(crate) use outbox::{Cut, Outbox, Taken};
 pub(crate) use ring::Form;
@@ -27,18 +29,20 @@ use arrow::array::RecordBatch;
 use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use axum::http::StatusCode;
+use cache::Publisher;
 use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
 use engine::event::{ItemName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
 use fanout::Fanout;
+use feed::Feeds;
 use parking_lot::{Mutex, RwLock};
 use ring::Bounds;
 use serde_json::{Value, json};
 use state::{Op, Place, State};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
@@ -73,6 +77,8 @@ pub struct Hub {
     live: Mutex<HashMap<WorkspaceId, Weak<Live>>>,
     /// Bytes of the histories of all channels.
     histories: Arc<AtomicUsize>,
+    /// Where other nodes get the messages of channels.
+    feeds: OnceLock<Arc<Feeds>>,
     swept: Mutex<Option<Instant>>,
 }
 
@@ -94,6 +100,11 @@ impl Subscription {
     pub(crate) fn topic(&self) -> &Topic {
         &self.channel.name.topic
     }
+
+    /// From where it stands on, its messages are published: false where they cannot be.
+    pub(crate) fn feed(&self) -> bool {
+        self.channel.feed(self.id)
+    }
 }
 
 impl Hub {
@@ -112,8 +123,22 @@ impl Hub {
             crowd: Crowd::new(*limits),
             live: Mutex::default(),
             histories: Arc::default(),
+            feeds: OnceLock::new(),
             swept: Mutex::default(),
         })
+    }
+
+    /// Lets other nodes serve channels, whose messages are published for them. For once, and before any client comes.
+    pub fn feed_over(&self, publisher: Publisher) {
+        let feeds = Feeds::start(publisher, &self.epoch, self.limits.feed_bytes);
+        _ = self.feeds.set(Arc::new(feeds));
+    }
+
+    /// A channel of another node, as that one names it; nothing where it has no such name.
+    fn remote(&self, workspace: Option<&str>, name: &str, epoch: &str, is_state: bool) -> Option<Arc<Channel>> {
+        let workspace = workspace.map(str::parse).transpose().ok()?;
+        let name = ChannelName::parse(name, 0).ok()?;
+        Some(self.with_body(workspace, name, Vec::new(), (epoch.into(), 0), Body::Remote { is_state }))
     }
 
     /// A number that no connection and no subscription had before.
@@ -153,11 +178,12 @@ impl Hub {
         request: Request<'_>,
     ) -> Result<Subscription, Problem> {
         let id = self.next_id();
-        let Request { outbox, since, rate, reference, dialect, run } = request;
+        let Request { outbox, since, rate, reference, dialect, run, is_node } = request;
         // only runs have dialects: all others share their frames
         let dialect = if matches!(name.topic, Topic::Thread(_)) { dialect } else { Dialect::Current };
         let run_id = run.as_ref().map(|run| run.run.clone());
-        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed: None, instead: None };
+        let (missed, instead) = (None, None);
+        let mut wish = Wish { id, outbox, since, rate, reference, dialect, run: run_id, missed, instead, is_node };
         // a run that is over is shown again; one that goes on is in its channel
         let mut rest = None;
         if let Some(run) = run.filter(RunHandle::is_over) {
@@ -306,6 +332,17 @@ impl Hub {
             Topic::Query { .. } => Body::State(State::new(Place::Rows)),
             Topic::Presence(_) | Topic::Throughput | Topic::Actors => Body::State(State::new(Place::Root)),
         };
+        self.with_body(workspace, name, json_columns, start, body)
+    }
+
+    fn with_body(
+        &self,
+        workspace: Option<WorkspaceId>,
+        name: ChannelName,
+        json_columns: Vec<String>,
+        start: (Arc<str>, u64),
+        body: Body,
+    ) -> Arc<Channel> {
         let kept = match name.topic {
             Topic::Stream(_) => &self.history.streams,
             Topic::Alerts => &self.history.alerts,
@@ -314,7 +351,10 @@ impl Hub {
         };
         let bounds = Bounds { events: kept.events, bytes: kept.bytes, age: Duration::from_secs(kept.seconds) };
         let limits = (bounds, self.limits.queue_bytes, self.histories.clone());
-        Arc::new(Channel::new((workspace, name), start, json_columns, body, limits, Instant::now()))
+        // of one that only one client follows, or each in a way of its own, there is nothing to share
+        let is_shared = !matches!(name.topic, Topic::Query { .. } | Topic::Thread(_) | Topic::Presence(_));
+        let feed = self.feeds.get().filter(|_| is_shared).map(|feeds| (feeds.clone(), feeds.topic(self.next_id())));
+        Arc::new(Channel::new((workspace, name), start, json_columns, body, limits, feed, Instant::now()))
     }
 
     fn close(&self, channel: &Arc<Channel>) {
@@ -440,6 +480,8 @@ pub(crate) struct Request<'a> {
     pub(crate) dialect: Dialect,
     /// The run of the thread that the client has asked for.
     pub(crate) run: Option<RunHandle>,
+    /// The client is a node that serves others, and may follow a channel's feed.
+    pub(crate) is_node: bool,
 }
 
 fn custom(name: &str, value: &str) -> String {
@@ -545,7 +587,7 @@ fn set_aside(channel: &Channel, what: &What) -> bool {
             meanwhile.has_missed = true;
             true
         }
-        Body::Events { .. } | Body::State(_) => false,
+        Body::Events { .. } | Body::State(_) | Body::Remote { .. } => false,
     })
 }
 

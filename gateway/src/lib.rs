@@ -22,12 +22,14 @@ mod console; // the web console
 mod edge; // what happens to every request and answer
 mod tls; // certificates
 mod serve; // connections, and how they drain
+mod relay; // a node without an engine, which serves clients for one that has it
 
 pub use auth::{Auth, AuthError, PASSWORD_CHARS_MIN, SECRET_BYTES_MIN, Tokens, hash_password, key_of};
-pub use config::{AuthConfig, Config, DEFAULT_TIER, History, Kept, Limits};
+pub use config::{AuthConfig, Config, DEFAULT_TIER, EdgeConfig, History, Kept, Limits};
 pub use hub::Hub;
 pub use oidc::OidcConfig;
 pub use quota::{Tier, default_tiers};
+pub use relay::{EdgeError, serve_edge};
 pub use serve::{Starting, serve};
 #[cfg(fuzzing)]
 pub use socket::frame::fuzz;

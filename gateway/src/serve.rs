@@ -7,7 +7,7 @@ use crate::{AppState, edge, routes};
 use actors::Part;
 use axum::Router;
 use axum::extract::ConnectInfo;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderName, StatusCode};
 use axum::middleware::from_fn;
 use axum::routing::get;
 use hyper::body::Incoming;
@@ -17,7 +17,7 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use parking_lot::Mutex;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -61,6 +61,18 @@ pub async fn serve(
         // its connections carry no promise: whoever reads figures asks again
         tokio::spawn(axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).into_future());
     }
+    let router = crate::router(state.clone());
+    serve_router(listener, router, config, &state.closing, shutdown).await
+}
+
+/// Serves `router` on `listener` and `listen_tls` until `shutdown`, then drains.
+pub(crate) async fn serve_router(
+    listener: TcpListener,
+    router: Router,
+    config: &Config,
+    closing: &CancellationToken,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
     let tls = match config.listen_tls {
         None => None,
         Some(address) => {
@@ -69,10 +81,9 @@ pub async fn serve(
             Some((TcpListener::bind(address).await?, tls))
         }
     };
-    let router = crate::router(state.clone());
-    let open = answer(&listener, tls.as_ref(), router, config.limits.connections, shutdown).await;
+    let open = answer(&listener, tls.as_ref(), router, config, shutdown).await;
     drop((listener, tls));
-    state.closing.cancel();
+    closing.cancel();
     open.end(DRAIN).await;
     Ok(())
 }
@@ -98,15 +109,15 @@ impl Open {
     }
 }
 
-/// Takes connections, `most` at a time, and answers them by `router` until `shutdown`.
+/// Takes connections, as many at a time as `limits.connections`, and answers them by `router` until `shutdown`.
 async fn answer(
     listener: &TcpListener,
     tls: Option<&(TcpListener, Arc<Tls>)>,
     router: Router,
-    most: usize,
+    config: &Config,
     shutdown: impl Future<Output = ()>,
 ) -> Open {
-    let permits_max = u32::try_from(most).unwrap_or(u32::MAX);
+    let permits_max = u32::try_from(config.limits.connections).unwrap_or(u32::MAX);
     let permits = Arc::new(Semaphore::new(permits_max as usize));
     let graceful = GracefulShutdown::new();
     let mut builder = Builder::new(TokioExecutor::new());
@@ -140,7 +151,8 @@ async fn answer(
             continue;
         };
         _ = stream.set_nodelay(true); // slower without, not wrong
-        let (builder, router, watcher) = (builder.clone(), router.clone(), graceful.watcher());
+        let (builder, watcher) = (builder.clone(), graceful.watcher());
+        let service = service(router.clone(), peer, config.trusted_proxies.iter().any(|net| net.contains(&peer.ip())));
         tokio::spawn(async move {
             let stream = match tls {
                 None => Stream::Plain(stream),
@@ -150,7 +162,7 @@ async fn answer(
                 },
             };
             let io = TokioIo::new(Counted { stream, permit });
-            let connection = builder.serve_connection_with_upgrades(io, service(router, peer)).into_owned();
+            let connection = builder.serve_connection_with_upgrades(io, service).into_owned();
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, %peer, "a connection ended");
             }
@@ -176,12 +188,12 @@ impl Starting {
     pub fn serve(listener: TcpListener, config: &Config) -> Starting {
         let waits: Waits = Arc::new(Mutex::new(waiting("log", "is being read")));
         let stop = CancellationToken::new();
-        let (router, most, stopped) = (starting_router(waits.clone(), config), config.limits.connections, stop.clone());
+        let (router, config, stopped) = (starting_router(waits.clone(), config), config.clone(), stop.clone());
         let listener = tokio::spawn(async move {
             if tokio::time::timeout(SHORT_START, stopped.cancelled()).await.is_ok() {
                 return listener;
             }
-            let open = answer(&listener, None, router, most, stopped.cancelled()).await;
+            let open = answer(&listener, None, router, &config, stopped.cancelled()).await;
             tokio::spawn(open.end(DRAIN)); // none of its answers takes long
             listener
         });
@@ -225,10 +237,25 @@ fn starting_router(waits: Waits, config: &Config) -> Router {
         .layer(from_fn(edge::identify))
 }
 
-/// The router as hyper calls it, with the peer's address in each request.
+/// How a node says that it serves clients for this one.
+pub(crate) const NODE: HeaderName = HeaderName::from_static("x-tidewatch-node");
+/// For whom a request is passed on.
+pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// In requests of a node that serves clients for this one.
+#[derive(Clone, Copy)]
+pub(crate) struct FromNode;
+
+/// Whose request a proxy passes on: the last address that it names, which is the one it saw itself.
+fn forwarded_for(headers: &HeaderMap) -> Option<IpAddr> {
+    headers.get_all(FORWARDED_FOR).iter().next_back()?.to_str().ok()?.rsplit(',').next()?.trim().parse().ok()
+}
+
+/// The router as hyper calls it, with the client's address in each request. A proxy that `is_trusted` says whose it is.
 fn service(
     router: Router,
     peer: SocketAddr,
+    is_trusted: bool,
 ) -> impl hyper::service::Service<
     Request<Incoming>,
     Response = axum::response::Response,
@@ -237,7 +264,11 @@ fn service(
 > + Clone {
     service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(axum::body::Body::new);
-        request.extensions_mut().insert(ConnectInfo(peer));
+        let client = forwarded_for(request.headers()).filter(|_| is_trusted);
+        request.extensions_mut().insert(ConnectInfo(client.map_or(peer, |address| SocketAddr::new(address, 0))));
+        if is_trusted && request.headers().contains_key(NODE) {
+            request.extensions_mut().insert(FromNode);
+        }
         router.clone().oneshot(request)
     })
 }

@@ -5,15 +5,16 @@ mod chat; // runs of agents as bare events
 pub(crate) mod frame; // RFC 6455 on the wire
 pub(crate) mod handshake; // how a connection begins
 mod io; // its bytes
-mod peer; // its task
+pub(crate) mod peer; // its task
 mod session; // what its client may ask for
 pub(crate) mod wire; // what is on its way to it
 
 pub(crate) use session::{admit, may_listen, rate_of, withdrawn};
 
 use crate::AppState;
+use crate::config::{Config, Limits};
 use crate::edge::Origin;
-use crate::hub::{Group, Outbox, Seats};
+use crate::hub::{Group, Hub, Outbox, Seats};
 use crate::problem::Problem;
 use axum::Router;
 use axum::extract::{Request, State};
@@ -32,47 +33,54 @@ pub(crate) fn routes() -> Router<AppState> {
 
 async fn upgrade(State(state): State<AppState>, mut request: Request) -> Result<Response, Problem> {
     let token = handshake::token_of(request.headers());
-    Ok(Opening::of(&state, &mut request)?.serve(&state, token, |line| Session::new(state.clone(), line)))
+    let opening = Opening::of(&state.hub, &state.config, &mut request)?;
+    Ok(opening.serve(&state.hub, token, |line| Session::new(state.clone(), line)))
 }
 
 /// What a talk has of its connection.
-struct Line {
-    outbox: Arc<Outbox>,
-    seats: Seats,
-    origin: Origin,
+pub(crate) struct Line {
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) seats: Seats,
+    pub(crate) origin: Origin,
 }
 
 /// A request that may become a WebSocket, within the bounds that hold for all of them.
-struct Opening {
+pub(crate) struct Opening {
     agreed: Agreed,
     upgrade: OnUpgrade,
     seats: Seats,
     origin: Origin,
+    limits: Limits,
 }
 
 impl Opening {
-    fn of(state: &AppState, request: &mut Request) -> Result<Opening, Problem> {
+    pub(crate) fn of(hub: &Hub, config: &Config, request: &mut Request) -> Result<Opening, Problem> {
         let headers = request.headers();
-        if !handshake::is_allowed(headers, &state.config.cors_origins) {
+        if !handshake::is_allowed(headers, &config.cors_origins) {
             let detail = "pages of this origin may not connect; an admin can list it in cors_origins";
             return Err(Problem::forbidden(detail).code("origin_not_allowed"));
         }
         let (mut seats, origin) = (Seats::default(), Origin::of(request.extensions()));
         if let Some(address) = origin.address() {
-            seats.enter(&state.hub.crowd, Group::Address(address))?;
+            seats.enter(&hub.crowd, Group::Address(address))?;
         }
         let agreed = handshake::agree(request.method(), headers)?;
         let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
             let detail = "this connection cannot become a WebSocket; use HTTP/1.1";
             return Err(Problem::invalid("bad_handshake", detail));
         };
-        Ok(Opening { agreed, upgrade, seats, origin })
+        Ok(Opening { agreed, upgrade, seats, origin, limits: config.limits })
     }
 
     /// Answers the request, and talks on what becomes of its connection. `token`: what it came with.
-    fn serve<T: Talk>(self, state: &AppState, token: Option<String>, talk: impl FnOnce(Line) -> T) -> Response {
-        let Opening { agreed: Agreed { form, inflates, response }, upgrade, mut seats, origin } = self;
-        let (limits, hub) = (state.config.limits, state.hub.clone());
+    pub(crate) fn serve<T: Talk>(
+        self,
+        hub: &Arc<Hub>,
+        token: Option<String>,
+        talk: impl FnOnce(Line) -> T,
+    ) -> Response {
+        let Opening { agreed: Agreed { form, inflates, response }, upgrade, mut seats, origin, limits } = self;
+        let hub = hub.clone();
         let outbox = Outbox::new(limits.queue_bytes, form);
         seats.hold(&outbox);
         let talk = talk(Line { outbox: outbox.clone(), seats, origin });

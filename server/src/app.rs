@@ -41,15 +41,7 @@ impl App {
         let starting = Starting::serve(listener, &wire);
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
-        // recorded once for the whole process, whatever the number of systems in it
-        static METRICS: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
-        let metrics = {
-            let mut recorded = METRICS.lock();
-            match recorded.as_ref() {
-                Some(handle) => handle.clone(),
-                None => recorded.insert(PrometheusBuilder::new().install_recorder()?).clone(),
-            }
-        };
+        let metrics = recorded()?;
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);
         let clock = Arc::new(SystemClock);
@@ -72,6 +64,9 @@ impl App {
         let log: Arc<dyn Log> = Arc::new(log);
         let cache = Cache::start(&config.cache, &config.redis, &installation, config.data_dir.join("redis-era"))?;
         let hub = Hub::new(&wire.limits, &wire.history);
+        if let Some(publisher) = cache.publisher() {
+            hub.feed_over(publisher);
+        }
         let system = System::start(Parts {
             store,
             log,
@@ -116,6 +111,30 @@ impl App {
         tracing::info!("drained");
         Ok(())
     }
+}
+
+/// What is measured, recorded once for the whole process, whatever the number of systems in it.
+fn recorded() -> Result<PrometheusHandle> {
+    static METRICS: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+    let mut recorded = METRICS.lock();
+    Ok(match recorded.as_ref() {
+        Some(handle) => handle.clone(),
+        None => recorded.insert(PrometheusBuilder::new().install_recorder()?).clone(),
+    })
+}
+
+/// Serves clients for the node with the engine that `edge.core` names, until `stop`; then drains.
+pub async fn serve_edge(config: Config, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+    crate::choose_tls();
+    if config.listen_tls.is_some() {
+        config.tls.check()?;
+    }
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
+    tracing::info!(address = %listener.local_addr()?, core = config.edge.core, "serving clients for another node");
+    gateway::serve_edge(listener, config.gateway(), &config.redis, recorded()?, stop).await?;
+    Ok(())
 }
 
 /// A store that is away is tried this often.

@@ -4,6 +4,7 @@ use actors::agent::AgentConfig;
 use engine::event::ItemName;
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,6 +23,10 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// Origins of browsers that may call from elsewhere.
     pub cors_origins: Vec<String>,
+    /// Networks of proxies and edge nodes that are believed whose requests they pass on, such as `10.0.0.0/8`.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Of a node that serves clients for another one: `tidewatch edge`.
+    pub edge: gateway::EdgeConfig,
     /// Holds the log and the embedded store.
     pub data_dir: PathBuf,
     /// Holds packs of one's own, a folder each.
@@ -51,6 +56,8 @@ impl Default for Config {
             tls: gateway::TlsConfig::default(),
             metrics_listen: None,
             cors_origins: Vec::new(),
+            trusted_proxies: Vec::new(),
+            edge: gateway::EdgeConfig::default(),
             data_dir: PathBuf::from("data"),
             packs_dir: None,
             log: LogConfig::default(),
@@ -204,6 +211,7 @@ pub struct Limits {
     pub connections_per_workspace: usize,
     pub live_queries: usize,
     pub queue_bytes: usize,
+    pub feed_bytes: usize,
     pub send_buffer_bytes: usize,
     pub user_requests_per_minute: u32,
     pub queries: usize,
@@ -244,6 +252,7 @@ impl Default for Limits {
             connections_per_workspace: wire.connections_per_workspace,
             live_queries: wire.live_queries,
             queue_bytes: wire.queue_bytes,
+            feed_bytes: wire.feed_bytes,
             send_buffer_bytes: wire.send_buffer_bytes,
             user_requests_per_minute: wire.user_requests_per_minute,
             queries: system.queries,
@@ -289,6 +298,7 @@ impl Limits {
             connections_per_workspace: self.connections_per_workspace,
             live_queries: self.live_queries,
             queue_bytes: self.queue_bytes,
+            feed_bytes: self.feed_bytes,
             send_buffer_bytes: self.send_buffer_bytes,
             user_requests_per_minute: self.user_requests_per_minute,
         }
@@ -349,6 +359,8 @@ impl Config {
             auth: self.auth.clone(),
             limits: self.limits.wire(),
             history: self.history,
+            trusted_proxies: self.trusted_proxies.clone(),
+            edge: self.edge.clone(),
             cors_origins: self.cors_origins.clone(),
             tiers: self.limits.tiers.clone(),
             default_tier: self.limits.default_tier.clone(),

@@ -11,7 +11,7 @@ pub mod demo; // sample workspaces fed by simulators or by an exchange
 pub mod measure; // how fast is this machine
 mod report; // what was measured, as a table, JSON and plots
 
-pub use app::{App, shutdown_signal};
+pub use app::{App, serve_edge, shutdown_signal};
 pub use config::{Config, ConfigError, Limits};
 
 /// Chooses ring for all TLS of the process; to be called before the first HTTP client is made. Again is harmless.

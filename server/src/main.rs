@@ -49,6 +49,15 @@ enum Command {
         #[arg(long)]
         config: Option<PathBuf>,
     },
+    /// Serves clients for a server on another machine: signs nobody in and keeps nothing, but writes to each what its
+    /// channels bring.
+    #[command(
+        after_help = "Example: TIDEWATCH__EDGE__CORE=http://10.0.0.5:8080 TIDEWATCH__REDIS__URL=redis://10.0.0.6 tidewatch edge"
+    )]
+    Edge {
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
     /// Sends recorded events from files to a running server.
     #[command(
         after_help = "Example: tidewatch replay trades.parquet -w acme -s market.trades --ts ts_ns --ts-unit ns --map 'price=price_e4*0.0001' --map qty=size"
@@ -163,6 +172,9 @@ async fn run(command: Command) -> Result<()> {
             };
             tracing::info!(address = %app.address(), "serving");
             app.serve_until(server::shutdown_signal()).await
+        }
+        Command::Edge { config } => {
+            server::serve_edge(Config::load(config.as_deref())?, server::shutdown_signal()).await
         }
         Command::Replay(args) => client::replay(args).await,
         Command::Query(args) => client::query(args).await,

@@ -63,6 +63,29 @@ impl Server {
         server
     }
 
+    /// A node that serves clients for `core`, over the Redis of both.
+    pub async fn edge(core: &Server, redis: &str) -> Server {
+        let listen = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut config = Config { listen, ..Config::default() };
+        config.edge.core = Some(core.url.clone());
+        config.redis.url = Some(redis.to_owned());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async { _ = stopped.await };
+        let served = tokio::spawn(async move { server::serve_edge(config, stopped).await.unwrap() });
+        let client = reqwest::Client::builder().timeout(Duration::from_secs(30)).build().unwrap();
+        let edge = Server { url: format!("http://{listen}"), token: core.token.clone(), client, stop, served };
+        for _ in 0..200 {
+            let ready = edge.client.get(format!("{}/ready", edge.url)).send().await;
+            if let Ok(answer) = ready
+                && answer.json::<Value>().await.is_ok_and(|said| said["status"] == "ready")
+            {
+                return edge;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("the edge node is not ready within 10 s");
+    }
+
     pub async fn stop(self) {
         _ = self.stop.send(());
         self.served.await.unwrap();
@@ -153,8 +176,13 @@ impl Server {
     }
 
     pub async fn socket(&self) -> Socket {
+        self.socket_as(&self.token).await
+    }
+
+    /// A WebSocket of whoever has this token.
+    pub async fn socket_as(&self, token: &str) -> Socket {
         let (mut socket, _) = connect_async(format!("{}/api/v1/ws", self.url.replace("http", "ws"))).await.unwrap();
-        let auth = json!({"type": "auth", "token": self.token, "ref": "auth"});
+        let auth = json!({"type": "auth", "token": token, "ref": "auth"});
         socket.send(Message::text(auth.to_string())).await.unwrap();
         let mut socket = Socket(socket);
         socket.until(|frame| frame["ref"] == "auth" && frame["type"] == "ok").await;

@@ -6,6 +6,7 @@ mod chain; // metrics over metrics, live, in history and after a restart
 mod command; // the commands of the binary against a real server
 #[path = "../support/database.rs"]
 mod database; // a PostgreSQL of its own
+mod edge; // nodes that serve clients for the one with the engine
 mod harness; // a server for one test, and a client of it
 mod join; // metrics that join reference tables or a second stream
 mod limit; // metrics that hold more state than they may, and how a metric runs

@@ -1,6 +1,7 @@
 //! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
 //! keeps what its messages add up to.
 
+use super::feed::{Back, Feeds, Parcel, Sent};
 use super::name::{ChannelName, Topic};
 use super::outbox::{Cut, Outbox};
 use super::place;
@@ -16,7 +17,7 @@ use engine::event::WorkspaceId;
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,6 +62,8 @@ pub(super) struct Wish<'a> {
     pub(super) missed: Option<Missed>,
     /// Asks for what stands in the place of messages that nobody can give it any more.
     pub(super) instead: Option<mpsc::Sender<()>>,
+    /// The subscriber is a node that may follow the channel's feed.
+    pub(super) is_node: bool,
 }
 
 /// The first of the messages that a subscriber gets from elsewhere.
@@ -100,6 +103,8 @@ pub(super) enum Body {
     },
     /// They add up to a state.
     State(State),
+    /// They come from another node, which knows what they are.
+    Remote { is_state: bool },
 }
 
 /// What happened while a state was read.
@@ -124,6 +129,8 @@ pub(super) struct Channel {
     queue_bytes: usize,
     /// Bytes of the histories of all channels.
     histories: Arc<AtomicUsize>,
+    /// Where other nodes get its messages, if they may.
+    feed: Option<(Arc<Feeds>, Arc<str>)>,
     inner: Mutex<Inner>,
 }
 
@@ -143,6 +150,10 @@ pub(super) struct Inner {
     last_event: u64,
     /// The state as one message, at its offset.
     snapshot: Option<Arc<Chunk>>,
+    /// Subscribers that have asked for the feed: while there is one, messages are published.
+    fed: HashSet<u64>,
+    /// Up to which offset.
+    published: u64,
     /// Since when nobody listens.
     idle_since: Option<Instant>,
     /// Taken out of the hub: a new one takes its place.
@@ -161,6 +172,8 @@ struct Subscriber {
     /// Events of a state channel up to this offset were given before their turn; then only the whole state is behind
     /// them.
     ahead: Option<u64>,
+    /// Where it is sent back to when its messages come this way no more, on a node that has them from another one.
+    back: Option<mpsc::UnboundedSender<Back>>,
 }
 
 /// Messages that a channel does not hold, on their way to a subscriber a page at a time.
@@ -179,6 +192,8 @@ enum At {
     Start,
     /// Every message up to this offset, or what they add up to.
     After(u64),
+    /// It gets them from the feed.
+    Fed,
 }
 
 /// What comes next for a subscriber that was given something.
@@ -199,6 +214,7 @@ impl Channel {
         json_columns: Vec<String>,
         body: Body,
         (bounds, queue_bytes, histories): (Bounds, usize, Arc<AtomicUsize>),
+        feed: Option<(Arc<Feeds>, Arc<str>)>,
         now: Instant,
     ) -> Channel {
         let head = format!(
@@ -217,11 +233,13 @@ impl Channel {
             body,
             last_event: 0,
             snapshot: None,
+            fed: HashSet::new(),
+            published: 0,
             idle_since: Some(now),
             is_closed: false,
         };
         let (loaded, inner) = (OnceCell::new(), Mutex::new(inner));
-        Channel { workspace, name, json_columns, loaded, epoch, head, queue_bytes, histories, inner }
+        Channel { workspace, name, json_columns, loaded, epoch, head, queue_bytes, histories, feed, inner }
     }
 
     /// The channel's name in a few bytes, for the reason of a close.
@@ -327,13 +345,18 @@ impl Channel {
         }
         let bytes = inner.ring.push(&self.head, inner.offset, event, is_event, now);
         self.histories.fetch_add(bytes, Ordering::Relaxed);
+        if let (Some((feeds, topic)), false) = (&self.feed, inner.fed.is_empty()) {
+            let sent = Sent { offset: inner.offset, is_event, event: event.to_owned() };
+            feeds.publish(topic, inner.published, sent);
+            inner.published = inner.offset;
+        }
         if inner.ring.is_untrimmed() {
             self.trim(inner, scarce, now);
         }
     }
 
     fn trim(&self, inner: &mut Inner, scarce: bool, now: Instant) {
-        let keeps_all = matches!(inner.body, Body::Events { .. });
+        let keeps_all = matches!(inner.body, Body::Events { .. } | Body::Remote { is_state: false });
         let positions = inner.subscribers.values().filter_map(Subscriber::needs_from);
         let slowest = if keeps_all && (scarce || inner.ring.is_over(now)) { positions.min() } else { None };
         let slack = if scarce { 0 } else { self.queue_bytes };
@@ -405,7 +428,7 @@ impl Channel {
             {
                 (last.start - 1, last.start - 1)
             }
-            (None, Body::Events { .. } | Body::Loading(_)) => (inner.offset, inner.offset),
+            (None, Body::Events { .. } | Body::Loading(_) | Body::Remote { .. }) => (inner.offset, inner.offset),
         };
         let mut answer = json!({
             "type": "ok", "channel": *self.name.text, "epoch": *self.epoch, "offset": offset,
@@ -413,6 +436,10 @@ impl Channel {
         });
         if let Some(reference) = &wish.reference {
             answer["ref"] = reference.clone();
+        }
+        if let (true, None, Some((feeds, topic))) = (wish.is_node, wish.rate, &self.feed) {
+            let state = matches!(inner.body, Body::State(_));
+            answer["feed"] = json!({"topic": **topic, "beat": feeds.beat(), "state": state});
         }
         wish.outbox.reply(&answer.to_string());
         wish.outbox.add(wish.id, self.clone());
@@ -440,6 +467,7 @@ impl Channel {
             rate: wish.rate,
             due: None,
             ahead: None,
+            back: None,
         };
         inner.subscribers.insert(wish.id, subscriber);
         inner.idle_since = None;
@@ -501,7 +529,7 @@ impl Channel {
         let inner = self.inner.lock();
         match inner.subscribers.get(&id)?.at {
             At::After(at) => Some((at, inner.ring.from())),
-            At::Start => None,
+            At::Start | At::Fed => None,
         }
     }
 
@@ -522,6 +550,7 @@ impl Channel {
     /// What a subscriber needs is not in the log any more.
     pub(super) fn lose(&self, id: u64) {
         let mut inner = self.inner.lock();
+        inner.fed.remove(&id);
         if let Some(subscriber) = inner.subscribers.remove(&id) {
             self.cut(&subscriber, inner.offset);
         }
@@ -543,8 +572,95 @@ impl Channel {
         }
     }
 
+    /// Hands a subscriber over to the channel's feed: once it has everything it is told up to where, and what comes behind
+    /// that is published.
+    pub(super) fn feed(&self, id: u64) -> bool {
+        let mut inner = self.inner.lock();
+        let Inner { subscribers, waiting, fed, published, offset, .. } = &mut *inner;
+        let Some(subscriber) = subscribers.get(&id).filter(|_| self.feed.is_some()) else { return false };
+        if fed.is_empty() {
+            *published = *offset;
+        }
+        fed.insert(id);
+        if let Some(at) = waiting.iter().position(|(other, _)| *other == id) {
+            waiting.swap_remove(at);
+            subscriber.outbox.has_something(id);
+        }
+        true
+    }
+
+    /// Hands a client all messages behind `offset` that come from another node. False where some of them are not known.
+    pub(super) fn attach(
+        self: &Arc<Self>,
+        id: u64,
+        outbox: &Arc<Outbox>,
+        offset: u64,
+        back: mpsc::UnboundedSender<Back>,
+    ) -> bool {
+        let inner = &mut *self.inner.lock();
+        if inner.subscribers.is_empty() && (offset > inner.offset || !inner.ring.holds(offset)) {
+            self.restart(inner, offset);
+        }
+        if inner.is_closed || !inner.ring.holds(offset) {
+            return false;
+        }
+        let subscriber = Subscriber {
+            outbox: outbox.clone(),
+            at: At::After(offset),
+            behind: VecDeque::new(),
+            dialect: Dialect::Current,
+            rate: None,
+            due: None,
+            ahead: None,
+            back: Some(back),
+        };
+        outbox.add(id, self.clone());
+        inner.subscribers.insert(id, subscriber);
+        inner.idle_since = None;
+        true
+    }
+
+    /// Goes on behind `offset`: what was before it is not held.
+    fn restart(&self, inner: &mut Inner, offset: u64) {
+        self.histories.fetch_sub(inner.ring.bytes(), Ordering::Relaxed);
+        inner.ring.restart(offset, Instant::now());
+        inner.offset = offset;
+    }
+
+    /// Takes messages of another node. False where some are missing before them.
+    pub(super) fn receive(&self, parcel: &Parcel) -> bool {
+        let mut inner = self.inner.lock();
+        if parcel.before > inner.offset {
+            if !inner.subscribers.is_empty() {
+                return false;
+            }
+            self.restart(&mut inner, parcel.before);
+        }
+        for Sent { offset, is_event, event } in &parcel.messages {
+            if *offset > inner.offset {
+                inner.offset = offset - 1;
+                self.push(&mut inner, event, *is_event);
+            }
+        }
+        self.tell(inner);
+        true
+    }
+
+    /// Its messages come this way no more: sends all back to where they came from.
+    pub(super) fn send_back(&self) {
+        let inner = &mut *self.inner.lock();
+        inner.is_closed = true;
+        inner.waiting.clear();
+        for (id, Subscriber { at, back, .. }) in inner.subscribers.drain() {
+            if let (At::After(offset), Some(back)) = (at, back) {
+                _ = back.send(Back { id, offset }); // whoever is gone needs nothing
+            }
+        }
+    }
+
     pub(super) fn unsubscribe(&self, id: u64, now: Instant) {
         let mut inner = self.inner.lock();
+        inner.fed.remove(&id);
         inner.subscribers.remove(&id);
         inner.waiting.retain(|(other, _)| *other != id);
         inner.delayed.retain(|(other, _)| *other != id);
@@ -577,18 +693,30 @@ impl Channel {
             return turn;
         }
         let at = match (subscriber.at, &inner.body) {
-            (At::After(at), Body::Events { .. }) if !inner.ring.holds(at) => {
+            (At::Fed, _) => return Turn::Done,
+            // its node folds what it is behind
+            (At::After(at), Body::Remote { is_state: true })
+                if !inner.ring.holds(at) || inner.ring.bytes_behind(at) > FOLD_BYTES =>
+            {
+                if let Some(back) = &subscriber.back {
+                    _ = back.send(Back { id, offset: at }); // whoever is gone needs nothing
+                }
+                inner.subscribers.remove(&id);
+                return Turn::Done;
+            }
+            (At::After(at), Body::Remote { .. }) if at >= inner.offset => at,
+            (At::After(at), Body::Events { .. } | Body::Remote { .. }) if !inner.ring.holds(at) => {
                 // while it was shown a run again, more came than can be kept for it
                 self.cut(subscriber, inner.offset);
                 inner.subscribers.remove(&id);
                 return Turn::Done;
             }
-            (At::After(at), Body::Events { .. } | Body::Loading(_)) => {
+            (At::After(at), Body::Events { .. } | Body::Loading(_) | Body::Remote { .. }) => {
                 let reached = take_events(&mut inner.ring, at, subscriber.dialect, form, room, out);
                 // offsets that nobody else was given lie behind the last message
                 if reached >= inner.ring.last() { inner.offset } else { reached }
             }
-            (At::Start, Body::Events { .. } | Body::Loading(_)) => inner.offset,
+            (At::Start, Body::Events { .. } | Body::Loading(_) | Body::Remote { .. }) => inner.offset,
             (At::After(at), Body::State(_)) if at == inner.offset => at,
             (at, Body::State(state)) => {
                 let before = out.len();
@@ -603,7 +731,7 @@ impl Channel {
                     return Turn::Due(due);
                 }
                 let missed = match at {
-                    At::Start => Changes::Unknown,
+                    At::Start | At::Fed => Changes::Unknown,
                     At::After(at) => {
                         subscriber.due = subscriber.rate.map(|rate| now + rate);
                         let to = inner.offset;
@@ -635,6 +763,13 @@ impl Channel {
         subscriber.at = At::After(at);
         if at < inner.offset {
             return Turn::More;
+        }
+        if inner.fed.contains(&id) {
+            subscriber.at = At::Fed;
+            let (workspace, channel) = (&self.workspace, &*self.name.text);
+            let fed = json!({"type": "fed", "workspace": workspace, "channel": channel, "offset": at});
+            out.push(form.frame(&fed.to_string()));
+            return Turn::Done;
         }
         let outbox = subscriber.outbox.clone();
         inner.waiting.push((id, outbox));
@@ -707,7 +842,7 @@ impl Subscriber {
     fn needs_from(&self) -> Option<u64> {
         match self.at {
             At::After(at) if self.behind.is_empty() => Some(at),
-            At::After(_) | At::Start => None,
+            At::After(_) | At::Start | At::Fed => None,
         }
     }
 

@@ -38,6 +38,8 @@ struct Waiting {
 pub(crate) enum Cut {
     /// Too far behind in a channel, which is named, whose messages must not be folded.
     TooSlow(String),
+    /// The node that the connection is for ended it, with this code and reason.
+    Ended(u16, String),
 }
 
 /// The clients who have something, for the task that writes to them.
@@ -195,7 +197,8 @@ impl Outbox {
         self.waker.wake();
     }
 
-    pub(super) fn remove(&self, id: u64) {
+    /// Takes a subscription away.
+    pub(crate) fn remove(&self, id: u64) {
         let mut waiting = self.waiting.lock();
         waiting.channels.retain(|(other, _)| *other != id);
         waiting.ready.retain(|other| *other != id);
@@ -209,7 +212,7 @@ impl Outbox {
     }
 
     /// Cuts the client off, and drops what waits for it.
-    pub(super) fn cut(&self, cut: Cut) {
+    pub(crate) fn cut(&self, cut: Cut) {
         let mut waiting = self.waiting.lock();
         if waiting.over.is_none() {
             waiting.over = Some(cut);

@@ -260,6 +260,11 @@ impl Ring {
         Ring { chunks, tail, marks, since: now, events: 0, end: 0, gone: 0, from, bounds, is_untrimmed: false }
     }
 
+    /// Holds nothing any more; the next message comes behind `from`.
+    pub(super) fn restart(&mut self, from: u64, now: Instant) {
+        *self = Ring::new(self.bounds, from, now);
+    }
+
     /// Bytes that are held.
     pub(super) fn bytes(&self) -> usize {
         (self.end - self.gone) as usize

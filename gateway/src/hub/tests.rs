@@ -61,7 +61,18 @@ struct Client {
 /// Asks for nothing in particular.
 fn none(outbox: &Arc<Outbox>) -> Wish<'_> {
     let (since, rate, reference, run, missed) = Default::default();
-    Wish { id: 99, outbox, since, rate, reference, dialect: Dialect::Current, run, missed, instead: None }
+    Wish {
+        id: 99,
+        outbox,
+        since,
+        rate,
+        reference,
+        dialect: Dialect::Current,
+        run,
+        missed,
+        instead: None,
+        is_node: false,
+    }
 }
 
 impl Client {

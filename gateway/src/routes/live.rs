@@ -97,6 +97,7 @@ async fn follow(
             reference: None,
             dialect: Dialect::of_version(version.as_ref()),
             run: None,
+            is_node: false,
         };
         follower.follow(&caller, name, sql.clone(), wish).await?;
     }
@@ -205,7 +206,7 @@ impl Follower {
             }
             let mut frames = Vec::new();
             let due = match self.outbox.take(Instant::now(), &mut frames) {
-                Taken::Cut(Cut::TooSlow(why)) => {
+                Taken::Cut(Cut::TooSlow(why) | Cut::Ended(_, why)) => {
                     self.is_over = true;
                     return Some(data(&json!({"type": "error", "code": "slow_consumer", "detail": why}).to_string()));
                 }

@@ -9,7 +9,7 @@ use crate::agui::{self, Asker, Dialect};
 use crate::auth::{By, Caller};
 use crate::edge::{Origin, audit_frame};
 use crate::extract::{Member, Path, Query};
-use crate::hub::{Group, Outbox, Seats};
+use crate::hub::{Group, Hub, Outbox, Seats};
 use crate::permission::Permission;
 use crate::problem::Problem;
 use actors::agent::RunRequest;
@@ -21,7 +21,9 @@ use engine::event::ItemName;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 /// Runs that may wait on one socket: bare events name no run, so runs go one after the other.
@@ -63,14 +65,14 @@ async fn open(
     mut request: Request,
 ) -> Result<Response, Problem> {
     let token = handshake::token_of(request.headers());
-    let opening = Opening::of(&state, &mut request)?;
+    let opening = Opening::of(&state.hub, &state.config, &mut request)?;
     let agent: ItemName = agent.parse().map_err(|_| unknown_agent(agent))?;
     let wanted = parameters.remove("workspace");
     if let Some(token) = &token {
         SignedIn::check(&state, token.clone(), wanted.as_deref(), &agent, &opening.origin).await?;
     }
     let thread = thread.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-    Ok(opening.serve(&state, token, |Line { outbox, seats, origin }| Chat {
+    Ok(opening.serve(&state.hub, token, |Line { outbox, seats, origin }| Chat {
         state: state.clone(),
         agent,
         thread,
@@ -171,12 +173,16 @@ impl Talk for Chat {
     // a bare message of these clients is an event of a run
     const HINTS: bool = false;
 
-    fn state(&self) -> &AppState {
-        &self.state
+    fn hub(&self) -> &Arc<Hub> {
+        &self.state.hub
     }
 
-    fn caller(&self) -> Option<&Caller> {
-        self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
+    fn closing(&self) -> &CancellationToken {
+        &self.state.closing
+    }
+
+    fn end(&self) -> Option<Option<Instant>> {
+        self.signed_in.as_ref().map(|signed_in| signed_in.caller.ends(&self.state))
     }
 
     fn leave(&mut self) {

@@ -4,8 +4,6 @@
 use super::frame::{self, Message, Opcode, Reader, Violation};
 use super::io::{Sink, Source};
 use super::wire::{Stop, Wire};
-use crate::AppState;
-use crate::auth::Caller;
 use crate::hub::{Cut, Hub, Outbox};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
@@ -18,7 +16,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::time::{Sleep, sleep_until, timeout};
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// A client has this long to say who it is.
 const AUTH_WAIT: Duration = Duration::from_secs(5);
@@ -43,14 +41,17 @@ const RETURN_SPREAD: Duration = Duration::from_secs(2);
 const RETURN_SPREAD_EACH: Duration = Duration::from_micros(500);
 
 /// What is spoken on a connection: requests and channels, or a chat.
-pub(super) trait Talk: Send + 'static {
+pub(crate) trait Talk: Send + 'static {
     /// Whether the client knows what to make of messages that are neither answer nor event.
     const HINTS: bool;
 
-    fn state(&self) -> &AppState;
+    fn hub(&self) -> &Arc<Hub>;
 
-    /// Whose connection it is, once they signed in.
-    fn caller(&self) -> Option<&Caller>;
+    /// Cancelled when the server drains.
+    fn closing(&self) -> &CancellationToken;
+
+    /// When the client's credentials end, if they do; nothing before it has shown any.
+    fn end(&self) -> Option<Option<Instant>>;
 
     /// The connection ends: nothing more is sent.
     fn leave(&mut self);
@@ -69,11 +70,11 @@ pub(super) trait Talk: Send + 'static {
 }
 
 /// An answer that comes once something is durable.
-pub(super) type Pending = BoxFuture<'static, Value>;
+pub(crate) type Pending = BoxFuture<'static, Value>;
 
 /// Why the server closes a connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Close {
+pub(crate) enum Close {
     Unauthenticated,
     Expired,
     /// The client may not have any of it any more.
@@ -83,6 +84,8 @@ pub(super) enum Close {
     Violation(Violation),
     /// Over which limit the connection would be.
     TooMany(String),
+    /// The node that it was for ended it, with this code and reason.
+    Ended(u16, String),
     Restart,
     /// The client asked for it, with this code.
     Asked(Option<u16>),
@@ -100,6 +103,7 @@ impl Close {
             Close::TooSlow(why) => (4008, why.clone()),
             Close::Violation(violation) => (violation.code, violation.reason.to_string()),
             Close::TooMany(why) => (1013, why.clone()),
+            Close::Ended(code, reason) => (*code, reason.clone()),
             Close::Restart => (1012, "the server restarts".into()),
             Close::Asked(code) => (code.unwrap_or(1000), String::new()),
             Close::Gone => return None,
@@ -115,7 +119,8 @@ impl Close {
             | Close::Forbidden
             | Close::TooSlow(_)
             | Close::Violation(_)
-            | Close::TooMany(_) => CLOSE_WAIT,
+            | Close::TooMany(_)
+            | Close::Ended(..) => CLOSE_WAIT,
         }
     }
 }
@@ -163,7 +168,7 @@ impl<T: Talk> Peer<T> {
         token: Option<String>,
     ) {
         let now = Instant::now();
-        let (hub, wire) = (session.state().hub.clone(), Arc::new(Wire::new(sink, now)));
+        let (hub, wire) = (session.hub().clone(), Arc::new(Wire::new(sink, now)));
         hub.connect(&outbox, &wire);
         let mut peer = Peer {
             hub,
@@ -171,7 +176,7 @@ impl<T: Talk> Peer<T> {
             reader,
             outbox,
             wire,
-            closing: Box::pin(session.state().closing.clone().cancelled_owned()),
+            closing: Box::pin(session.closing().clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
             check: Check::Done,
@@ -269,8 +274,8 @@ impl<T: Talk> Peer<T> {
                 self.check = Check::Done;
             }
             has_worked = true;
-            if let Some(caller) = session.caller() {
-                self.end = (caller.ends(session.state()), true);
+            if let Some(end) = session.end() {
+                self.end = (end, true);
             }
             self.session = Some(session);
             if let Some(pending) = done? {
@@ -479,6 +484,7 @@ impl From<Cut> for Close {
     fn from(cut: Cut) -> Close {
         match cut {
             Cut::TooSlow(why) => Close::TooSlow(why),
+            Cut::Ended(code, reason) => Close::Ended(code, reason),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::agui::{self, Dialect};
 use crate::auth::{By, Caller};
 use crate::edge::{Origin, audit_frame};
 use crate::extract::Member;
-use crate::hub::{ChannelName, Group, Outbox, Request as Wish, Seats, Since, Subscription, Topic};
+use crate::hub::{ChannelName, Group, Hub, Outbox, Request as Wish, Seats, Since, Subscription, Topic};
 use crate::ingest::{decode_frame, take};
 use crate::permission::Permission;
 use crate::problem::{Problem, plain};
@@ -22,8 +22,9 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use streams::span;
+use tokio_util::sync::CancellationToken;
 
 /// Live queries of one connection.
 const QUERIES_MAX: usize = 8;
@@ -148,6 +149,7 @@ impl Session {
             reference: incoming.reference,
             dialect: Dialect::of_version(incoming.protocol_version.as_ref()),
             run: None,
+            is_node: self.origin.is_node(),
         };
         self.listen(caller, incoming.workspace, name, incoming.sql, wish).await
     }
@@ -210,6 +212,20 @@ impl Session {
         Ok(())
     }
 
+    /// Hands a channel over to its feed, which the node at the other end listens to.
+    fn feed(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
+        let channel = required(incoming.channel, "channel")?;
+        let is_system = channel.starts_with("system/");
+        let workspace = incoming.workspace.filter(|_| !is_system).and_then(|id| id.parse().ok());
+        match self.subscriptions.get(&(workspace, channel)) {
+            Some(followed) if followed.subscription.feed() => {
+                self.answer(incoming.reference.as_ref(), json!({}));
+                Ok(())
+            }
+            _ => Err(Problem::not_found("not_subscribed", "this connection has no subscription with such a feed")),
+        }
+    }
+
     /// Takes events in; the answer comes once they are durable. Until then the client may go on: what it publishes is
     /// in the order in which it came.
     async fn publish(&mut self, caller: &Caller, incoming: Incoming<'_>) -> Result<Pending, Problem> {
@@ -264,7 +280,7 @@ impl Session {
             None => {
                 let outbox = self.outbox.clone();
                 let (since, rate, reference) = (None, None, None);
-                let wish = Wish { outbox: &outbox, since, rate, reference, dialect, run: Some(run) };
+                let wish = Wish { outbox: &outbox, since, rate, reference, dialect, run: Some(run), is_node: false };
                 self.listen(caller, Some(workspace), name, None, wish).await?;
             }
         }
@@ -293,12 +309,16 @@ impl Session {
 impl Talk for Session {
     const HINTS: bool = true;
 
-    fn state(&self) -> &AppState {
-        &self.state
+    fn hub(&self) -> &Arc<Hub> {
+        &self.state.hub
     }
 
-    fn caller(&self) -> Option<&Caller> {
-        self.signed_in.as_ref().map(|signed_in| &signed_in.caller)
+    fn closing(&self) -> &CancellationToken {
+        &self.state.closing
+    }
+
+    fn end(&self) -> Option<Option<Instant>> {
+        self.signed_in.as_ref().map(|signed_in| signed_in.caller.ends(&self.state))
     }
 
     fn leave(&mut self) {
@@ -379,6 +399,7 @@ impl Talk for Session {
         let done = match &*kind {
             "subscribe" => self.subscribe(&caller, incoming).await,
             "unsubscribe" => self.unsubscribe(incoming),
+            "feed" if self.origin.is_node() => self.feed(incoming),
             "publish" => match self.publish(&caller, incoming).await {
                 Ok(pending) => return Ok(Some(pending)),
                 Err(problem) => Err(problem),

@@ -1,0 +1,92 @@
+//! Requests that the core answers: heads and bodies go through as they come, upgraded connections too.
+
+use super::Node;
+use crate::edge::Origin;
+use crate::problem::Problem;
+use crate::serve::{FORWARDED_FOR, NODE};
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::{CONNECTION, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::Response;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::copy_bidirectional;
+
+/// Headers of one connection and not of what goes over it (RFC 9110, 7.6.1).
+const OF_CONNECTION: [HeaderName; 7] = [
+    CONNECTION,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
+/// Without the headers of its connection.
+fn cleaned(mut headers: HeaderMap) -> HeaderMap {
+    let named: Vec<HeaderName> = (headers.get_all(CONNECTION).iter())
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named.into_iter().chain(OF_CONNECTION) {
+        headers.remove(name);
+    }
+    headers
+}
+
+/// What the core is told of whose request it is, in place of what a client says of that.
+pub(super) fn signed(mut headers: HeaderMap, origin: &Origin) -> HeaderMap {
+    headers.remove(FORWARDED_FOR);
+    headers.insert(NODE, HeaderValue::from_static("edge"));
+    if let Some(value) = origin.address().and_then(|address| HeaderValue::try_from(address.to_string()).ok()) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+    headers
+}
+
+pub(super) async fn on(State(node): State<Arc<Node>>, mut request: Request) -> Result<Response, Problem> {
+    let upgrade = request.extensions_mut().remove::<OnUpgrade>();
+    let protocol = request.headers().get(UPGRADE).cloned();
+    let origin = Origin::of(request.extensions());
+    let (parts, body) = request.into_parts();
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut headers = signed(cleaned(parts.headers), &origin);
+    // pages of this node are those of the core: what the browser compares with the origin stays
+    if let (Some(protocol), Some(_)) = (&protocol, &upgrade) {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, protocol.clone());
+    }
+    if !headers.contains_key(HOST)
+        && let Some(host) = parts.uri.host().and_then(|host| HeaderValue::try_from(host).ok())
+    {
+        headers.insert(HOST, host);
+    }
+    let asked = node.http.request(parts.method, format!("{}{path}", node.core)).headers(headers);
+    let asked = asked.body(reqwest::Body::wrap_stream(body.into_data_stream()));
+    let answer = asked.send().await.map_err(|error| {
+        tracing::warn!(%error, "the core cannot be reached");
+        let detail = "the node with the engine cannot be reached; try again";
+        Problem::new(StatusCode::BAD_GATEWAY, "core_unreachable", detail).retry_after(Duration::from_secs(1))
+    })?;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = answer.status();
+    *response.headers_mut() = cleaned(answer.headers().clone());
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS
+        && let (Some(upgrade), Some(protocol)) = (upgrade, protocol)
+    {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        response.headers_mut().insert(UPGRADE, protocol);
+        tokio::spawn(async move {
+            let (Ok(client), Ok(mut core)) = tokio::join!(upgrade, answer.upgrade()) else { return };
+            _ = copy_bidirectional(&mut TokioIo::new(client), &mut core).await; // either side may leave at any time
+        });
+        return Ok(response);
+    }
+    *response.body_mut() = Body::from_stream(answer.bytes_stream());
+    Ok(response)
+}

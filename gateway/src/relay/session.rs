@@ -1,0 +1,429 @@
+//! One client of a node without an engine. What it says goes to the core over a connection of its own, and what the core
+//! says to it. A channel begins there too, with the state or what was missed; once the client has everything, the core
+//! hands it over to the channel's feed, and takes it back wherever that breaks off.
+
+use super::{CONNECT_WITHIN, Node, pass};
+use crate::edge::Origin;
+use crate::hub::{Back, Cut, Feed, Hub, Offer, Outbox, Seats};
+use crate::problem::Problem;
+use crate::socket::Line;
+use crate::socket::peer::{Close, Pending, Talk};
+use axum::http::HeaderValue;
+use axum::http::header::AUTHORIZATION;
+use futures::stream::{SplitSink, SplitStream};
+use futures::{SinkExt, StreamExt};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+/// Messages of a client on their way to the core.
+const ASKED_MAX: usize = 16;
+/// A message of the core is no longer than the largest state and what is around it.
+const MESSAGE_BYTES_MAX: usize = 32 << 20;
+/// Each connection to the core has a buffer of this size.
+const BUFFER_BYTES: usize = 4 << 10;
+/// What refers to a request of this node, in place of what refers to one of its client.
+const OURS: &str = "node";
+
+type Core = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+pub(super) struct Relay {
+    node: Arc<Node>,
+    outbox: Arc<Outbox>,
+    origin: Origin,
+    /// What this connection counts as here.
+    _seats: Seats,
+    line: Option<(mpsc::Sender<String>, AbortOnDropHandle<()>)>,
+}
+
+impl Relay {
+    pub(super) fn new(node: Arc<Node>, Line { outbox, seats, origin }: Line) -> Relay {
+        Relay { node, outbox, origin, _seats: seats, line: None }
+    }
+
+    async fn connect(&mut self, token: Option<&str>) -> Result<(), Error> {
+        let mut request = self.node.core.replacen("http", "ws", 1).into_client_request()?;
+        *request.uri_mut() = format!("{}/api/v1/ws", request.uri().to_string().trim_end_matches('/')).parse()?;
+        *request.headers_mut() = pass::signed(std::mem::take(request.headers_mut()), &self.origin);
+        if let Some(token) = token.and_then(|token| HeaderValue::try_from(format!("Bearer {token}")).ok()) {
+            request.headers_mut().insert(AUTHORIZATION, token);
+        }
+        let config = WebSocketConfig::default()
+            .read_buffer_size(BUFFER_BYTES)
+            .write_buffer_size(0)
+            .max_message_size(Some(MESSAGE_BYTES_MAX))
+            .max_frame_size(Some(MESSAGE_BYTES_MAX));
+        let (core, _) = connect_async_with_config(request, Some(config), true).await?;
+        let (asks, asked) = mpsc::channel(ASKED_MAX);
+        let ((to_core, from_core), (back, backs)) = (core.split(), mpsc::unbounded_channel());
+        let client = Client {
+            node: self.node.clone(),
+            outbox: self.outbox.clone(),
+            to_core,
+            requests: HashMap::new(),
+            followed: HashMap::new(),
+            back,
+        };
+        let is_there = self.node.heard.is_there();
+        let task = tokio::spawn(client.serve(from_core, asked, backs, is_there));
+        self.line = Some((asks, AbortOnDropHandle::new(task)));
+        Ok(())
+    }
+
+    /// Connects to the core where that is not so yet.
+    async fn line(&mut self, token: Option<&str>) -> Result<&mpsc::Sender<String>, Close> {
+        if self.line.is_none() {
+            let failed = match tokio::time::timeout(CONNECT_WITHIN, self.connect(token)).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some(format!("no answer within {CONNECT_WITHIN:?}")),
+            };
+            if let Some(error) = failed {
+                tracing::warn!(error, "the core cannot be reached");
+                return Err(Close::TooMany("the node with the engine cannot be reached; try again".to_owned()));
+            }
+        }
+        self.line.as_ref().map(|(asks, _)| asks).ok_or(Close::Gone)
+    }
+}
+
+impl Talk for Relay {
+    const HINTS: bool = true;
+
+    fn hub(&self) -> &Arc<Hub> {
+        &self.node.hub
+    }
+
+    fn closing(&self) -> &CancellationToken {
+        &self.node.closing
+    }
+
+    /// The core knows, and ends the connection.
+    fn end(&self) -> Option<Option<Instant>> {
+        self.line.as_ref().map(|_| None)
+    }
+
+    fn leave(&mut self) {
+        self.line = None;
+    }
+
+    fn refuse(&self, problem: &Problem) {
+        self.outbox.reply(&error(None, problem.code, &problem.detail).to_string());
+    }
+
+    async fn sign_in(&mut self, token: String) -> Result<(), Close> {
+        self.line(Some(&token)).await.map(drop)
+    }
+
+    async fn check(&mut self) -> Result<(), Close> {
+        Ok(())
+    }
+
+    async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
+        // a connection that has ended says why by itself
+        _ = self.line(None).await?.send(text.to_owned()).await;
+        Ok(None)
+    }
+}
+
+/// The workspace and the channel, as the client names them.
+type Place = (Option<String>, String);
+
+/// What was asked of the core.
+enum Asked {
+    /// By the client, which refers to it by this.
+    Subscribe { workspace: Option<String>, reference: Option<Value> },
+    /// For the client, which is not told.
+    Again(Place),
+    /// That a channel is handed over to its feed.
+    Feed,
+}
+
+/// A channel that the client follows.
+struct Followed {
+    epoch: String,
+    offer: Offer,
+    /// Its feed, once it is listened to, and the number under which the client is attached to it.
+    feed: Option<(Arc<Feed>, Option<u64>)>,
+}
+
+/// The connection of one client to the core.
+struct Client {
+    node: Arc<Node>,
+    outbox: Arc<Outbox>,
+    to_core: SplitSink<Core, Message>,
+    requests: HashMap<u64, Asked>,
+    followed: HashMap<Place, Followed>,
+    back: mpsc::UnboundedSender<Back>,
+}
+
+/// Of a message what says where it belongs.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(rename = "type", default)]
+    kind: Value,
+    #[serde(default)]
+    workspace: Option<Value>,
+    #[serde(default)]
+    channel: Option<Value>,
+}
+
+fn place(workspace: Option<&Value>, channel: Option<&Value>) -> Option<Place> {
+    let channel = channel?.as_str()?.to_owned();
+    // those of the installation are in no workspace, whatever is said
+    let workspace = workspace.and_then(Value::as_str).filter(|_| !channel.starts_with("system/"));
+    Some((workspace.map(str::to_owned), channel))
+}
+
+fn error(reference: Option<&Value>, code: &str, detail: &str) -> Value {
+    let mut error = json!({"type": "error", "code": code, "detail": detail});
+    if let Some(reference) = reference {
+        error["ref"] = reference.clone();
+    }
+    error
+}
+
+impl Client {
+    /// Until one side leaves.
+    async fn serve(
+        mut self,
+        mut from_core: SplitStream<Core>,
+        mut asked: mpsc::Receiver<String>,
+        mut backs: mpsc::UnboundedReceiver<Back>,
+        mut is_there: watch::Receiver<bool>,
+    ) {
+        let end = loop {
+            // a client that takes nothing is told nothing more, and the core sees that it does not
+            let outbox = self.outbox.clone();
+            let said = async {
+                outbox.room().await;
+                from_core.next().await
+            };
+            let done = tokio::select! {
+                said = said => match said {
+                    Some(Ok(Message::Text(text))) => self.on_core(text.as_str()).await,
+                    Some(Ok(Message::Close(frame))) => {
+                        let end = frame.map(|frame| (u16::from(frame.code), frame.reason.to_string()));
+                        break end.unwrap_or((1011, "the node with the engine is gone".to_owned()));
+                    }
+                    Some(Ok(_)) => Ok(()),
+                    Some(Err(_)) | None => break (1012, "the node with the engine is gone; come back".to_owned()),
+                },
+                text = asked.recv() => match text {
+                    Some(text) => self.on_client(text).await,
+                    None => return self.leave().await,
+                },
+                Some(back) = backs.recv() => self.on_back(back).await,
+                Ok(()) = is_there.changed() => {
+                    let is_there = *is_there.borrow_and_update();
+                    if is_there { self.join_all().await } else { Ok(()) }
+                }
+            };
+            if done.is_err() {
+                break (1012, "the node with the engine is gone; come back".to_owned());
+            }
+        };
+        self.detach_all();
+        self.outbox.cut(Cut::Ended(end.0, end.1));
+    }
+
+    async fn leave(mut self) {
+        self.detach_all();
+        _ = tokio::time::timeout(Duration::from_secs(1), self.to_core.close()).await; // it sees that we are gone
+    }
+
+    fn detach_all(&mut self) {
+        for (_, followed) in self.followed.drain() {
+            detach(&followed, &self.outbox);
+        }
+    }
+
+    async fn tell(&mut self, text: String) -> Result<(), Error> {
+        self.to_core.send(Message::Text(text.into())).await
+    }
+
+    /// Asks the core something of this node's own.
+    async fn ask(&mut self, mut request: Value, asked: Asked) -> Result<(), Error> {
+        let number = self.node.hub.next_id();
+        request["ref"] = json!({OURS: number});
+        self.requests.insert(number, asked);
+        self.tell(request.to_string()).await
+    }
+
+    async fn on_client(&mut self, text: String) -> Result<(), Error> {
+        let Ok(head) = serde_json::from_str::<Head>(&text) else { return self.tell(text).await };
+        match head.kind.as_str() {
+            Some("subscribe") => {
+                let Ok(Value::Object(mut request)) = serde_json::from_str(&text) else { return self.tell(text).await };
+                let place = place(head.workspace.as_ref(), head.channel.as_ref());
+                if let Some(followed) = place.as_ref().and_then(|place| self.followed.remove(place)) {
+                    detach(&followed, &self.outbox);
+                }
+                let (workspace, reference) = (place.and_then(|(workspace, _)| workspace), request.remove("ref"));
+                self.ask(request.into(), Asked::Subscribe { workspace, reference }).await
+            }
+            Some("unsubscribe") => {
+                if let Some(place) = place(head.workspace.as_ref(), head.channel.as_ref())
+                    && let Some(followed) = self.followed.remove(&place)
+                {
+                    detach(&followed, &self.outbox);
+                }
+                self.tell(text).await
+            }
+            // what nodes ask is not for clients
+            Some("feed") => {
+                let reference =
+                    serde_json::from_str::<Value>(&text).ok().and_then(|request| request.get("ref").cloned());
+                let detail = "`feed` is none of auth, subscribe, unsubscribe, publish, run, cancel, ping";
+                self.outbox.reply(&error(reference.as_ref(), "unknown_type", detail).to_string());
+                Ok(())
+            }
+            _ => self.tell(text).await,
+        }
+    }
+
+    async fn on_core(&mut self, text: &str) -> Result<(), Error> {
+        // most messages: the core writes their type first
+        if text.starts_with("{\"type\":\"event\"") {
+            self.outbox.reply(text);
+            return Ok(());
+        }
+        let Ok(Value::Object(said)) = serde_json::from_str(text) else {
+            self.outbox.reply(text);
+            return Ok(());
+        };
+        let number = said.get("ref").and_then(|reference| reference.get(OURS)).and_then(Value::as_u64);
+        if let Some(asked) = number.and_then(|number| self.requests.remove(&number)) {
+            return self.on_answer(asked, said).await;
+        }
+        let place = place(said.get("workspace"), said.get("channel"));
+        match (said.get("type").and_then(Value::as_str), place) {
+            (Some("fed"), Some(place)) => {
+                return self.attach(place, said.get("offset").and_then(Value::as_u64).unwrap_or(0)).await;
+            }
+            // one that is taken from the client
+            (Some("error"), Some(place)) => {
+                if let Some(followed) = self.followed.remove(&place) {
+                    detach(&followed, &self.outbox);
+                }
+            }
+            _ => {}
+        }
+        self.outbox.reply(text);
+        Ok(())
+    }
+
+    async fn on_answer(&mut self, asked: Asked, mut said: Map<String, Value>) -> Result<(), Error> {
+        let is_ok = said.get("type").is_some_and(|kind| kind == "ok");
+        let offer = said.remove("feed").and_then(|offer| serde_json::from_value::<Offer>(offer).ok());
+        let text = |name: &str| said.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let (epoch, channel) = (text("epoch"), text("channel"));
+        let place = match asked {
+            Asked::Feed => return Ok(()),
+            Asked::Subscribe { workspace, reference } => {
+                said.remove("ref");
+                if let Some(reference) = reference {
+                    said.insert("ref".to_owned(), reference);
+                }
+                self.outbox.reply(&Value::Object(said).to_string());
+                (workspace, channel)
+            }
+            Asked::Again(place) if !is_ok => {
+                self.followed.remove(&place);
+                // as the core says that something is taken from a client
+                said.remove("ref");
+                let (workspace, channel) = place;
+                said.insert("workspace".to_owned(), workspace.into());
+                said.insert("channel".to_owned(), channel.into());
+                self.outbox.reply(&Value::Object(said).to_string());
+                return Ok(());
+            }
+            Asked::Again(place) => {
+                let is_state = self.followed.get(&place).is_some_and(|followed| followed.offer.is_state());
+                if said.get("recovered") == Some(&Value::Bool(false)) && !is_state {
+                    let why = format!("some messages of {} are gone; resume with `since`", place.1);
+                    self.outbox.cut(Cut::TooSlow(why));
+                    return Ok(());
+                }
+                place
+            }
+        };
+        if is_ok && let Some(offer) = offer {
+            self.followed.insert(place.clone(), Followed { epoch, offer, feed: None });
+            self.join(place).await?;
+        }
+        Ok(())
+    }
+
+    /// Has a channel handed over to its feed, where that can be listened to.
+    async fn join(&mut self, place: Place) -> Result<(), Error> {
+        let Some(followed) = self.followed.get_mut(&place) else { return Ok(()) };
+        let (workspace, channel) = &place;
+        let joined = self.node.heard.join(&followed.offer, (workspace.as_deref(), channel), &followed.epoch).await;
+        let Some(feed) = joined else { return Ok(()) };
+        followed.feed = Some((feed, None));
+        let request = json!({"type": "feed", "workspace": workspace, "channel": channel});
+        self.ask(request, Asked::Feed).await
+    }
+
+    /// Redis is there again: whatever comes from the core may come over it.
+    async fn join_all(&mut self) -> Result<(), Error> {
+        let all: Vec<Place> = (self.followed.iter())
+            .filter(|(_, followed)| followed.feed.is_none())
+            .map(|(place, _)| place.clone())
+            .collect();
+        for place in all {
+            self.join(place).await?;
+        }
+        Ok(())
+    }
+
+    /// The client has everything up to `offset`, and the rest is published.
+    async fn attach(&mut self, place: Place, offset: u64) -> Result<(), Error> {
+        let id = self.node.hub.next_id();
+        let Some(Followed { feed: Some((feed, attached)), .. }) = self.followed.get_mut(&place) else { return Ok(()) };
+        if feed.attach(id, &self.outbox, offset, self.back.clone()) {
+            *attached = Some(id);
+            return Ok(());
+        }
+        self.again(place, offset).await
+    }
+
+    /// A feed broke off, or the client is too far behind it.
+    async fn on_back(&mut self, Back { id, offset }: Back) -> Result<(), Error> {
+        let is_it = |followed: &Followed| matches!(followed.feed, Some((_, Some(attached))) if attached == id);
+        let place = self.followed.iter().find(|(_, followed)| is_it(followed)).map(|(place, _)| place.clone());
+        match place {
+            Some(place) => {
+                self.outbox.remove(id);
+                self.again(place, offset).await
+            }
+            None => Ok(()), // it was let go of meanwhile
+        }
+    }
+
+    /// Goes on behind `offset` with what the core has, as a client would that comes back.
+    async fn again(&mut self, place: Place, offset: u64) -> Result<(), Error> {
+        let Some(followed) = self.followed.get_mut(&place) else { return Ok(()) };
+        followed.feed = None;
+        let since = json!({"epoch": followed.epoch, "offset": offset});
+        let request = json!({"type": "subscribe", "workspace": place.0, "channel": place.1, "since": since});
+        self.ask(request, Asked::Again(place)).await
+    }
+}
+
+fn detach(followed: &Followed, outbox: &Outbox) {
+    if let Some((feed, Some(id))) = &followed.feed {
+        feed.detach(*id, outbox);
+    }
+}
