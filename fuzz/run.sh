@@ -42,7 +42,7 @@ for name in "${targets[@]}"; do
     echo "ok fuzz $name: ${runs:-${#files[@]}} runs$(sed -nE 's/^#[0-9]+\s+DONE.*ft: ([0-9]+) corp: ([0-9]+).*/, \1 features, \2 inputs kept/p' "$kept/log")"
   else
     status=1
-    grep -vE '^#[0-9]+\s' "$kept/log" | tail -40
+    grep -vE '^(#[0-9]+|WARNING:|INFO:|stat::)|NEW_FUNC' "$kept/log" | tail -40
     echo "FAIL fuzz $name"
     for input in "$found"/*; do
       [ -s "$input" ] || continue
