@@ -28,6 +28,7 @@ fi
 kept=$(mktemp -d)
 trap 'rm -rf "$kept"' EXIT
 export TIDEWATCH_FUZZ_CORPUS=${TIDEWATCH_FUZZ_CORPUS:-$kept}
+[ ! -w /dev/shm ] || export TMPDIR=/dev/shm # `log_file` syncs a file for each input
 status=0
 for name in "${targets[@]}"; do
   found=$kept/$name.found
