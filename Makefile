@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 WEB := gateway/web
 
-.PHONY: demo test console build check bench clean
+.PHONY: demo test fuzz console build check bench clean
 
 # Builds the console and the release binary, then starts the demo.
 demo: console
@@ -21,6 +21,10 @@ $(WEB)/dist/index.html: $(WEB)/package-lock.json $(shell find $(WEB)/src $(WEB)/
 # Unit, property, end-to-end and browser tests; installs what they need where it can.
 test: console
 	tests/run.sh
+
+# The targets of fuzz/ with coverage, TIDEWATCH_FUZZ_SECONDS each.
+fuzz:
+	fuzz/run.sh $(ARGS)
 
 # Formatting and lints, as CI runs them.
 check: console

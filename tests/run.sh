@@ -37,6 +37,11 @@ rust_failed=$(sum failed)
 count "$(($(sum passed) - skips))" "$rust_failed" "$skips"
 rm -f "$log"
 
+say "fuzz: with coverage"
+out=$(fuzz/run.sh 2> >(grep -vE '^ +(Compiling|Fresh|Downloaded) ' >&2))
+echo "$out"
+count "$(grep -c '^ok fuzz ' <<<"$out")" "$(grep -c '^FAIL fuzz ' <<<"$out")" "$(grep -c '^skipped: fuzz ' <<<"$out")"
+
 say "console: unit tests"
 if (cd gateway/web && npm test --silent -- --reporter=json --outputFile=/tmp/vitest.$$.json >/dev/null 2>&1); then :; fi
 if [ -s /tmp/vitest.$$.json ]; then

@@ -1,3 +1,10 @@
-#![no_main]
+#![cfg_attr(fuzzing, no_main)]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| streams::fuzz::events(data));
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(
+    init: tidewatch_fuzz::begin("events", &streams::fuzz::bodies(), streams::fuzz::WORDS),
+    |data: &[u8]| tidewatch_fuzz::run(|| streams::fuzz::events(data))
+);
+
+#[cfg(not(fuzzing))]
+fn main() {}

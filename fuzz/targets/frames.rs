@@ -1,3 +1,10 @@
-#![no_main]
+#![cfg_attr(fuzzing, no_main)]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| gateway::fuzz::frames(data));
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(
+    init: tidewatch_fuzz::begin("frames", &gateway::fuzz::clients(), &[]),
+    |data: &[u8]| tidewatch_fuzz::run(|| gateway::fuzz::frames(data))
+);
+
+#[cfg(not(fuzzing))]
+fn main() {}

@@ -1,3 +1,10 @@
-#![no_main]
+#![cfg_attr(fuzzing, no_main)]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| sql::fuzz::sql(data));
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(
+    init: tidewatch_fuzz::begin("sql", &sql::fuzz::texts(), sql::fuzz::WORDS),
+    |data: &[u8]| tidewatch_fuzz::run(|| sql::fuzz::sql(data))
+);
+
+#[cfg(not(fuzzing))]
+fn main() {}

@@ -5,18 +5,11 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 /// Runs `target` on `seeds` and then on changed ones, some glued from two. `TIDEWATCH_TEST_SEED` repeats a run,
-/// `TIDEWATCH_FUZZ_RUNS` is how many there are, `TIDEWATCH_FUZZ_CORPUS` a directory that gets the seeds for `cargo fuzz`.
+/// `TIDEWATCH_FUZZ_RUNS` is how many there are.
 pub fn smoke(name: &str, seeds: &[Vec<u8>], words: &[&str], runs: usize, target: impl Fn(&[u8])) {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let seed = number("TIDEWATCH_TEST_SEED").unwrap_or_else(rand::random);
     let runs = number("TIDEWATCH_FUZZ_RUNS").map_or(runs, |runs| runs as usize);
-    if let Ok(corpus) = std::env::var("TIDEWATCH_FUZZ_CORPUS") {
-        let directory = std::path::Path::new(&corpus).join(name);
-        std::fs::create_dir_all(&directory).unwrap();
-        for (at, seed) in seeds.iter().enumerate() {
-            std::fs::write(directory.join(at.to_string()), seed).unwrap();
-        }
-    }
     println!("{name}: {runs} inputs from TIDEWATCH_TEST_SEED={seed}");
     seeds.iter().for_each(|seed| target(seed));
     let mut random = StdRng::seed_from_u64(seed);

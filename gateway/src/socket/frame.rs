@@ -340,5 +340,7 @@ fn inflate(mut payload: Vec<u8>, bytes_max: usize) -> Result<Vec<u8>, Violation>
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+#[cfg(any(test, fuzzing))]
+mod sent;
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@ use arrow::ipc::{self, DictionaryBatchBuilder, FieldNode, MetadataVersion, Recor
 use arrow::record_batch::RecordBatch;
 use flatbuffers::{FlatBufferBuilder, WIPOffset};
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Buffers of a body start at multiples of this, so that columns are read in place.
@@ -39,7 +40,12 @@ impl EncodedSchema {
 /// Reads back what [`EncodedSchema`] holds.
 pub(super) fn decode_schema(ipc: &[u8]) -> Result<SchemaRef, ArrowError> {
     // flatbuffers are read in place and must be aligned
-    Ok(Arc::new(try_schema_from_flatbuffer_bytes(&Buffer::from(ipc))?))
+    caught(|| Ok(Arc::new(try_schema_from_flatbuffer_bytes(&Buffer::from(ipc))?)))
+}
+
+/// The crate's readers panic on types and lengths that do not fit each other, and a checksum says only who wrote them.
+fn caught<T>(read: impl FnOnce() -> Result<T, ArrowError>) -> Result<T, ArrowError> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(malformed("its parts do not fit each other")))
 }
 
 /// Encodes the schema, which gives each of its dictionaries an id in `tracker`.
@@ -72,7 +78,11 @@ pub(super) fn encode(batch: &RecordBatch, schema: &EncodedSchema, out: &mut Vec<
 }
 
 /// Reads back what [`encode`] appended: all of `bytes`.
-pub(super) fn decode(mut bytes: &[u8], schema: SchemaRef) -> Result<RecordBatch, ArrowError> {
+pub(super) fn decode(bytes: &[u8], schema: SchemaRef) -> Result<RecordBatch, ArrowError> {
+    caught(|| decode_whole(bytes, schema))
+}
+
+fn decode_whole(mut bytes: &[u8], schema: SchemaRef) -> Result<RecordBatch, ArrowError> {
     let mut dictionaries: HashMap<i64, ArrayRef> = HashMap::new();
     for _ in 0..take(&mut bytes)? {
         let id = take(&mut bytes)? as i64;
@@ -245,6 +255,27 @@ mod tests {
         check(&batch);
         check(&batch.slice(1, 2));
         check(&batch.slice(0, 0));
+    }
+
+    #[test]
+    fn a_schema_or_a_batch_with_a_wrong_byte_is_read_or_malformed() {
+        let batch = RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![1, 2])) as ArrayRef)]).unwrap();
+        let schema = EncodedSchema::new(batch.schema_ref());
+        let mut bytes = Vec::new();
+        encode(&batch, &schema, &mut bytes).unwrap();
+        let mut caught = 0;
+        for (whole, is_schema) in [(&schema.ipc[..], true), (&bytes, false)] {
+            for (at, wrong) in (0..whole.len()).flat_map(|at| [0, 0x7f, 0xff].map(|wrong| (at, wrong))) {
+                let mut changed = whole.to_vec();
+                changed[at] = wrong;
+                let read = match is_schema {
+                    true => decode_schema(&changed).and_then(|schema| decode(&bytes, schema)),
+                    false => decode(&changed, batch.schema()),
+                };
+                caught += usize::from(read.is_err_and(|error| error.to_string().contains("do not fit")));
+            }
+        }
+        assert!(caught > 0, "the crate's readers panic no more: `caught` can go");
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod segment; // one file of records: its header, reading it, finding its torn ta
 
 pub use embedded::EmbeddedLog;
 #[cfg(any(test, fuzzing))]
-pub(crate) use segment::file_name;
+pub(crate) use segment::{file_name, reseal};
 
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;

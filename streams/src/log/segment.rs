@@ -241,6 +241,15 @@ impl Header {
     }
 }
 
+/// Makes the checksums of a file right.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reseal(file: &mut [u8]) {
+    let Some((header, records)) = file.split_at_mut_checked(HEADER) else { return };
+    let crc = crc32c::crc32c(&header[..40]);
+    header[40..].copy_from_slice(&crc.to_le_bytes());
+    super::record::reseal(records, u32::from_le_bytes(header[12..16].try_into().expect("four bytes")));
+}
+
 /// Name of the file whose first record has this offset.
 pub(crate) fn file_name(first: u64) -> PathBuf {
     format!("{first:020}.log").into()
@@ -309,8 +318,9 @@ impl Reader {
         self.file.read_exact(&mut self.record[PREFIX..]).map_err(Fault::Io)?;
         let frame =
             Frame::read(&self.record, self.salt).ok_or_else(|| bad("the checksum of a record is wrong".to_owned()))?;
+        let next = frame.offset.checked_add(u64::from(!frame.is_internal()));
+        self.expected = next.ok_or_else(|| bad("a record has the last offset there is".to_owned()))?;
         self.position += length as u64;
-        self.expected = if frame.is_internal() { frame.offset } else { frame.offset + 1 };
         Ok(Some(frame))
     }
 
@@ -402,4 +412,23 @@ fn later_group_in(bytes: &[u8], expected: u64, salt: u32) -> Option<usize> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::record::Draft;
+    use engine::event::Micros;
+
+    #[test]
+    fn a_record_with_the_last_offset_there_is_is_no_record() {
+        let mut records = Vec::new();
+        let draft = Draft::advance(&"w".parse().unwrap(), &"market.trades".parse().unwrap(), Micros(0));
+        draft.seal(u64::MAX, 0, 7, &mut records);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("records");
+        fs::write(&path, records).unwrap();
+        let mut reader = Reader::open(&path, 7, u64::MAX, 0).unwrap();
+        assert!(matches!(reader.read(), Err(Fault::Bad { position: 0, .. })));
+    }
 }

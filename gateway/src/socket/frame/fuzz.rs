@@ -1,5 +1,6 @@
 //! What holds for any bytes of a client: a target of `fuzz/`, run for a while by the test below.
 
+use super::sent::{BINARY, Frame, LAST, PING, PONG, TEXT, close, compressed, masked, parts, whole};
 use super::*;
 
 /// What a client sends after the handshake; the first byte says how it is cut and whether compression was agreed on.
@@ -44,4 +45,23 @@ pub(super) fn read(reader: &mut Reader, bytes: &[u8], cut: usize) -> (Vec<Messag
         }
     }
     (messages, None)
+}
+
+/// What clients send, to begin with.
+pub fn clients() -> Vec<Vec<u8>> {
+    let sent = |how: u8, frames: &[Frame]| [vec![how], frames.iter().flat_map(masked).collect()].concat();
+    let long = "long, ".repeat(60);
+    vec![
+        sent(
+            3 << 1,
+            &[
+                whole(TEXT, b"{\"op\":\"ping\"}"),
+                vec![(PING, b"p".to_vec())],
+                parts(TEXT, &["ä".as_bytes(), b"b", b"c"]),
+            ]
+            .concat(),
+        ),
+        sent(1, &[vec![(LAST | COMPRESSED | TEXT, compressed(long.as_bytes()))], whole(BINARY, &[0; 130])].concat()),
+        sent(5 << 1, &[parts(BINARY, &[b"1", b"2"]), vec![(PONG, Vec::new()), close(1000, "bye".as_bytes())]].concat()),
+    ]
 }

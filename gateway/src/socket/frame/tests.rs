@@ -1,37 +1,7 @@
+use super::sent::{BINARY, CLOSE, CONTINUED, Frame, LAST, PING, PONG, TEXT, close, compressed, masked, parts, whole};
 use super::*;
-use flate2::{Compress, Compression, FlushCompress};
 use serde_json::Value;
 use std::collections::HashMap;
-
-/// A frame as a client sends it: first byte, payload.
-type Frame = (u8, Vec<u8>);
-
-const CONTINUED: u8 = 0x00;
-const LAST: u8 = 0x80;
-const TEXT: u8 = 0x01;
-const BINARY: u8 = 0x02;
-const CLOSE: u8 = 0x88;
-const PING: u8 = 0x89;
-const PONG: u8 = 0x8a;
-
-fn masked((first, payload): &Frame) -> Vec<u8> {
-    let mask = [0x37, 0xfa, 0x21, 0x3d];
-    let mut out = vec![*first];
-    match payload.len() {
-        short @ 0..=125 => out.push(0x80 | short as u8),
-        middle @ 126..=0xffff => {
-            out.push(0x80 | 126);
-            out.extend_from_slice(&(middle as u16).to_be_bytes());
-        }
-        long => {
-            out.push(0x80 | 127);
-            out.extend_from_slice(&(long as u64).to_be_bytes());
-        }
-    }
-    out.extend_from_slice(&mask);
-    out.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
-    out
-}
 
 /// What a server that echoes messages would answer, up to the end; and the code it would close with.
 #[derive(Default, PartialEq, Debug)]
@@ -54,21 +24,6 @@ fn hear(reader: &mut Reader, bytes: &[u8], chop: usize) -> Heard {
         }
     }
     heard
-}
-
-fn whole(opcode: u8, payload: &[u8]) -> Vec<Frame> {
-    vec![(LAST | opcode, payload.to_vec())]
-}
-
-/// A message in parts.
-fn parts(opcode: u8, parts: &[&[u8]]) -> Vec<Frame> {
-    let last = parts.len() - 1;
-    let first = |at: usize| if at == 0 { opcode } else { 0 } | if at == last { LAST } else { CONTINUED };
-    parts.iter().enumerate().map(|(at, part)| (first(at), part.to_vec())).collect()
-}
-
-fn close(code: u16, reason: &[u8]) -> Frame {
-    (CLOSE, [&code.to_be_bytes(), reason].concat())
 }
 
 /// The frames of a case of the Autobahn test suite, what is echoed before its end, and the bytes sent at a time.
@@ -288,14 +243,6 @@ fn a_reader_holds_memory_only_while_a_message_is_incomplete() {
     assert!(reader.next().unwrap().is_none() && reader.buffer.capacity() < 1_000);
 }
 
-fn compressed(text: &[u8]) -> Vec<u8> {
-    let mut compress = Compress::new(Compression::default(), false);
-    let mut out = Vec::with_capacity(text.len() + 1_000);
-    compress.compress_vec(text, &mut out, FlushCompress::Sync).unwrap();
-    out.truncate(out.len() - 4);
-    out
-}
-
 #[test]
 fn a_compressed_message_is_read_up_to_the_limit_of_what_it_becomes() {
     let first = LAST | COMPRESSED | TEXT;
@@ -329,20 +276,5 @@ mod smoke;
 
 #[test]
 fn any_bytes_of_a_client_give_messages_or_the_code_for_what_is_wrong() {
-    let sent = |how: u8, frames: &[Frame]| [vec![how], frames.iter().flat_map(masked).collect()].concat();
-    let long = "long, ".repeat(60);
-    let seeds = [
-        sent(
-            3 << 1,
-            &[
-                whole(TEXT, b"{\"op\":\"ping\"}"),
-                vec![(PING, b"p".to_vec())],
-                parts(TEXT, &["ä".as_bytes(), b"b", b"c"]),
-            ]
-            .concat(),
-        ),
-        sent(1, &[vec![(LAST | COMPRESSED | TEXT, compressed(long.as_bytes()))], whole(BINARY, &[0; 130])].concat()),
-        sent(5 << 1, &[parts(BINARY, &[b"1", b"2"]), vec![(PONG, Vec::new()), close(1000, "bye".as_bytes())]].concat()),
-    ];
-    smoke::smoke("frames", &seeds, &["\u{80}", "\u{ff}\u{ff}"], 100_000, fuzz::frames);
+    smoke::smoke("frames", &fuzz::clients(), &["\u{80}", "\u{ff}\u{ff}"], 100_000, fuzz::frames);
 }
