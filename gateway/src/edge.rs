@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::Instrument;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The id a request goes by in logs and in the audit log.
 #[derive(Clone)]
@@ -44,6 +44,11 @@ impl Origin {
         let address = extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         let request_id = extensions.get::<RequestId>().map(|id| id.0.as_str().into()).unwrap_or_default();
         Origin { address, request_id, is_node: extensions.get::<FromNode>().is_some() }
+    }
+
+    /// What the request goes by in logs.
+    pub(crate) fn request_id(&self) -> &str {
+        &self.request_id
     }
 
     /// Whether a node that serves clients for this one passed it on.

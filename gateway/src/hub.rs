@@ -4,18 +4,19 @@
 mod channel; // one channel: offsets, history, subscribers
 mod crowd; // how many clients there are
 mod fanout; // who writes to them
-mod feed; // channels that several nodes serve
+mod feed; // what other nodes get of channels
 mod load; // the state a channel starts from
 mod name; // how channels are named
 mod outbox; // what waits for one client
+mod remote; // channels of another node
 mod ring; // the newest messages of a channel, as they go over the wire
 mod state; // what the messages of a state channel add up to
 
 pub(crate) use channel::Since;
 pub(crate) use crowd::{Crowd, Group, Seats};
-pub(crate) use feed::{Back, Feed, Heard, Offer};
 pub(crate) use name::{ChannelName, Topic};
 pub(crate) use outbox::{Cut, Outbox, Taken};
+pub(crate) use remote::{Back, Heard, Offer, Remote};
 pub(crate) use ring::Form;
 
 use crate::agui::{self, Dialect};

@@ -356,3 +356,21 @@ impl AsyncWrite for Counted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_all_that_is_said_of_whose_request_it_is_the_last_counts() {
+        let said = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            values.iter().for_each(|value| _ = headers.append(FORWARDED_FOR, value.parse().unwrap()));
+            forwarded_for(&headers).map(|address| address.to_string())
+        };
+        assert_eq!(said(&[]), None);
+        assert_eq!(said(&["10.0.0.1, 203.0.113.7"]).as_deref(), Some("203.0.113.7"));
+        assert_eq!(said(&["10.0.0.1", "2001:db8::1"]).as_deref(), Some("2001:db8::1"));
+        assert_eq!(said(&["203.0.113.7, nobody"]), None);
+    }
+}

@@ -1,10 +1,11 @@
 //! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
 //! keeps what its messages add up to.
 
-use super::feed::{Back, Feeds, Parcel, Sent};
+use super::feed::{Feeds, Parcel, Sent};
 use super::name::{ChannelName, Topic};
 use super::outbox::{Cut, Outbox};
 use super::place;
+use super::remote::Back;
 use super::ring::{Bounds, Chunk, Form, Ring};
 use super::state::{Op, State};
 use crate::agui::{self, Dialect};

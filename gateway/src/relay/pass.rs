@@ -1,10 +1,10 @@
 //! Requests that the core answers: heads and bodies go through as they come, upgraded connections too.
 
 use super::Node;
-use crate::edge::Origin;
+use crate::edge::{Origin, REQUEST_ID};
 use crate::problem::Problem;
 use crate::serve::{FORWARDED_FOR, NODE};
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::header::{CONNECTION, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -46,6 +46,9 @@ pub(super) fn signed(mut headers: HeaderMap, origin: &Origin) -> HeaderMap {
     if let Some(value) = origin.address().and_then(|address| HeaderValue::try_from(address.to_string()).ok()) {
         headers.insert(FORWARDED_FOR, value);
     }
+    if let Ok(id) = HeaderValue::try_from(origin.request_id()) {
+        headers.insert(REQUEST_ID, id); // one request has one id in the logs of both
+    }
     headers
 }
 
@@ -56,18 +59,20 @@ pub(super) async fn on(State(node): State<Arc<Node>>, mut request: Request) -> R
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let mut headers = signed(cleaned(parts.headers), &origin);
-    // pages of this node are those of the core: what the browser compares with the origin stays
     if let (Some(protocol), Some(_)) = (&protocol, &upgrade) {
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(UPGRADE, protocol.clone());
     }
     if !headers.contains_key(HOST)
-        && let Some(host) = parts.uri.host().and_then(|host| HeaderValue::try_from(host).ok())
+        && let Some(host) = parts.uri.authority().and_then(|host| HeaderValue::try_from(host.as_str()).ok())
     {
         headers.insert(HOST, host);
     }
     let asked = node.http.request(parts.method, format!("{}{path}", node.core)).headers(headers);
-    let asked = asked.body(reqwest::Body::wrap_stream(body.into_data_stream()));
+    let asked = match body.size_hint().exact() {
+        Some(0) => asked,
+        _ => asked.body(reqwest::Body::wrap_stream(body.into_data_stream())),
+    };
     let answer = asked.send().await.map_err(|error| {
         tracing::warn!(%error, "the core cannot be reached");
         let detail = "the node with the engine cannot be reached; try again";
@@ -89,4 +94,28 @@ pub(super) async fn on(State(node): State<Arc<Node>>, mut request: Request) -> R
     }
     *response.body_mut() = Body::from_stream(answer.bytes_stream());
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_of_a_connection_stay_on_it_and_nobody_says_for_themselves_who_they_are() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "keep-alive, x-mine"),
+            ("x-mine", "1"),
+            ("transfer-encoding", "chunked"),
+            ("authorization", "Bearer t"),
+            ("x-forwarded-for", "203.0.113.1"),
+            ("x-forwarded-for", "203.0.113.2"),
+        ] {
+            headers.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static(value));
+        }
+        let passed = signed(cleaned(headers), &Origin::default());
+        let mut names: Vec<&str> = passed.keys().map(HeaderName::as_str).collect();
+        names.sort();
+        assert_eq!(names, ["authorization", "x-request-id", "x-tidewatch-node"]);
+    }
 }

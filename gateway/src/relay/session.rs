@@ -4,7 +4,7 @@
 
 use super::{CONNECT_WITHIN, Node, pass};
 use crate::edge::Origin;
-use crate::hub::{Back, Cut, Feed, Hub, Offer, Outbox, Seats};
+use crate::hub::{Back, Cut, Hub, Offer, Outbox, Remote, Seats};
 use crate::problem::Problem;
 use crate::socket::Line;
 use crate::socket::peer::{Close, Pending, Talk};
@@ -154,7 +154,7 @@ struct Followed {
     epoch: String,
     offer: Offer,
     /// Its feed, once it is listened to, and the number under which the client is attached to it.
-    feed: Option<(Arc<Feed>, Option<u64>)>,
+    feed: Option<(Arc<Remote>, Option<u64>)>,
 }
 
 /// The connection of one client to the core.

@@ -1,0 +1,193 @@
+//! Channels of the node with the engine, on one without: their messages are heard over Redis, and held for the clients
+//! here.
+
+use super::channel::Channel;
+use super::feed::{BEAT_EVERY, Parcel};
+use super::{Hub, LINGER, Outbox};
+use cache::Listener;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+/// Without a beat for so long, what was heard last is taken for all that will be heard.
+const BEAT_WAIT: Duration = Duration::from_secs(3);
+
+/// Says where a follower of a channel of another node stood when its messages stopped coming this way.
+#[derive(Debug)]
+pub(crate) struct Back {
+    /// The number it was attached under.
+    pub(crate) id: u64,
+    /// It has everything up to here.
+    pub(crate) offset: u64,
+}
+
+/// Where a node without an engine gets the messages of a channel.
+#[derive(Clone, Debug, serde::Deserialize)]
+pub(crate) struct Offer {
+    topic: String,
+    beat: String,
+    /// They add up to a state.
+    state: bool,
+}
+
+impl Offer {
+    pub(crate) fn is_state(&self) -> bool {
+        self.state
+    }
+}
+
+/// A channel of another node.
+pub(crate) struct Remote {
+    topic: String,
+    channel: Arc<Channel>,
+    is_heard: OnceCell<()>,
+}
+
+/// The channels of another node that somebody follows here.
+pub(crate) struct Heard {
+    hub: Arc<Hub>,
+    listener: Listener,
+    feeds: Mutex<HashMap<String, Arc<Remote>>>,
+    beat: OnceCell<String>,
+    /// Whether what is published is heard.
+    is_there: watch::Sender<bool>,
+}
+
+impl Heard {
+    /// Listens for as long as the process lives.
+    pub(crate) fn start(hub: Arc<Hub>, listener: Listener, hears: mpsc::Receiver<cache::Heard>) -> Arc<Heard> {
+        let (feeds, beat, is_there) = (Mutex::default(), Default::default(), watch::Sender::new(false));
+        let heard = Arc::new(Heard { hub, listener, feeds, beat, is_there });
+        tokio::spawn(heard.clone().listen(hears));
+        heard
+    }
+
+    /// Whether what is published is heard, and when that changes.
+    pub(crate) fn is_there(&self) -> watch::Receiver<bool> {
+        self.is_there.subscribe()
+    }
+
+    /// Listens to a channel: whatever is published from now on is held for who attaches to it. Nothing where nothing can be
+    /// heard right now.
+    pub(crate) async fn join(
+        &self,
+        offer: &Offer,
+        (workspace, channel): (Option<&str>, &str),
+        epoch: &str,
+    ) -> Option<Arc<Remote>> {
+        if !*self.is_there.borrow() {
+            return None;
+        }
+        let subscribe = |topic: String| async move { self.listener.subscribe(&topic).await.then_some(topic).ok_or(()) };
+        self.beat.get_or_try_init(|| subscribe(offer.beat.clone())).await.ok()?;
+        let feed = {
+            let mut feeds = self.feeds.lock();
+            let make = || {
+                let channel = self.hub.remote(workspace, channel, epoch, offer.state)?;
+                Some(Arc::new(Remote { topic: offer.topic.clone(), channel, is_heard: Default::default() }))
+            };
+            match feeds.get(&offer.topic) {
+                Some(feed) => feed.clone(),
+                None => feeds.entry(offer.topic.clone()).or_insert(make()?).clone(),
+            }
+        };
+        let heard = feed.is_heard.get_or_try_init(|| async { subscribe(offer.topic.clone()).await.map(drop) }).await;
+        if heard.is_err() {
+            self.end(&feed);
+            return None;
+        }
+        Some(feed)
+    }
+
+    /// A message every so often tells that nothing is lost; without one for a while all is taken for lost.
+    async fn listen(self: Arc<Self>, mut hears: mpsc::Receiver<cache::Heard>) {
+        let mut ticks = tokio::time::interval(BEAT_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut heard_at, mut known) = (Instant::now(), None);
+        loop {
+            let heard = tokio::select! {
+                heard = hears.recv() => heard,
+                _ = ticks.tick() => {
+                    if *self.is_there.borrow() && self.beat.initialized() && heard_at.elapsed() > BEAT_WAIT {
+                        tracing::warn!("nothing is heard from the core over Redis; clients get its messages through it");
+                        self.is_there.send_replace(false);
+                        self.end_all();
+                    }
+                    self.sweep();
+                    continue;
+                }
+            };
+            match heard {
+                None => return,
+                Some(cache::Heard::Connected) => {
+                    heard_at = Instant::now();
+                    match self.beat.get().cloned() {
+                        None => _ = self.is_there.send_replace(true),
+                        // it is there again with the first beat
+                        Some(beat) => {
+                            let this = self.clone();
+                            tokio::spawn(async move { this.listener.subscribe(&beat).await });
+                        }
+                    }
+                }
+                Some(cache::Heard::Lost) => {
+                    self.is_there.send_replace(false);
+                    self.end_all();
+                }
+                Some(cache::Heard::Message { topic, payload }) if self.beat.get() == Some(&topic) => {
+                    heard_at = Instant::now();
+                    if known.replace(payload.clone()).is_some_and(|before| before != payload) {
+                        self.end_all();
+                    }
+                    self.is_there.send_if_modified(|is_there| !std::mem::replace(is_there, true));
+                }
+                Some(cache::Heard::Message { topic, payload }) => {
+                    let Some(feed) = self.feeds.lock().get(&topic).cloned() else { continue };
+                    let is_whole = Parcel::decode(&payload).is_some_and(|parcel| feed.channel.receive(&parcel));
+                    if !is_whole {
+                        self.end(&feed);
+                    }
+                }
+            }
+        }
+    }
+
+    fn sweep(&self) {
+        let idle: Vec<Arc<Remote>> = (self.feeds.lock().values())
+            .filter(|feed| feed.channel.close_if_idle(LINGER, Instant::now()).is_some())
+            .cloned()
+            .collect();
+        idle.iter().for_each(|feed| self.end(feed));
+    }
+
+    fn end_all(&self) {
+        let all: Vec<Arc<Remote>> = self.feeds.lock().values().cloned().collect();
+        all.iter().for_each(|feed| self.end(feed));
+    }
+
+    /// Its followers go back to where they came from.
+    fn end(&self, feed: &Arc<Remote>) {
+        let mut feeds = self.feeds.lock();
+        if feeds.get(&feed.topic).is_some_and(|known| Arc::ptr_eq(known, feed)) {
+            feeds.remove(&feed.topic);
+            self.listener.unsubscribe(&feed.topic);
+        }
+        drop(feeds);
+        feed.channel.send_back();
+    }
+}
+
+impl Remote {
+    /// Hands a client all that comes behind `offset`, up to which it has everything. False where that is not known here.
+    pub(crate) fn attach(&self, id: u64, outbox: &Arc<Outbox>, offset: u64, back: mpsc::UnboundedSender<Back>) -> bool {
+        self.channel.attach(id, outbox, offset, back)
+    }
+
+    pub(crate) fn detach(&self, id: u64, outbox: &Outbox) {
+        outbox.remove(id);
+        self.channel.unsubscribe(id, Instant::now());
+    }
+}
