@@ -80,6 +80,11 @@ impl Store {
         };
         let mut tx = self.db.begin(scope).await?;
         // Offsets first: a stale commit is then found before the work of writing its rows.
+        let head = |commit: &Commit| {
+            let state = commit.state.as_ref()?;
+            Some(state::sealed(&commit.workspace, &state.head, commit.offset))
+        };
+        let sealed: Vec<(&Commit, Option<Vec<u8>>)> = commits.iter().map(|commit| (commit, head(commit))).collect();
         let moved = bulk::insert(
             &mut tx,
             [
@@ -88,13 +93,13 @@ impl Store {
                  version = checkpoints.version + 1, state = COALESCE(excluded.state, checkpoints.state) \
                  WHERE excluded.log_offset >= checkpoints.log_offset",
             ],
-            commits,
-            |commit| &commit.workspace,
-            |values, commit| {
+            &sealed,
+            |(commit, _)| &commit.workspace,
+            |values, (commit, head)| {
                 values.push_bind(commit.workspace.as_str());
                 values.push_bind(stored(commit.offset));
                 values.push_bind(1_i64);
-                values.push_bind(commit.state.as_ref().map(|state| state.head.as_slice()));
+                values.push_bind(head.as_deref());
             },
         )
         .await?;
@@ -329,9 +334,29 @@ mod tests {
         let checkpoint = store.checkpoint(&acme).await.unwrap();
         assert_eq!(checkpoint, Some(Checkpoint { offset: 1, version: 1, state: None }));
         store.commit(&[Commit { state: Some(changes(true, 9, &[], &[])), ..commit(&acme, 2) }]).await.unwrap();
-        store.commit(&[commit(&acme, 3)]).await.unwrap();
+        store.commit(&[commit(&acme, 2)]).await.unwrap();
         let checkpoint = store.checkpoint(&acme).await.unwrap();
-        assert_eq!(checkpoint, Some(Checkpoint { offset: 3, version: 3, state: Some(state(9, &[])) }));
+        assert_eq!(checkpoint, Some(Checkpoint { offset: 2, version: 3, state: Some(state(9, &[])) }));
+    }
+
+    #[tokio::test]
+    async fn an_offset_or_a_head_that_is_not_as_it_was_does_not_pass() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        let of = |workspace: &WorkspaceId, offset, head| {
+            [Commit { state: Some(changes(true, head, &[], &[])), ..commit(workspace, offset) }]
+        };
+        store.commit(&of(&acme, 7, 1)).await.unwrap();
+        store.commit(&of(&other, 9, 2)).await.unwrap();
+        let run = async |sql: &'static str| query(sql).execute(store.write(Scope::Installation)).await.unwrap();
+        run("UPDATE checkpoints SET log_offset = 1000 WHERE workspace = 'acme'").await;
+        let known = Some(Checkpoint { offset: 7, version: 1, state: Some(state(1, &[])) });
+        assert_eq!(store.checkpoint(&acme).await.unwrap(), known);
+        store.commit(&of(&acme, 8, 1)).await.unwrap(); // which is not behind any more
+        run("UPDATE checkpoints SET state = (SELECT state FROM checkpoints WHERE workspace = 'other') WHERE workspace = 'acme'")
+            .await;
+        let found = store.checkpoint(&acme).await.unwrap().unwrap();
+        assert!(found.offset == 8 && found.state.unwrap().head != state(2, &[]).head, "it is another workspace's");
     }
 
     /// A head of `head`, and parts by name of which each holds one number.

@@ -97,6 +97,33 @@ async fn delete(tx: &mut Tx, columns: &[&str], values: Vec<Vec<&str>>) -> Result
     Ok(())
 }
 
+/// What a head ends with that says up to where its state includes the log.
+const SEAL: &[u8] = b"tw.upto1";
+
+/// A head with the offset that it belongs to and a checksum of both, in which the workspace counts too.
+pub(super) fn sealed(workspace: &WorkspaceId, head: &[u8], offset: u64) -> Vec<u8> {
+    let offset = offset.to_le_bytes();
+    [head, &offset, &checksum(workspace, head, &offset), SEAL].concat()
+}
+
+fn checksum(workspace: &WorkspaceId, head: &[u8], offset: &[u8]) -> [u8; 4] {
+    let sum = crc32c::crc32c_append(crc32c::crc32c(head), offset);
+    crc32c::crc32c_append(sum, workspace.as_str().as_bytes()).to_le_bytes()
+}
+
+/// The head that [`sealed`] was given, and its offset. One that is not as it was stays as it is: no state is read from it.
+fn unsealed(workspace: &WorkspaceId, bytes: Vec<u8>) -> (Vec<u8>, Option<u64>) {
+    let parts = bytes.strip_suffix(SEAL).and_then(|rest| {
+        let (rest, sum) = rest.split_last_chunk::<4>()?;
+        let (head, offset) = rest.split_last_chunk::<8>()?;
+        (*sum == checksum(workspace, head, offset)).then(|| (head.to_vec(), u64::from_le_bytes(*offset)))
+    });
+    match parts {
+        Some((head, offset)) => (head, Some(offset)),
+        None => (bytes, None),
+    }
+}
+
 /// The checkpoint of a workspace with the whole of its state; in one statement, so that no commit comes in between.
 pub(super) async fn read(store: &Store, workspace: &WorkspaceId) -> Result<Option<Checkpoint>, sqlx::Error> {
     let rows = query(
@@ -113,11 +140,19 @@ pub(super) async fn read(store: &Store, workspace: &WorkspaceId) -> Result<Optio
             None => checkpoint = Some((row.count("log_offset")?, row.try_get("version")?, head(row)?)),
         }
     }
-    Ok(checkpoint.map(|(offset, version, head)| Checkpoint {
-        offset,
-        version,
-        state: head.map(|head| State { head, parts }),
-    }))
+    let Some((stored, version, head)) = checkpoint else { return Ok(None) };
+    let (head, sealed) = head.map(|head| unsealed(workspace, head)).unzip();
+    let offset = sealed.flatten().unwrap_or(stored);
+    if offset != stored {
+        // the next commits are measured by it
+        tracing::error!(%workspace, stored, offset, "the offset of a checkpoint is not that of its state, which counts");
+        query("UPDATE checkpoints SET log_offset = $2 WHERE workspace = $1")
+            .bind(workspace.as_str())
+            .bind(super::stored(offset))
+            .execute(store.write(workspace))
+            .await?;
+    }
+    Ok(Some(Checkpoint { offset, version, state: head.map(|head| State { head, parts }) }))
 }
 
 fn head(row: &Row) -> Result<Option<Vec<u8>>, sqlx::Error> {
