@@ -580,7 +580,10 @@ impl RowMetric {
             }
             let one = batch.slice(row as usize, 1);
             match (partition.kept.binary_search_by(|kept| kept.place.cmp(&place)), is_in) {
-                (Ok(at), true) if partition.kept[at].is_in && partition.kept[at].row == one => continue,
+                // by their values: what was restored may say otherwise what can be null
+                (Ok(at), true) if partition.kept[at].is_in && partition.kept[at].row.columns() == one.columns() => {
+                    continue;
+                }
                 (Ok(at), true) => {
                     partition.kept[at].row = one;
                     partition.kept[at].is_in = true;

@@ -601,6 +601,21 @@ async fn lost_state(is_cut: bool) {
         }
         world.trades(name, "A", 1_045, 1, "on").await.unwrap();
         world.trades(name, "A", 1_025, 1, "late-1").await.unwrap();
+        // younger than what they are about
+        let id: WorkspaceId = name.parse().unwrap();
+        eventually("the correction is there", async || {
+            let query = RowsQuery { limit: 100, only_final: Some(true), ..RowsQuery::default() };
+            let page = world.system.metric_rows(&id, &"late".parse().unwrap(), query).await.unwrap();
+            page.values().iter().any(|row| row["n"] == 11)
+        })
+        .await;
+        let sql =
+            "SELECT symbol, n, sum(n) OVER (PARTITION BY symbol ORDER BY window_start) AS so_far FROM metrics.late";
+        let filled = serde_json::from_value(serde_json::json!({"sql": sql, "backfill": 60_000_000_i64})).unwrap();
+        world.system.define_metric(&id, "filled".parse().unwrap(), filled).await.unwrap();
+        let rule = serde_json::json!({"metric": "run", "condition": "so_far > 16"});
+        let rule = serde_json::from_value(rule).unwrap();
+        world.system.define_alert_rule(&id, "young".parse().unwrap(), rule).await.unwrap();
     }
     world.system.stop(Duration::from_secs(60)).await;
     world.kill().await;
@@ -621,17 +636,25 @@ async fn lost_state(is_cut: bool) {
     for name in &names {
         let id: WorkspaceId = name.parse().unwrap();
         let mut all = Vec::new();
-        for metric in ["late", "run"] {
+        for metric in ["late", "run", "filled"] {
             let query = sql::store::RowQuery { limit: 100, ..Default::default() };
             let mut rows = Vec::new();
-            eventually("the second correction is stored", async || {
+            let corrections = if metric == "filled" { 1 } else { 2 };
+            eventually("the corrections are stored", async || {
                 rows = world.system.store().rows(&id, &metric.parse().unwrap(), &query).await.unwrap().0;
-                rows.iter().any(|row| row.revision == 2)
+                rows.iter().any(|row| row.revision == corrections)
             })
             .await;
             all.extend(rows.into_iter().map(|row| (row.metric, row.window_start, row.revision, row.row)));
         }
-        let alerts = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+        let mut alerts = Vec::new();
+        eventually("both rules have fired", async || {
+            alerts = world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+            alerts.len() >= 2
+        })
+        .await;
+        let (young, alerts): (Vec<_>, Vec<_>) = alerts.into_iter().partition(|alert| alert.rule.as_str() == "young");
+        assert!(young.len() == 1 && young[0].state == "firing", "{young:?}");
         let alerts: Vec<_> = alerts.into_iter().map(|alert| (alert.state, alert.started_at, alert.row)).collect();
         assert_eq!(alerts.len(), 1, "{alerts:?}");
         found.push((all, alerts));

@@ -1,20 +1,21 @@
 //! What is computed of the time before now: a metric that is defined with a backfill, or everything when the state of a
 //! checkpoint cannot be used.
 
-use super::{Defined, State, Unsaved, compute_batch, engine_with, reason, timing};
+use super::{Defined, State, Unsaved, compute_batch, engine_with, labels, reason, timing};
 use crate::definition::MetricDefinition;
 use crate::fault::Fault;
 use crate::rows;
 use arrow::array::{AsArray, BooleanArray, RecordBatch};
 use arrow::compute::{filter_record_batch, max};
 use arrow::datatypes::TimestampMicrosecondType;
+use engine::alert::{Change, Phase};
 use engine::checkpoint::Saved;
 use engine::event::{ItemName, Micros, Span, StreamName};
 use engine::metric::{Rows, Timing};
 use engine::program::Program;
 use engine::workspace::{Outputs, Workspace};
 use ractor::ActorProcessingErr;
-use sql::store::{FinalRow, RowQuery, StoreError};
+use sql::store::{FinalRow, RowQuery, StoreError, WITHDRAWN};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -47,6 +48,8 @@ struct Cut {
     from: u64,
     /// Of each of them, the windows that end later have all their events in the log.
     whole: BTreeMap<ItemName, Micros>,
+    /// Of a metric with a backfill, which begins within its first window, the end of that.
+    first: BTreeMap<ItemName, Micros>,
 }
 
 impl Cut {
@@ -194,7 +197,8 @@ impl State {
         self.unsaved = Unsaved::default();
         let mut waiting = lost.in_order(self.metrics.keys().cloned().collect());
         waiting.sort_by_key(|name| self.metrics[name].since.max(from)); // of one offset in the order of the chain
-        let mut cut = Cut { from, whole: BTreeMap::new() };
+        let mut cut = Cut { from, whole: BTreeMap::new(), first: BTreeMap::new() };
+        let mut firing: BTreeMap<(ItemName, String), Change> = BTreeMap::new();
         let mut count = 0u64;
         let mut records = self.scan(from);
         while let Some(record) = records.recv().await {
@@ -218,7 +222,7 @@ impl State {
                     (false, _) => defined.since <= offset.0,
                 };
                 match has_begun {
-                    true => self.begin_again(&name, &cut).await?,
+                    true => self.begin_again(&name, &mut cut).await?,
                     false => waiting.push(name),
                 }
             }
@@ -250,8 +254,15 @@ impl State {
                 Body::Advance { stream, frontier } => vec![self.engine.idle(&stream, frontier)],
                 Body::Refused { .. } => Vec::new(),
             };
-            for Outputs { rows, failures, .. } in outputs {
+            for Outputs { rows, failures, alerts, .. } in outputs {
                 self.keep(Outputs { rows, failures, ..Outputs::default() }, false);
+                for change in alerts {
+                    let episode = (change.rule.clone(), labels(&change).to_string());
+                    match change.phase {
+                        Phase::Firing => _ = firing.insert(episode, change),
+                        Phase::Resolved => _ = firing.remove(&episode),
+                    }
+                }
             }
             count += 1;
             if count.is_multiple_of(64) {
@@ -259,7 +270,7 @@ impl State {
             }
         }
         for name in waiting {
-            self.begin_again(&name, &cut).await?;
+            self.begin_again(&name, &mut cut).await?;
         }
         // nothing that is still to come may count as one of the rows that were stored before
         for name in self.engine.in_order(cut.whole.keys().cloned().collect()) {
@@ -268,43 +279,88 @@ impl State {
                 && cut.whole.get(&upstream).is_some_and(|until| *until > closed)
             {
                 cut.whole.insert(upstream, closed);
-                self.begin_again(&name, &cut).await?;
+                self.begin_again(&name, &mut cut).await?;
             }
         }
         // the store has what a part of its events would make another row of
-        self.unsaved.rows.retain(|row| cut.whole.get(&row.metric).is_none_or(|from| row.window_end > *from));
+        let is_new = |row: &FinalRow| {
+            let known = cut.whole.get(&row.metric).into_iter().chain(cut.first.get(&row.metric)).max();
+            known.is_none_or(|from| row.window_end > *from)
+        };
+        self.unsaved.rows.retain(is_new);
+        // a rule that is younger than its metric may not have fired then for what it would have fired for
+        for change in firing.into_values() {
+            let id = self.alert_id(&change, &labels(&change).to_string());
+            if self.deps.store.alert(&self.tenant.id, &id).await?.is_none() {
+                self.on_alert(&change);
+            }
+        }
         Ok(Ok(count))
     }
 
     /// Starts a metric in its place of the log, as when it was defined.
-    async fn begin_again(&mut self, name: &ItemName, cut: &Cut) -> Result<(), ActorProcessingErr> {
+    async fn begin_again(&mut self, name: &ItemName, cut: &mut Cut) -> Result<(), ActorProcessingErr> {
         let Defined { definition, program, version, since, .. } = &self.metrics[name];
         let (program, backfill, is_cut) = (program.clone(), definition.backfill, *since < cut.from);
+        let is_kept = definition.retain.is_none();
         self.engine.define(name.clone(), *version, program.clone(), timing(definition))?;
-        if let Some(upstream) = program.stream().metric() {
-            let (from, batches, until) = match cut.whole.get(&upstream) {
-                _ if !is_cut && backfill.is_none() => (Micros::MIN, Vec::new(), None),
-                _ if !is_cut => {
-                    let (from, batches) = self.history(&upstream, backfill).await?;
-                    (from, batches, None)
-                }
-                known => {
-                    let until = known.copied().unwrap_or(Micros::MAX);
-                    let (rows, _) = self.final_rows(&upstream, Micros::MIN, until).await?;
-                    let newest = rows.last().map_or(Micros::MIN, |row| row.window_end);
-                    (Micros::MIN, self.batches(&upstream, &rows)?, Some(known.copied().unwrap_or(newest)))
-                }
-            };
-            if !batches.is_empty() {
-                let Outputs { rows, failures, .. } = self.engine.backfill(name, from, &batches);
-                self.keep(Outputs { rows, failures, ..Outputs::default() }, false);
+        let mut first = None;
+        if is_kept && (is_cut || backfill.is_some()) {
+            let query = RowQuery { limit: 1, ..RowQuery::default() };
+            first = self.deps.store.rows(&self.tenant.id, name, &query).await?.0.pop();
+        }
+        let Some(upstream) = program.stream().metric() else {
+            if let Some(first) = first.filter(|_| backfill.is_some()) {
+                cut.first.insert(name.clone(), first.window_end);
             }
-            if let Some(until) = until {
-                self.engine.pass_over(name, until);
+            self.start_rules(name);
+            return Ok(());
+        };
+        let known = cut.whole.get(&upstream).copied();
+        let (from, rows) = match (is_cut, backfill) {
+            // it began with the row that its own first one comes of
+            (true, _) => {
+                let from = first.map_or(Micros::MIN, |row| row.window_start);
+                (from, self.final_rows(&upstream, from, known.unwrap_or(Micros::MAX)).await?.0)
             }
+            (false, Some(span)) => {
+                let closed = self.engine.closed(&upstream).unwrap_or(Micros::MIN);
+                let from = closed.minus(span);
+                let rows = match known {
+                    // as they were then: those in the store are as they are now
+                    None => self.computed_rows(&upstream, from, closed),
+                    Some(whole) => {
+                        let (mut rows, _) = self.final_rows(&upstream, from, whole.min(closed)).await?;
+                        rows.extend(self.computed_rows(&upstream, from.max(whole), closed));
+                        rows
+                    }
+                };
+                (from, rows)
+            }
+            (false, None) => (Micros::MIN, Vec::new()),
+        };
+        if !rows.is_empty() {
+            let batches = self.batches(&upstream, &rows)?;
+            let Outputs { rows, failures, .. } = self.engine.backfill(name, from, &batches);
+            self.keep(Outputs { rows, failures, ..Outputs::default() }, false);
+        }
+        if is_cut {
+            let newest = rows.last().map_or(Micros::MIN, |row| row.window_end);
+            self.engine.pass_over(name, known.unwrap_or(newest));
         }
         self.start_rules(name);
         Ok(())
+    }
+
+    /// Final rows that were computed and are not in the store yet, whose windows end behind `from` and not behind `until`.
+    fn computed_rows(&self, metric: &ItemName, from: Micros, until: Micros) -> Vec<FinalRow> {
+        let mut rows: BTreeMap<_, &FinalRow> = BTreeMap::new();
+        for row in &self.unsaved.rows {
+            if row.metric == *metric && row.window_end > from && row.window_end <= until {
+                rows.insert((row.window_end, row.window_start, row.key.as_str()), row); // in their order: the last counts
+            }
+        }
+        rows.into_values().filter(|row| row.row != WITHDRAWN).cloned().collect()
     }
 
     /// Computes one metric alone over the log from `since` to where the others stand.
