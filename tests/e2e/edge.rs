@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const CHANNELS: [&str; 2] = ["metrics/sums", "streams/market.trades"];
 
@@ -240,6 +242,12 @@ async fn an_edge_passes_on_what_is_asked_and_takes_nothing_that_the_core_would_n
     trade(&edge, 1, "A").await;
     let rows = edge.get("/api/v1/workspaces/acme/metrics/sums/rows").await;
     assert_eq!(rows["rows"].as_array().unwrap().len(), 1, "{rows}");
+    let mut raw = TcpStream::connect(edge.url.trim_start_matches("http://")).await.unwrap();
+    let head = format!("host: edge\r\nauthorization: Bearer {}\r\nconnection: close\r\n\r\n", core.token);
+    raw.write_all(format!("GET /api/v1/workspaces/%2e%2e/me HTTP/1.1\r\n{head}").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    raw.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404"), "a path goes through as it is: {answer}");
     let (status, problem) = edge.send(Method::GET, "/api/v1/me", "", "", Some("wrong")).await;
     assert_eq!((status, problem["code"].as_str()), (StatusCode::UNAUTHORIZED, Some("unauthorized")));
     let mut events = edge.events("/api/v1/workspaces/acme/events?channel=metrics/sums", "").await;
@@ -282,6 +290,44 @@ async fn an_edge_passes_on_what_is_asked_and_takes_nothing_that_the_core_would_n
     assert!(put.send().await.unwrap().status().is_success());
     let audit = core.get("/api/v1/workspaces/acme/audit").await;
     assert_eq!(audit["entries"][0]["from"], "203.0.113.7", "{audit}");
+
+    // asked for several times at once, refused or not, a channel comes once; and not at all once it is let go of
+    let subscribe = json!({"type": "subscribe", "workspace": "acme", "channel": CHANNELS[1], "ref": "s"});
+    for _ in 0..3 {
+        socket.send(subscribe.clone()).await;
+    }
+    for n in 0..20 {
+        trade(&core, 2, &format!("n-{n}")).await;
+    }
+    let mut refused = subscribe.clone();
+    refused["since"] = json!(5);
+    socket.send(refused).await;
+    socket.until(|frame| frame["type"] == "error").await;
+    let mut offsets = Vec::new();
+    trade(&core, 2, "once").await;
+    loop {
+        let frame = socket.next().await;
+        let text = frame.to_string();
+        offsets
+            .extend(frame["offset"].as_u64().filter(|_| frame["channel"] == CHANNELS[1] && frame["type"] == "event"));
+        if text.contains("once") {
+            break;
+        }
+    }
+    assert!(offsets.is_sorted_by(|a, b| a < b), "{offsets:?}");
+    socket.send(json!({"type": "unsubscribe", "workspace": "acme", "channel": CHANNELS[1], "ref": "u"})).await;
+    socket.until(|frame| frame["ref"] == "u").await;
+    trade(&core, 2, "unheard").await;
+    socket.send(json!({"type": "ping", "ref": "q"})).await;
+    let next = socket.next().await;
+    assert_eq!(next["ref"], "q", "{next}");
+
+    // as many questions as it likes, of which it reads no answer for a while
+    let long = "x".repeat(4_000);
+    for n in 0..1_900 {
+        socket.send(json!({"type": "ping", "ref": [n, long]})).await;
+    }
+    socket.until(|frame| frame["ref"][0] == 1_899).await;
 
     // a member who is sent away hears nothing more, over Redis neither
     let email = "guest@example.com";

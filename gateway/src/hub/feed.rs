@@ -118,7 +118,7 @@ async fn publish(
     let mut beats = tokio::time::interval(BEAT_EVERY);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let mut parcels: BTreeMap<Arc<str>, Parcel> = BTreeMap::new();
+        let mut parcels: BTreeMap<Arc<str>, Vec<Parcel>> = BTreeMap::new();
         let mut bytes = 0;
         let mut is_beat = false;
         let mut next = tokio::select! {
@@ -133,12 +133,19 @@ async fn publish(
         };
         while let Some(Leaving { topic, before, sent }) = next {
             bytes += sent.event.len();
-            parcels.entry(topic).or_insert(Parcel { before, messages: Vec::new() }).messages.push(sent);
+            let parcels = parcels.entry(topic).or_default();
+            // what was lost between two messages is between two parcels, where it is seen
+            match parcels.last_mut().filter(|parcel| parcel.messages.last().is_some_and(|last| last.offset == before)) {
+                Some(parcel) => parcel.messages.push(sent),
+                None => parcels.push(Parcel { before, messages: vec![sent] }),
+            }
             next = if bytes < PARCEL_BYTES { leaves.try_recv().ok() } else { None };
         }
         queued.fetch_sub(bytes, Ordering::Relaxed);
-        let mut messages: Vec<(String, Vec<u8>)> =
-            parcels.iter().map(|(topic, parcel)| (topic.to_string(), parcel.encode())).collect();
+        let encoded = |(topic, parcels): (&Arc<str>, &Vec<Parcel>)| -> Vec<(String, Vec<u8>)> {
+            parcels.iter().map(|parcel| (topic.to_string(), parcel.encode())).collect()
+        };
+        let mut messages: Vec<(String, Vec<u8>)> = parcels.iter().flat_map(encoded).collect();
         if is_beat {
             messages.push((beat.to_string(), lost.load(Ordering::Relaxed).to_le_bytes().to_vec()));
         }

@@ -46,12 +46,23 @@ pub(crate) struct Remote {
     is_heard: OnceCell<()>,
 }
 
+/// How the node with the engine is heard.
+struct Beat {
+    /// Whether Redis is there.
+    is_connected: bool,
+    /// Where it says that it is there; another one after each of its starts.
+    topic: Option<String>,
+    heard_at: Instant,
+    /// What it said last.
+    said: Option<Vec<u8>>,
+}
+
 /// The channels of another node that somebody follows here.
 pub(crate) struct Heard {
     hub: Arc<Hub>,
     listener: Listener,
     feeds: Mutex<HashMap<String, Arc<Remote>>>,
-    beat: OnceCell<String>,
+    beat: Mutex<Beat>,
     /// Whether what is published is heard.
     is_there: watch::Sender<bool>,
 }
@@ -59,7 +70,8 @@ pub(crate) struct Heard {
 impl Heard {
     /// Listens for as long as the process lives.
     pub(crate) fn start(hub: Arc<Hub>, listener: Listener, hears: mpsc::Receiver<cache::Heard>) -> Arc<Heard> {
-        let (feeds, beat, is_there) = (Mutex::default(), Default::default(), watch::Sender::new(false));
+        let beat = Beat { is_connected: false, topic: None, heard_at: Instant::now(), said: None };
+        let (feeds, beat, is_there) = (Mutex::default(), Mutex::new(beat), watch::Sender::new(false));
         let heard = Arc::new(Heard { hub, listener, feeds, beat, is_there });
         tokio::spawn(heard.clone().listen(hears));
         heard
@@ -78,42 +90,63 @@ impl Heard {
         (workspace, channel): (Option<&str>, &str),
         epoch: &str,
     ) -> Option<Arc<Remote>> {
-        if !*self.is_there.borrow() {
-            return None;
-        }
-        let subscribe = |topic: String| async move { self.listener.subscribe(&topic).await.then_some(topic).ok_or(()) };
-        self.beat.get_or_try_init(|| subscribe(offer.beat.clone())).await.ok()?;
-        let feed = {
+        self.follow_beat(&offer.beat).await?;
+        let remote = {
             let mut feeds = self.feeds.lock();
-            let make = || {
-                let channel = self.hub.remote(workspace, channel, epoch, offer.state)?;
-                Some(Arc::new(Remote { topic: offer.topic.clone(), channel, is_heard: Default::default() }))
-            };
             match feeds.get(&offer.topic) {
-                Some(feed) => feed.clone(),
-                None => feeds.entry(offer.topic.clone()).or_insert(make()?).clone(),
+                Some(remote) => remote.clone(),
+                None => {
+                    let channel = self.hub.remote(workspace, channel, epoch, offer.state)?;
+                    let remote = Remote { topic: offer.topic.clone(), channel, is_heard: OnceCell::new() };
+                    feeds.entry(offer.topic.clone()).or_insert(Arc::new(remote)).clone()
+                }
             }
         };
-        let heard = feed.is_heard.get_or_try_init(|| async { subscribe(offer.topic.clone()).await.map(drop) }).await;
-        if heard.is_err() {
-            self.end(&feed);
+        let subscribed = async || self.listener.subscribe(&offer.topic).await.then_some(()).ok_or(());
+        if remote.is_heard.get_or_try_init(subscribed).await.is_err() {
+            self.end(&remote);
             return None;
         }
-        Some(feed)
+        Some(remote)
+    }
+
+    /// Sees to it that the node is heard that says so at `topic`: nothing where it is not.
+    async fn follow_beat(&self, topic: &str) -> Option<()> {
+        let old = {
+            let mut beat = self.beat.lock();
+            if !beat.is_connected {
+                return None;
+            }
+            if beat.topic.as_deref() == Some(topic) {
+                return self.is_there.borrow().then_some(());
+            }
+            (beat.heard_at, beat.said) = (Instant::now(), None);
+            beat.topic.replace(topic.to_owned())
+        };
+        if let Some(old) = old {
+            self.listener.unsubscribe(&old);
+        }
+        if !self.listener.subscribe(topic).await {
+            return None;
+        }
+        self.is_there.send_if_modified(|is_there| !std::mem::replace(is_there, true));
+        Some(())
     }
 
     /// A message every so often tells that nothing is lost; without one for a while all is taken for lost.
     async fn listen(self: Arc<Self>, mut hears: mpsc::Receiver<cache::Heard>) {
         let mut ticks = tokio::time::interval(BEAT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut heard_at, mut known) = (Instant::now(), None);
         loop {
             let heard = tokio::select! {
                 heard = hears.recv() => heard,
                 _ = ticks.tick() => {
-                    if *self.is_there.borrow() && self.beat.initialized() && heard_at.elapsed() > BEAT_WAIT {
+                    let is_silent = {
+                        let beat = self.beat.lock();
+                        beat.topic.is_some() && beat.heard_at.elapsed() > BEAT_WAIT
+                    };
+                    if is_silent && self.is_there.send_replace(false) {
                         tracing::warn!("nothing is heard from the core over Redis; clients get its messages through it");
-                        self.is_there.send_replace(false);
                         self.end_all();
                     }
                     self.sweep();
@@ -123,33 +156,51 @@ impl Heard {
             match heard {
                 None => return,
                 Some(cache::Heard::Connected) => {
-                    heard_at = Instant::now();
-                    match self.beat.get().cloned() {
+                    let topic = {
+                        let mut beat = self.beat.lock();
+                        (beat.is_connected, beat.heard_at) = (true, Instant::now());
+                        beat.topic.clone()
+                    };
+                    match topic {
                         None => _ = self.is_there.send_replace(true),
                         // it is there again with the first beat
-                        Some(beat) => {
+                        Some(topic) => {
                             let this = self.clone();
-                            tokio::spawn(async move { this.listener.subscribe(&beat).await });
+                            tokio::spawn(async move { this.listener.subscribe(&topic).await });
                         }
                     }
                 }
                 Some(cache::Heard::Lost) => {
+                    self.beat.lock().is_connected = false;
                     self.is_there.send_replace(false);
                     self.end_all();
                 }
-                Some(cache::Heard::Message { topic, payload }) if self.beat.get() == Some(&topic) => {
-                    heard_at = Instant::now();
-                    if known.replace(payload.clone()).is_some_and(|before| before != payload) {
-                        self.end_all();
-                    }
-                    self.is_there.send_if_modified(|is_there| !std::mem::replace(is_there, true));
+                Some(cache::Heard::Message { topic, payload }) => self.on_message(&topic, payload),
+            }
+        }
+    }
+
+    fn on_message(&self, topic: &str, payload: Vec<u8>) {
+        let is_beat = {
+            let mut beat = self.beat.lock();
+            (beat.topic.as_deref() == Some(topic)).then(|| {
+                beat.heard_at = Instant::now();
+                let before = beat.said.replace(payload.clone());
+                before.is_some_and(|before| before != payload)
+            })
+        };
+        match is_beat {
+            Some(has_lost) => {
+                if has_lost {
+                    self.end_all();
                 }
-                Some(cache::Heard::Message { topic, payload }) => {
-                    let Some(feed) = self.feeds.lock().get(&topic).cloned() else { continue };
-                    let is_whole = Parcel::decode(&payload).is_some_and(|parcel| feed.channel.receive(&parcel));
-                    if !is_whole {
-                        self.end(&feed);
-                    }
+                self.is_there.send_if_modified(|is_there| !std::mem::replace(is_there, true));
+            }
+            None => {
+                let Some(remote) = self.feeds.lock().get(topic).cloned() else { return };
+                let is_whole = Parcel::decode(&payload).is_some_and(|parcel| remote.channel.receive(&parcel));
+                if !is_whole {
+                    self.end(&remote);
                 }
             }
         }
@@ -186,8 +237,11 @@ impl Remote {
         self.channel.attach(id, outbox, offset, back)
     }
 
-    pub(crate) fn detach(&self, id: u64, outbox: &Outbox) {
+    /// Lets go of a client: up to where it has everything, if it was attached still.
+    pub(crate) fn detach(&self, id: u64, outbox: &Outbox) -> Option<u64> {
+        let at = self.channel.position(id).map(|(at, _)| at);
         outbox.remove(id);
         self.channel.unsubscribe(id, Instant::now());
+        at
     }
 }

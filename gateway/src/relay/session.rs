@@ -16,9 +16,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
@@ -43,8 +43,19 @@ pub(super) struct Relay {
     origin: Origin,
     /// What this connection counts as here.
     _seats: Seats,
-    line: Option<(mpsc::Sender<String>, AbortOnDropHandle<()>)>,
+    line: Option<ToCore>,
 }
+
+/// The way to the core.
+struct ToCore {
+    asks: mpsc::UnboundedSender<Said>,
+    /// Messages on their way.
+    room: Arc<Semaphore>,
+    _tasks: [AbortOnDropHandle<()>; 2],
+}
+
+/// What a client says, and its place among what is on its way.
+type Said = (String, Option<OwnedSemaphorePermit>);
 
 impl Relay {
     pub(super) fn new(node: Arc<Node>, Line { outbox, seats, origin }: Line) -> Relay {
@@ -64,8 +75,8 @@ impl Relay {
             .max_message_size(Some(MESSAGE_BYTES_MAX))
             .max_frame_size(Some(MESSAGE_BYTES_MAX));
         let (core, _) = connect_async_with_config(request, Some(config), true).await?;
-        let (asks, asked) = mpsc::channel(ASKED_MAX);
-        let ((to_core, from_core), (back, backs)) = (core.split(), mpsc::unbounded_channel());
+        let ((asks, asked), (to_core, leaves)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
+        let ((sink, from_core), (back, backs)) = (core.split(), mpsc::unbounded_channel());
         let client = Client {
             node: self.node.clone(),
             outbox: self.outbox.clone(),
@@ -75,13 +86,15 @@ impl Relay {
             back,
         };
         let is_there = self.node.heard.is_there();
-        let task = tokio::spawn(client.serve(from_core, asked, backs, is_there));
-        self.line = Some((asks, AbortOnDropHandle::new(task)));
+        // apart from reading: the core takes no more while its answers are not taken
+        let tasks = [tokio::spawn(client.serve(from_core, asked, backs, is_there)), tokio::spawn(write(sink, leaves))];
+        let (room, _tasks) = (Arc::new(Semaphore::new(ASKED_MAX)), tasks.map(AbortOnDropHandle::new));
+        self.line = Some(ToCore { asks, room, _tasks });
         Ok(())
     }
 
     /// Connects to the core where that is not so yet.
-    async fn line(&mut self, token: Option<&str>) -> Result<&mpsc::Sender<String>, Close> {
+    async fn line(&mut self, token: Option<&str>) -> Result<&ToCore, Close> {
         if self.line.is_none() {
             let failed = match tokio::time::timeout(CONNECT_WITHIN, self.connect(token)).await {
                 Ok(Ok(())) => None,
@@ -93,7 +106,7 @@ impl Relay {
                 return Err(Close::TooMany("the node with the engine cannot be reached; try again".to_owned()));
             }
         }
-        self.line.as_ref().map(|(asks, _)| asks).ok_or(Close::Gone)
+        self.line.as_ref().ok_or(Close::Gone)
     }
 }
 
@@ -130,8 +143,9 @@ impl Talk for Relay {
     }
 
     async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
-        // a connection that has ended says why by itself
-        _ = self.line(None).await?.send(text.to_owned()).await;
+        let line = self.line(None).await?;
+        let place = line.room.clone().acquire_owned().await.map_err(|_| Close::Gone)?;
+        _ = line.asks.send((text.to_owned(), Some(place))); // a connection that has ended says why by itself
         Ok(None)
     }
 }
@@ -139,10 +153,15 @@ impl Talk for Relay {
 /// The workspace and the channel, as the client names them.
 type Place = (Option<String>, String);
 
+/// What the client followed before it asked for something else, and up to where: goes on where that is refused.
+type Before = (Place, Followed, Option<u64>);
+
 /// What was asked of the core.
 enum Asked {
     /// By the client, which refers to it by this.
-    Subscribe { workspace: Option<String>, reference: Option<Value> },
+    Subscribe { workspace: Option<String>, reference: Option<Value>, before: Option<Before> },
+    /// The same, no more.
+    Unsubscribe { reference: Option<Value>, before: Option<Before> },
     /// For the client, which is not told.
     Again(Place),
     /// That a channel is handed over to its feed.
@@ -161,7 +180,7 @@ struct Followed {
 struct Client {
     node: Arc<Node>,
     outbox: Arc<Outbox>,
-    to_core: SplitSink<Core, Message>,
+    to_core: mpsc::UnboundedSender<Said>,
     requests: HashMap<u64, Asked>,
     followed: HashMap<Place, Followed>,
     back: mpsc::UnboundedSender<Back>,
@@ -198,7 +217,7 @@ impl Client {
     async fn serve(
         mut self,
         mut from_core: SplitStream<Core>,
-        mut asked: mpsc::Receiver<String>,
+        mut asked: mpsc::UnboundedReceiver<Said>,
         mut backs: mpsc::UnboundedReceiver<Back>,
         mut is_there: watch::Receiver<bool>,
     ) {
@@ -209,99 +228,97 @@ impl Client {
                 outbox.room().await;
                 from_core.next().await
             };
-            let done = tokio::select! {
+            tokio::select! {
                 said = said => match said {
                     Some(Ok(Message::Text(text))) => self.on_core(text.as_str()).await,
                     Some(Ok(Message::Close(frame))) => {
                         let end = frame.map(|frame| (u16::from(frame.code), frame.reason.to_string()));
                         break end.unwrap_or((1011, "the node with the engine is gone".to_owned()));
                     }
-                    Some(Ok(_)) => Ok(()),
+                    Some(Ok(_)) => {}
                     Some(Err(_)) | None => break (1012, "the node with the engine is gone; come back".to_owned()),
                 },
-                text = asked.recv() => match text {
-                    Some(text) => self.on_client(text).await,
-                    None => return self.leave().await,
+                said = asked.recv() => match said {
+                    Some(said) => {
+                        self.on_client(said);
+                        continue;
+                    }
+                    None => break (1000, String::new()),
                 },
-                Some(back) = backs.recv() => self.on_back(back).await,
+                Some(back) = backs.recv() => self.on_back(back),
                 Ok(()) = is_there.changed() => {
                     let is_there = *is_there.borrow_and_update();
-                    if is_there { self.join_all().await } else { Ok(()) }
+                    if is_there {
+                        self.join_all().await;
+                    }
                 }
-            };
-            if done.is_err() {
-                break (1012, "the node with the engine is gone; come back".to_owned());
             }
         };
-        self.detach_all();
         self.outbox.cut(Cut::Ended(end.0, end.1));
     }
 
-    async fn leave(mut self) {
-        self.detach_all();
-        _ = tokio::time::timeout(Duration::from_secs(1), self.to_core.close()).await; // it sees that we are gone
+    fn tell(&self, text: String, place: Option<OwnedSemaphorePermit>) {
+        _ = self.to_core.send((text, place)); // when nobody writes any more, reading says so too
     }
 
-    fn detach_all(&mut self) {
-        for (_, followed) in self.followed.drain() {
-            detach(&followed, &self.outbox);
-        }
-    }
-
-    async fn tell(&mut self, text: String) -> Result<(), Error> {
-        self.to_core.send(Message::Text(text.into())).await
-    }
-
-    /// Asks the core something of this node's own.
-    async fn ask(&mut self, mut request: Value, asked: Asked) -> Result<(), Error> {
+    /// Asks the core something, of which the answer is looked at here.
+    fn ask(&mut self, mut request: Value, place: Option<OwnedSemaphorePermit>, asked: Asked) {
         let number = self.node.hub.next_id();
         request["ref"] = json!({OURS: number});
         self.requests.insert(number, asked);
-        self.tell(request.to_string()).await
+        self.tell(request.to_string(), place);
     }
 
-    async fn on_client(&mut self, text: String) -> Result<(), Error> {
-        let Ok(head) = serde_json::from_str::<Head>(&text) else { return self.tell(text).await };
-        match head.kind.as_str() {
-            Some("subscribe") => {
-                let Ok(Value::Object(mut request)) = serde_json::from_str(&text) else { return self.tell(text).await };
-                let place = place(head.workspace.as_ref(), head.channel.as_ref());
-                if let Some(followed) = place.as_ref().and_then(|place| self.followed.remove(place)) {
-                    detach(&followed, &self.outbox);
-                }
-                let (workspace, reference) = (place.and_then(|(workspace, _)| workspace), request.remove("ref"));
-                self.ask(request.into(), Asked::Subscribe { workspace, reference }).await
-            }
-            Some("unsubscribe") => {
-                if let Some(place) = place(head.workspace.as_ref(), head.channel.as_ref())
-                    && let Some(followed) = self.followed.remove(&place)
-                {
-                    detach(&followed, &self.outbox);
-                }
-                self.tell(text).await
-            }
+    fn on_client(&mut self, (text, room): Said) {
+        let Ok(head) = serde_json::from_str::<Head>(&text) else { return self.tell(text, room) };
+        let kind = head.kind.as_str().unwrap_or_default();
+        if !matches!(kind, "subscribe" | "unsubscribe" | "feed") {
+            return self.tell(text, room);
+        }
+        let Ok(Value::Object(mut request)) = serde_json::from_str(&text) else { return self.tell(text, room) };
+        let reference = request.remove("ref");
+        if kind == "feed" {
             // what nodes ask is not for clients
-            Some("feed") => {
-                let reference =
-                    serde_json::from_str::<Value>(&text).ok().and_then(|request| request.get("ref").cloned());
-                let detail = "`feed` is none of auth, subscribe, unsubscribe, publish, run, cancel, ping";
-                self.outbox.reply(&error(reference.as_ref(), "unknown_type", detail).to_string());
-                Ok(())
+            let detail = "`feed` is none of auth, subscribe, unsubscribe, publish, run, cancel, ping";
+            self.outbox.reply(&error(reference.as_ref(), "unknown_type", detail).to_string());
+            return;
+        }
+        let place = place(head.workspace.as_ref(), head.channel.as_ref());
+        let before = place.clone().and_then(|place| {
+            let followed = self.followed.remove(&place)?;
+            let offset = detach(&followed, &self.outbox);
+            Some((place, followed, offset))
+        });
+        let asked = match kind {
+            "subscribe" => {
+                let workspace = place.and_then(|(workspace, _)| workspace);
+                Asked::Subscribe { workspace, reference, before }
             }
-            _ => self.tell(text).await,
+            _ => Asked::Unsubscribe { reference, before },
+        };
+        self.ask(request.into(), room, asked);
+    }
+
+    /// Goes on with what the client followed: what it asked for instead was refused.
+    fn restore(&mut self, before: Option<Before>) {
+        let Some((place, followed, offset)) = before else { return };
+        if followed.feed.is_some() && offset.is_none() {
+            // it was between the core and the feed: nobody knows where
+            let why = format!("nobody knows where {} stands; resume with `since`", place.1);
+            return self.outbox.cut(Cut::TooSlow(why));
+        }
+        self.followed.insert(place.clone(), followed);
+        if let Some(offset) = offset {
+            self.again(place, offset);
         }
     }
 
-    async fn on_core(&mut self, text: &str) -> Result<(), Error> {
+    async fn on_core(&mut self, text: &str) {
         // most messages: the core writes their type first
         if text.starts_with("{\"type\":\"event\"") {
-            self.outbox.reply(text);
-            return Ok(());
+            return self.outbox.reply(text);
         }
-        let Ok(Value::Object(said)) = serde_json::from_str(text) else {
-            self.outbox.reply(text);
-            return Ok(());
-        };
+        let Ok(Value::Object(said)) = serde_json::from_str(text) else { return self.outbox.reply(text) };
         let number = said.get("ref").and_then(|reference| reference.get(OURS)).and_then(Value::as_u64);
         if let Some(asked) = number.and_then(|number| self.requests.remove(&number)) {
             return self.on_answer(asked, said).await;
@@ -309,121 +326,153 @@ impl Client {
         let place = place(said.get("workspace"), said.get("channel"));
         match (said.get("type").and_then(Value::as_str), place) {
             (Some("fed"), Some(place)) => {
-                return self.attach(place, said.get("offset").and_then(Value::as_u64).unwrap_or(0)).await;
+                return self.attach(place, said.get("offset").and_then(Value::as_u64).unwrap_or(0));
             }
             // one that is taken from the client
             (Some("error"), Some(place)) => {
                 if let Some(followed) = self.followed.remove(&place) {
-                    detach(&followed, &self.outbox);
+                    _ = detach(&followed, &self.outbox);
                 }
             }
             _ => {}
         }
         self.outbox.reply(text);
-        Ok(())
     }
 
-    async fn on_answer(&mut self, asked: Asked, mut said: Map<String, Value>) -> Result<(), Error> {
+    async fn on_answer(&mut self, asked: Asked, mut said: Map<String, Value>) {
         let is_ok = said.get("type").is_some_and(|kind| kind == "ok");
         let offer = said.remove("feed").and_then(|offer| serde_json::from_value::<Offer>(offer).ok());
         let text = |name: &str| said.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (epoch, channel) = (text("epoch"), text("channel"));
+        let told = |mut said: Map<String, Value>, reference: Option<Value>| {
+            said.remove("ref");
+            if let Some(reference) = reference {
+                said.insert("ref".to_owned(), reference);
+            }
+            self.outbox.reply(&Value::Object(said).to_string());
+        };
         let place = match asked {
-            Asked::Feed => return Ok(()),
-            Asked::Subscribe { workspace, reference } => {
-                said.remove("ref");
-                if let Some(reference) = reference {
-                    said.insert("ref".to_owned(), reference);
+            Asked::Feed => return,
+            Asked::Unsubscribe { reference, before } => {
+                told(said, reference);
+                return if is_ok {
+                } else {
+                    self.restore(before)
+                };
+            }
+            Asked::Subscribe { workspace, reference, before } => {
+                told(said, reference);
+                if !is_ok {
+                    return self.restore(before);
                 }
-                self.outbox.reply(&Value::Object(said).to_string());
                 (workspace, channel)
             }
             Asked::Again(place) if !is_ok => {
                 self.followed.remove(&place);
                 // as the core says that something is taken from a client
-                said.remove("ref");
                 let (workspace, channel) = place;
                 said.insert("workspace".to_owned(), workspace.into());
                 said.insert("channel".to_owned(), channel.into());
-                self.outbox.reply(&Value::Object(said).to_string());
-                return Ok(());
+                return told(said, None);
             }
             Asked::Again(place) => {
-                let is_state = self.followed.get(&place).is_some_and(|followed| followed.offer.is_state());
-                if said.get("recovered") == Some(&Value::Bool(false)) && !is_state {
+                // the client has let go of it meanwhile
+                let Some(followed) = self.followed.get(&place) else { return };
+                if said.get("recovered") == Some(&Value::Bool(false)) && !followed.offer.is_state() {
                     let why = format!("some messages of {} are gone; resume with `since`", place.1);
-                    self.outbox.cut(Cut::TooSlow(why));
-                    return Ok(());
+                    return self.outbox.cut(Cut::TooSlow(why));
                 }
                 place
             }
         };
-        if is_ok && let Some(offer) = offer {
-            self.followed.insert(place.clone(), Followed { epoch, offer, feed: None });
-            self.join(place).await?;
+        if let Some(offer) = offer {
+            // of several answers for one channel the last counts, as for the core
+            if let Some(known) = self.followed.insert(place.clone(), Followed { epoch, offer, feed: None }) {
+                _ = detach(&known, &self.outbox);
+            }
+            self.join(place).await;
         }
-        Ok(())
     }
 
     /// Has a channel handed over to its feed, where that can be listened to.
-    async fn join(&mut self, place: Place) -> Result<(), Error> {
-        let Some(followed) = self.followed.get_mut(&place) else { return Ok(()) };
+    async fn join(&mut self, place: Place) {
+        let Some(followed) = self.followed.get_mut(&place) else { return };
         let (workspace, channel) = &place;
         let joined = self.node.heard.join(&followed.offer, (workspace.as_deref(), channel), &followed.epoch).await;
-        let Some(feed) = joined else { return Ok(()) };
+        let Some(feed) = joined else { return };
         followed.feed = Some((feed, None));
         let request = json!({"type": "feed", "workspace": workspace, "channel": channel});
-        self.ask(request, Asked::Feed).await
+        self.ask(request, None, Asked::Feed);
     }
 
     /// Redis is there again: whatever comes from the core may come over it.
-    async fn join_all(&mut self) -> Result<(), Error> {
+    async fn join_all(&mut self) {
         let all: Vec<Place> = (self.followed.iter())
             .filter(|(_, followed)| followed.feed.is_none())
             .map(|(place, _)| place.clone())
             .collect();
         for place in all {
-            self.join(place).await?;
+            self.join(place).await;
         }
-        Ok(())
     }
 
     /// The client has everything up to `offset`, and the rest is published.
-    async fn attach(&mut self, place: Place, offset: u64) -> Result<(), Error> {
+    fn attach(&mut self, place: Place, offset: u64) {
         let id = self.node.hub.next_id();
-        let Some(Followed { feed: Some((feed, attached)), .. }) = self.followed.get_mut(&place) else { return Ok(()) };
-        if feed.attach(id, &self.outbox, offset, self.back.clone()) {
-            *attached = Some(id);
-            return Ok(());
+        match self.followed.get_mut(&place) {
+            None => {} // it was let go of meanwhile
+            Some(Followed { feed: Some((_, Some(_))), .. }) => {}
+            Some(Followed { feed: Some((feed, attached)), .. })
+                if feed.attach(id, &self.outbox, offset, self.back.clone()) =>
+            {
+                *attached = Some(id);
+            }
+            Some(_) => self.again(place, offset),
         }
-        self.again(place, offset).await
     }
 
     /// A feed broke off, or the client is too far behind it.
-    async fn on_back(&mut self, Back { id, offset }: Back) -> Result<(), Error> {
+    fn on_back(&mut self, Back { id, offset }: Back) {
         let is_it = |followed: &Followed| matches!(followed.feed, Some((_, Some(attached))) if attached == id);
         let place = self.followed.iter().find(|(_, followed)| is_it(followed)).map(|(place, _)| place.clone());
-        match place {
-            Some(place) => {
-                self.outbox.remove(id);
-                self.again(place, offset).await
-            }
-            None => Ok(()), // it was let go of meanwhile
+        if let Some(place) = place {
+            self.outbox.remove(id);
+            self.again(place, offset);
         }
     }
 
     /// Goes on behind `offset` with what the core has, as a client would that comes back.
-    async fn again(&mut self, place: Place, offset: u64) -> Result<(), Error> {
-        let Some(followed) = self.followed.get_mut(&place) else { return Ok(()) };
+    fn again(&mut self, place: Place, offset: u64) {
+        let Some(followed) = self.followed.get_mut(&place) else { return };
         followed.feed = None;
         let since = json!({"epoch": followed.epoch, "offset": offset});
         let request = json!({"type": "subscribe", "workspace": place.0, "channel": place.1, "since": since});
-        self.ask(request, Asked::Again(place)).await
+        self.ask(request, None, Asked::Again(place));
     }
 }
 
-fn detach(followed: &Followed, outbox: &Outbox) {
-    if let Some((feed, Some(id))) = &followed.feed {
-        feed.detach(*id, outbox);
+impl Drop for Client {
+    /// However it ends.
+    fn drop(&mut self) {
+        for followed in self.followed.values() {
+            _ = detach(followed, &self.outbox);
+        }
+    }
+}
+
+/// Lets go of a feed: up to where the client has everything, where it is attached.
+fn detach(followed: &Followed, outbox: &Outbox) -> Option<u64> {
+    match &followed.feed {
+        Some((feed, Some(id))) => feed.detach(*id, outbox),
+        _ => None,
+    }
+}
+
+/// Writes to the core what is said, in its order.
+async fn write(mut sink: SplitSink<Core, Message>, mut leaves: mpsc::UnboundedReceiver<Said>) {
+    while let Some((text, _place)) = leaves.recv().await {
+        if sink.send(Message::Text(text.into())).await.is_err() {
+            return; // reading says so too
+        }
     }
 }
