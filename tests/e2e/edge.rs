@@ -32,6 +32,13 @@ async fn trade(server: &Server, second: i64, symbol: &str) {
     server.ingest("market.trades", &format!(r#"{{"ts":{ts},"symbol":"{symbol}","price":1,"qty":1}}"#)).await;
 }
 
+/// Bytes that went out over Redis.
+async fn published(server: &Server) -> u64 {
+    let (_, figures) = server.send(Method::GET, "/metrics", "", "", None).await;
+    let bytes = figures.as_str().unwrap().lines().find_map(|line| line.strip_prefix("tidewatch_feed_bytes_total "));
+    bytes.map_or(0, |bytes| bytes.parse().unwrap())
+}
+
 /// What the messages of a channel add up to: events by their offset, or the state.
 #[derive(Default)]
 struct Followed {
@@ -148,9 +155,7 @@ async fn clients_of_an_edge_get_the_messages_of_the_core_once_each_also_while_re
         agree(clients);
     };
     round(&mut clients, 30, "over-redis").await;
-    let (_, figures) = core.send(Method::GET, "/metrics", "", "", None).await;
-    let published = figures.as_str().unwrap().lines().find_map(|line| line.strip_prefix("tidewatch_feed_bytes_total "));
-    assert!(published.is_some_and(|bytes| bytes != "0"), "nothing came over Redis: {published:?}");
+    assert!(published(&core).await > 0, "nothing came over Redis");
 
     redis.stop();
     round(&mut clients, 30, "without-it").await;
@@ -186,6 +191,7 @@ async fn clients_of_an_edge_get_the_messages_of_the_core_once_each_also_while_re
         let frame = socket.next().await;
         assert!(frame["event"].to_string().contains("meanwhile"), "{frame}");
     }
+    let listen = core.url.trim_start_matches("http://").parse().unwrap();
     core.stop().await;
     let mut last = clients.pop().unwrap();
     let close = loop {
@@ -200,6 +206,26 @@ async fn clients_of_an_edge_get_the_messages_of_the_core_once_each_also_while_re
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{said}");
     let (status, problem) = edge.call(Method::GET, "/api/v1/me", Value::Null).await;
     assert_eq!((status, problem["code"].as_str()), (StatusCode::BAD_GATEWAY, Some("core_unreachable")));
+
+    // another start of the core, which names its feeds anew
+    let core = Server::start_with(directory.path(), |config| {
+        config.listen = listen;
+        config.redis.url = Some(redis.url.clone());
+        config.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+    })
+    .await;
+    let before = published(&core).await;
+    let mut clients = [Client::of(&core).await, Client::of(&edge).await];
+    for n in 0..20 {
+        trade(&core, second, if n == 19 { "after-it" } else { "A" }).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for client in &mut clients {
+        client.until("after-it").await;
+    }
+    agree(&clients);
+    assert!(published(&core).await > before, "nothing came over Redis after the core started again");
+    core.stop().await;
     edge.stop().await;
 }
 
