@@ -5,7 +5,7 @@
 
 mod past; // what is computed of the time before now
 
-use self::past::sift;
+use self::past::Sifted;
 use crate::blocks::{self, Width};
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
 use crate::fault::{Fault, FaultKind};
@@ -879,19 +879,15 @@ impl State {
             self.late(stream, batch, &outputs);
             return Ok(vec![outputs]);
         }
-        let names = self.engine.in_order(self.metrics.keys().cloned().collect());
-        let engine = std::mem::take(&mut self.engine);
-        let step = |engine: &mut Workspace, part: &RecordBatch| compute_batch(&self.tenant.id, engine, stream, part);
-        let sifted = sift(engine, batch, step, || self.empty_engine(&names))?;
-        self.engine = sifted.engine;
-        for (part, outputs) in &sifted.computed {
+        let Sifted { computed, poison } = self.sifted(stream, batch)?;
+        for (part, outputs) in &computed {
             self.late(stream, part, outputs);
         }
-        for (event, panic) in &sifted.poison {
+        for (event, panic) in &poison {
             self.poison(offset, stream, event, panic);
         }
         self.metrics.values_mut().for_each(|metric| metric.changed = true);
-        Ok(sifted.computed.into_iter().map(|(_, outputs)| outputs).collect())
+        Ok(computed.into_iter().map(|(_, outputs)| outputs).collect())
     }
 
     /// Whether a batch takes long.

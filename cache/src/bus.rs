@@ -72,10 +72,13 @@ impl Listener {
     /// Connects to the Redis of `config`, again and again where it must; nothing where none is configured. At most `room`
     /// messages wait to be taken before Redis is told to wait.
     pub fn start(config: &RedisConfig, room: usize) -> Result<Option<(Listener, mpsc::Receiver<Heard>)>, CacheError> {
-        let Some(client) = config.client()? else { return Ok(None) };
+        Ok(config.client()?.map(|client| Listener::of(client, room)))
+    }
+
+    pub(crate) fn of(client: Client, room: usize) -> (Listener, mpsc::Receiver<Heard>) {
         let ((asks, asked), (heard, hears)) = (mpsc::unbounded_channel(), mpsc::channel(room));
         let task = tokio::spawn(keep_listening(client, asked, heard));
-        Ok(Some((Listener { asks, task }, hears)))
+        (Listener { asks, task }, hears)
     }
 
     /// Returns once all that is published to `topic` is heard: false where Redis is gone.
@@ -94,13 +97,11 @@ async fn keep_listening(client: Client, mut asked: mpsc::UnboundedReceiver<Ask>,
     loop {
         match timeout(CONNECT_WITHIN, client.get_async_pubsub()).await {
             Ok(Ok(connection)) => {
-                tracing::info!("Redis is there");
                 let (sink, stream) = connection.split();
                 if heard.send(Heard::Connected).await.is_err() {
                     return;
                 }
                 listen(sink, stream, &mut asked, &heard).await;
-                tracing::warn!("Redis is gone");
                 if heard.send(Heard::Lost).await.is_err() {
                     return;
                 }

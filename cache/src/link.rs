@@ -3,10 +3,10 @@
 //!
 //! What changed while it could not be told is remembered, and told before Redis is asked anything again.
 
+use crate::bus::{Heard, Listener};
 use crate::tag::{Generations, Tag};
-use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
-use redis::aio::{MultiplexedConnection, PubSub};
+use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ErrorKind, RedisResult};
 use std::collections::HashMap;
 use std::fs::File;
@@ -22,6 +22,8 @@ pub(crate) const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 /// How often Redis is looked for while it is gone, and whether it is still there while nobody asks it anything.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub(crate) const PING_EVERY: Duration = Duration::from_secs(2);
+/// What other nodes said and nobody has looked at yet.
+const NEWS_MAX: usize = 1_024;
 /// Tags that are remembered while Redis is gone; with more, all it has is forgotten when it is back.
 const UNTOLD_MAX: usize = 10_000;
 /// In place of the names of tags: all of them. No tag has this name, since each begins with a workspace.
@@ -330,47 +332,28 @@ async fn stay(inner: &Inner) {
 
 /// Hears from other nodes what changed there. What was said while nobody listened is not known, so all is forgotten then.
 async fn hear(inner: Arc<Inner>) {
-    loop {
-        match timeout(CONNECT_WITHIN, subscribe(&inner)).await {
-            Ok(Ok(news)) => {
-                inner.generations.change_all();
-                listen(&inner, news).await;
+    let (listener, mut hears) = Listener::of(inner.client.clone(), NEWS_MAX);
+    while let Some(heard) = hears.recv().await {
+        match heard {
+            Heard::Connected => {
+                if listener.subscribe(&inner.channel()).await {
+                    inner.generations.change_all();
+                }
             }
-            Ok(Err(error)) => tracing::debug!(%error, "cannot hear from other nodes"),
-            Err(_) => tracing::debug!("cannot hear from other nodes: no answer within {CONNECT_WITHIN:?}"),
-        }
-        tokio::time::sleep(LOOK_EVERY).await;
-    }
-}
-
-async fn subscribe(inner: &Inner) -> RedisResult<PubSub> {
-    let mut news = inner.client.get_async_pubsub().await?;
-    news.subscribe(inner.channel()).await?;
-    Ok(news)
-}
-
-/// Returns once nothing can be heard any more.
-async fn listen(inner: &Inner, news: PubSub) {
-    let (mut sink, mut news) = news.split();
-    loop {
-        match timeout(PING_EVERY, news.next()).await {
-            Ok(Some(message)) => {
-                let Ok(text) = std::str::from_utf8(message.get_payload_bytes()) else { continue };
-                let Some((node, names)) = text.split_once('\n').filter(|(node, _)| *node != inner.node) else {
+            Heard::Message { payload, .. } => {
+                let Some((node, names)) = str::from_utf8(&payload).ok().and_then(|text| text.split_once('\n')) else {
                     continue;
                 };
+                if node == inner.node {
+                    continue;
+                }
                 tracing::trace!(node, "another node changed something");
                 match names {
                     EVERYTHING => inner.generations.change_all(),
                     names => inner.generations.change(&names.split('\n').map(Tag::from).collect::<Vec<_>>()),
                 }
             }
-            Ok(None) => return,
-            // silence: is it still there?
-            Err(_) => match timeout(CONNECT_WITHIN, sink.ping::<redis::Value>()).await {
-                Ok(Ok(_)) => {}
-                _ => return,
-            },
+            Heard::Lost => {}
         }
     }
 }

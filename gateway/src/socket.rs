@@ -9,7 +9,7 @@ pub(crate) mod peer; // its task
 mod session; // what its client may ask for
 pub(crate) mod wire; // what is on its way to it
 
-pub(crate) use session::{admit, may_listen, rate_of, withdrawn};
+pub(crate) use session::{admit, may_listen, rate_of, refusal, unknown_type, with_reference, withdrawn};
 
 use crate::AppState;
 use crate::config::{Config, Limits};

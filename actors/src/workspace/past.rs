@@ -232,17 +232,11 @@ impl State {
                     Vec::new()
                 }
                 Body::Events { stream, batch } if bad.contains(&offset.0) => {
-                    let names = self.engine.in_order(self.engine.metrics().map(|(name, _)| name.clone()).collect());
-                    let engine = std::mem::take(&mut self.engine);
-                    let step = |engine: &mut Workspace, part: &RecordBatch| {
-                        compute_batch(&self.tenant.id, engine, &stream, part)
-                    };
-                    let sifted = sift(engine, &batch, step, || self.empty_engine(&names))?;
-                    self.engine = sifted.engine;
-                    for (event, panic) in &sifted.poison {
+                    let Sifted { computed, poison } = self.sifted(&stream, &batch)?;
+                    for (event, panic) in &poison {
                         self.poison(offset.0, &stream, event, panic);
                     }
-                    sifted.computed.into_iter().map(|(_, outputs)| outputs).collect()
+                    computed.into_iter().map(|(_, outputs)| outputs).collect()
                 }
                 Body::Events { stream, batch } => {
                     let (id, engine) = (&self.tenant.id, &mut self.engine);
@@ -296,6 +290,16 @@ impl State {
             }
         }
         Ok(Ok(count))
+    }
+
+    /// Computes a batch without the events that cannot be computed.
+    pub(super) fn sifted(&mut self, stream: &StreamName, batch: &RecordBatch) -> Result<Sifted, ActorProcessingErr> {
+        let names = self.engine.in_order(self.engine.metrics().map(|(name, _)| name.clone()).collect());
+        let mut engine = std::mem::take(&mut self.engine);
+        let step = |engine: &mut Workspace, part: &RecordBatch| compute_batch(&self.tenant.id, engine, stream, part);
+        let sifted = sift(&mut engine, batch, step, || self.empty_engine(&names))?;
+        self.engine = engine;
+        Ok(sifted)
     }
 
     /// Starts a metric in its place of the log, as when it was defined.
@@ -425,8 +429,7 @@ impl State {
                         Outputs { late: Vec::new(), ..compute_batch(&self.tenant.id, engine, &stream, part) }
                     };
                     if bad.contains(&offset.0) {
-                        let sifted = sift(alone, &batch, step, empty)?;
-                        alone = sifted.engine;
+                        let sifted = sift(&mut alone, &batch, step, empty)?;
                         all.extend(sifted.computed.into_iter().map(|(_, outputs)| outputs));
                         let left_out = sifted.poison.into_iter();
                         poison.extend(left_out.map(|(event, panic)| (offset.0, stream.clone(), event, panic)));
@@ -449,7 +452,6 @@ impl State {
 
 /// What came of a batch without the events that cannot be computed.
 pub(super) struct Sifted {
-    pub(super) engine: Workspace,
     /// In parts, which are the rest of the batch in its order.
     pub(super) computed: Vec<(RecordBatch, Outputs)>,
     /// The events at which `step` panicked, and with what.
@@ -458,8 +460,8 @@ pub(super) struct Sifted {
 
 /// Computes `batch`, cut in halves until each event at which `step` panics is alone. `empty` gives an engine with the
 /// same metrics as `engine`, which takes its state over from before a panic.
-pub(super) fn sift(
-    mut engine: Workspace,
+fn sift(
+    engine: &mut Workspace,
     batch: &RecordBatch,
     step: impl Fn(&mut Workspace, &RecordBatch) -> Outputs,
     empty: impl Fn() -> Result<Workspace, ActorProcessingErr>,
@@ -468,10 +470,10 @@ pub(super) fn sift(
     let mut parts = vec![batch.clone()];
     while let Some(part) = parts.pop() {
         let before = engine.state()?;
-        match catch_unwind(AssertUnwindSafe(|| step(&mut engine, &part))) {
+        match catch_unwind(AssertUnwindSafe(|| step(engine, &part))) {
             Ok(outputs) => computed.push((part, outputs)),
             Err(panic) => {
-                engine = empty()?;
+                *engine = empty()?;
                 let fresh = engine.restore(Saved::read(&before)?)?;
                 engine.forget_saved(); // the store has another one
                 assert!(fresh.is_empty(), "state of {fresh:?} was lost between two batches");
@@ -484,7 +486,7 @@ pub(super) fn sift(
             }
         }
     }
-    Ok(Sifted { engine, computed, poison })
+    Ok(Sifted { computed, poison })
 }
 
 /// The events at `oldest` or later.

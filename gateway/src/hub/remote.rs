@@ -98,7 +98,9 @@ impl Heard {
                 None => {
                     let channel = self.hub.remote(workspace, channel, epoch, offer.state)?;
                     let remote = Remote { topic: offer.topic.clone(), channel, is_heard: OnceCell::new() };
-                    feeds.entry(offer.topic.clone()).or_insert(Arc::new(remote)).clone()
+                    let remote = Arc::new(remote);
+                    feeds.insert(offer.topic.clone(), remote.clone());
+                    remote
                 }
             }
         };
@@ -156,6 +158,7 @@ impl Heard {
             match heard {
                 None => return,
                 Some(cache::Heard::Connected) => {
+                    tracing::info!("Redis is there");
                     let topic = {
                         let mut beat = self.beat.lock();
                         (beat.is_connected, beat.heard_at) = (true, Instant::now());
@@ -171,6 +174,7 @@ impl Heard {
                     }
                 }
                 Some(cache::Heard::Lost) => {
+                    tracing::warn!("Redis is gone");
                     self.beat.lock().is_connected = false;
                     self.is_there.send_replace(false);
                     self.end_all();

@@ -6,8 +6,8 @@ use super::{CONNECT_WITHIN, Node, pass};
 use crate::edge::Origin;
 use crate::hub::{Back, Cut, Hub, Offer, Outbox, Remote, Seats};
 use crate::problem::Problem;
-use crate::socket::Line;
 use crate::socket::peer::{Close, Pending, Talk};
+use crate::socket::{Line, refusal, unknown_type, with_reference};
 use axum::http::HeaderValue;
 use axum::http::header::AUTHORIZATION;
 use futures::stream::{SplitSink, SplitStream};
@@ -63,8 +63,7 @@ impl Relay {
     }
 
     async fn connect(&mut self, token: Option<&str>) -> Result<(), Error> {
-        let mut request = self.node.core.replacen("http", "ws", 1).into_client_request()?;
-        *request.uri_mut() = format!("{}/api/v1/ws", request.uri().to_string().trim_end_matches('/')).parse()?;
+        let mut request = format!("{}/api/v1/ws", self.node.core.replacen("http", "ws", 1)).into_client_request()?;
         *request.headers_mut() = pass::signed(std::mem::take(request.headers_mut()), &self.origin);
         if let Some(token) = token.and_then(|token| HeaderValue::try_from(format!("Bearer {token}")).ok()) {
             request.headers_mut().insert(AUTHORIZATION, token);
@@ -131,7 +130,7 @@ impl Talk for Relay {
     }
 
     fn refuse(&self, problem: &Problem) {
-        self.outbox.reply(&error(None, problem.code, &problem.detail).to_string());
+        self.outbox.reply(&refusal(None, problem).to_string());
     }
 
     async fn sign_in(&mut self, token: String) -> Result<(), Close> {
@@ -204,14 +203,6 @@ fn place(workspace: Option<&Value>, channel: Option<&Value>) -> Option<Place> {
     Some((workspace.map(str::to_owned), channel))
 }
 
-fn error(reference: Option<&Value>, code: &str, detail: &str) -> Value {
-    let mut error = json!({"type": "error", "code": code, "detail": detail});
-    if let Some(reference) = reference {
-        error["ref"] = reference.clone();
-    }
-    error
-}
-
 impl Client {
     /// Until one side leaves.
     async fn serve(
@@ -279,9 +270,7 @@ impl Client {
         let reference = request.remove("ref");
         if kind == "feed" {
             // what nodes ask is not for clients
-            let detail = "`feed` is none of auth, subscribe, unsubscribe, publish, run, cancel, ping";
-            self.outbox.reply(&error(reference.as_ref(), "unknown_type", detail).to_string());
-            return;
+            return self.outbox.reply(&refusal(reference.as_ref(), &unknown_type(kind)).to_string());
         }
         let place = place(head.workspace.as_ref(), head.channel.as_ref());
         let before = place.clone().and_then(|place| {
@@ -346,19 +335,16 @@ impl Client {
         let (epoch, channel) = (text("epoch"), text("channel"));
         let told = |mut said: Map<String, Value>, reference: Option<Value>| {
             said.remove("ref");
-            if let Some(reference) = reference {
-                said.insert("ref".to_owned(), reference);
-            }
-            self.outbox.reply(&Value::Object(said).to_string());
+            self.outbox.reply(&with_reference(reference.as_ref(), said.into()).to_string());
         };
         let place = match asked {
             Asked::Feed => return,
             Asked::Unsubscribe { reference, before } => {
                 told(said, reference);
-                return if is_ok {
-                } else {
-                    self.restore(before)
-                };
+                if !is_ok {
+                    self.restore(before);
+                }
+                return;
             }
             Asked::Subscribe { workspace, reference, before } => {
                 told(said, reference);

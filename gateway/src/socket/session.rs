@@ -201,10 +201,8 @@ impl Session {
     }
 
     fn unsubscribe(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
-        let channel = required(incoming.channel, "channel")?;
-        let is_system = channel.starts_with("system/");
-        let workspace = incoming.workspace.filter(|_| !is_system).and_then(|id| id.parse().ok());
-        let Some(followed) = self.subscriptions.remove(&(workspace, channel)) else {
+        let key = followed_by(incoming.workspace, required(incoming.channel, "channel")?);
+        let Some(followed) = self.subscriptions.remove(&key) else {
             return Err(Problem::not_found("not_subscribed", "this connection has no such subscription"));
         };
         self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
@@ -214,10 +212,8 @@ impl Session {
 
     /// Hands a channel over to its feed, which the node at the other end listens to.
     fn feed(&mut self, incoming: Incoming<'_>) -> Result<(), Problem> {
-        let channel = required(incoming.channel, "channel")?;
-        let is_system = channel.starts_with("system/");
-        let workspace = incoming.workspace.filter(|_| !is_system).and_then(|id| id.parse().ok());
-        match self.subscriptions.get(&(workspace, channel)) {
+        let key = followed_by(incoming.workspace, required(incoming.channel, "channel")?);
+        match self.subscriptions.get(&key) {
             Some(followed) if followed.subscription.feed() => {
                 self.answer(incoming.reference.as_ref(), json!({}));
                 Ok(())
@@ -410,11 +406,7 @@ impl Talk for Session {
                 self.answer(reference, json!({}));
                 Ok(())
             }
-            other => {
-                let kind: String = other.chars().take(40).collect();
-                let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
-                Err(Problem::invalid("unknown_type", format!("`{kind}` is none of {known}")))
-            }
+            other => Err(unknown_type(other)),
         };
         if let Err(problem) = done {
             let on = (workspace.as_deref(), target.as_deref().unwrap_or_default());
@@ -476,6 +468,19 @@ fn read(text: &str) -> Result<Incoming<'_>, serde_json::Error> {
     }
 }
 
+/// How a subscription is found that a client names: those of the installation are in no workspace, whatever is said.
+fn followed_by(workspace: Option<String>, channel: String) -> (Option<WorkspaceId>, String) {
+    let workspace = workspace.filter(|_| !channel.starts_with("system/")).and_then(|id| id.parse().ok());
+    (workspace, channel)
+}
+
+/// Refuses a message of a type that clients do not send.
+pub(crate) fn unknown_type(kind: &str) -> Problem {
+    let kind: String = kind.chars().take(40).collect();
+    let known = "auth, subscribe, unsubscribe, publish, run, cancel, ping";
+    Problem::invalid("unknown_type", format!("`{kind}` is none of {known}"))
+}
+
 fn required<T>(member: Option<T>, name: &str) -> Result<T, Problem> {
     member.ok_or_else(|| Problem::invalid("bad_request", format!("`{name}` is missing")))
 }
@@ -490,7 +495,7 @@ pub(crate) fn withdrawn(workspace: Option<&WorkspaceId>, channel: Option<&str>, 
     error
 }
 
-fn refusal(reference: Option<&Value>, problem: &Problem) -> Value {
+pub(crate) fn refusal(reference: Option<&Value>, problem: &Problem) -> Value {
     with_reference(reference, json!({"type": "error", "code": problem.code, "detail": problem.detail}))
 }
 
@@ -499,7 +504,7 @@ fn ok(reference: Option<&Value>, mut answer: Value) -> Value {
     with_reference(reference, answer)
 }
 
-fn with_reference(reference: Option<&Value>, mut answer: Value) -> Value {
+pub(crate) fn with_reference(reference: Option<&Value>, mut answer: Value) -> Value {
     if let Some(reference) = reference {
         answer["ref"] = reference.clone();
     }
