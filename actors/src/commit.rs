@@ -104,7 +104,8 @@ async fn run(committer: Weak<Committer>, store: Store) {
 
 /// Whether the store failed, and not what it was given.
 fn is_stores(error: &StoreError) -> bool {
-    matches!(error, StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Database { .. })
+    use StoreError::{Busy, Damaged, Database, Unreachable};
+    matches!(error, Unreachable { .. } | Busy { .. } | Damaged { .. } | Database { .. })
 }
 
 /// A panic below must not take the committer with it.

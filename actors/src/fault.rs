@@ -73,6 +73,13 @@ impl From<StoreError> for Fault {
             }
             StoreError::Cursor { .. } => return Self::invalid("bad_cursor", error.to_string()),
             StoreError::Busy { .. } | StoreError::Unreachable { .. } => FaultKind::Busy { retry_after: SOON },
+            StoreError::Damaged { .. } => {
+                tracing::error!(%error, "a part of the store cannot be read");
+                let detail = "what this asks for stands in a damaged part of the store; the server's log says where it is \
+                              and what to do; try again then, or ask for less";
+                let kind = FaultKind::Busy { retry_after: Duration::from_secs(30) };
+                return Self::new(kind, "store_damaged", detail);
+            }
             _ => FaultKind::Internal,
         };
         Self::new(kind, "store_unavailable", error.to_string())

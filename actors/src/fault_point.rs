@@ -31,6 +31,32 @@ pub(crate) fn step(workspace: &WorkspaceId, batch: &RecordBatch) {
     }
 }
 
+/// Actors, by kind and name, that panic at the next message they handle.
+static TO_FAIL: Mutex<Vec<(&'static str, String)>> = Mutex::new(Vec::new());
+
+/// The actor of this kind and name panics at the next message it handles.
+pub(crate) fn fail(kind: &'static str, name: impl Into<String>) {
+    TO_FAIL.lock().push((kind, name.into()));
+}
+
+/// Whether it has not yet.
+pub(crate) fn is_to_fail(kind: &str, name: &str) -> bool {
+    TO_FAIL.lock().iter().any(|(k, n)| *k == kind && n == name)
+}
+
+/// An actor is about to handle a message.
+pub(crate) fn handling(kind: &str, name: &str) {
+    let mut to_fail = TO_FAIL.lock();
+    let found = to_fail.iter().position(|(k, n)| *k == kind && n == name).map(|at| to_fail.remove(at));
+    drop(to_fail);
+    assert!(found.is_none(), "a test said so");
+}
+
+/// What actors of one system that have no name are called by.
+pub(crate) fn name_of<T>(shared: &std::sync::Arc<T>) -> String {
+    format!("{:p}", std::sync::Arc::as_ptr(shared))
+}
+
 /// Workspaces whose saved state is not what it was when they are started next.
 static TO_SPOIL: Mutex<Vec<WorkspaceId>> = Mutex::new(Vec::new());
 /// Those that were given such a state.

@@ -36,6 +36,7 @@ pub use backtest::{Backtest, Episode};
 pub use definition::{MetricDefinition, RuleDefinition};
 pub use fault::{Fault, FaultKind};
 pub use outlet::{AlertPhase, Outlet, PortfolioSummary, Update, What};
+pub use outward::reason as transport_reason;
 pub use seal::{SealError, Sealer};
 pub use sql::store::Step;
 pub use system::{

@@ -15,7 +15,7 @@ pub(crate) fn client_config() -> Result<rustls::ClientConfig, String> {
 }
 
 /// What went wrong, without the URL, which may hold what is not for everybody.
-pub(crate) fn reason(error: &reqwest::Error) -> String {
+pub fn reason(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(next) = cause.source() {
         cause = next;

@@ -81,6 +81,8 @@ impl Actor for PortfolioActor {
         message: PortfolioMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        #[cfg(test)]
+        crate::fault_point::handling("portfolio", &format!("{}/{}", state.start.workspace, state.start.id));
         match message {
             PortfolioMsg::Mark(prices) => state.mark(prices),
             PortfolioMsg::Hold { positions, prices } => {

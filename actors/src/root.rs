@@ -62,6 +62,8 @@ impl Actor for RootActor {
         message: RootMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        #[cfg(test)]
+        crate::fault_point::handling("root", &crate::fault_point::name_of(&state.deps));
         let tenant = match message {
             RootMsg::Start(tenant) => tenant,
             RootMsg::StartNotifier => return state.start_notifier(&myself).await,
@@ -100,8 +102,10 @@ impl Actor for RootActor {
                 tenant.counters.restarts.fetch_add(1, Relaxed);
                 *tenant.counters.last_failure.lock() = Some(error.to_string());
                 let wait = match error.downcast_ref::<StoreError>() {
-                    // its state is there, and nothing of its own is to blame
-                    Some(StoreError::Unreachable { .. } | StoreError::Busy { .. }) => STORE_AGAIN,
+                    // nothing of its own is to blame
+                    Some(StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Damaged { .. }) => {
+                        STORE_AGAIN
+                    }
                     _ => {
                         tenant.accuse();
                         state.failures.entry(tenant.id.clone()).or_default().backoff()

@@ -50,6 +50,7 @@ use streams::dedup::Dedup;
 use streams::log::{Body, Filter, Log, Offset, Refused};
 use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 use streams::table::{built_in_tables, positions};
+use tokio::sync::watch;
 
 /// The bounds of this crate: `limits.*` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -184,6 +185,8 @@ struct Inner {
     limits: Limits,
     tenants: RwLock<HashMap<WorkspaceId, Arc<Tenant>>>,
     root: ActorRef<RootMsg>,
+    /// Whether the root has ended.
+    root_ended: watch::Sender<bool>,
     queries: QueryPool,
     sessions: Arc<Sessions>,
     rates: Mutex<Rates>,
@@ -405,7 +408,13 @@ impl System {
                 .map_err(Fault::internal)?,
             planner: Planner::default(),
         });
-        let (root, _) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
+        let (root, task) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;
+        let root_ended = watch::Sender::new(false);
+        let ended = root_ended.clone();
+        tokio::spawn(async move {
+            _ = task.await;
+            ended.send_replace(true);
+        });
         _ = shared.root.set(root.clone());
         let inner = Inner {
             sessions: Arc::new(Sessions::new(agents)),
@@ -414,6 +423,7 @@ impl System {
             limits,
             tenants: RwLock::default(),
             root,
+            root_ended,
             queries: QueryPool::start()?,
             rates: Mutex::default(),
             looks: Looks::default(),
@@ -582,6 +592,15 @@ impl System {
         tokio::task::spawn_blocking(read).await.map_err(Fault::internal)?
     }
 
+    /// Returns once a supervisor has failed that has none itself: whoever runs this has to begin anew.
+    pub async fn failed(&self) {
+        let mut root_ended = self.0.root_ended.subscribe();
+        tokio::select! {
+            _ = root_ended.wait_for(|ended| *ended) => {}
+            () = self.0.sessions.ended() => {}
+        }
+    }
+
     /// Puts into the store who went to rest since the last call.
     async fn note_resting(&self) -> Result<(), Fault> {
         let mut values = Vec::new();
@@ -645,7 +664,7 @@ impl System {
                 Err(error) => error,
             };
             let left = RESTART.saturating_sub(begun.elapsed());
-            if !tenant.lost(actor.get_id(), left).await {
+            if left.is_zero() || !tenant.lost(actor.get_id(), left).await {
                 return Err(restarting(id, error));
             }
         }
@@ -1435,7 +1454,7 @@ impl System {
             match tokio::time::timeout(PATIENCE, store.ping()).await {
                 Ok(Ok(())) => match self.0.deps.committer.failing() {
                     Some(error) => Err(format!("results wait to be stored: {error}")),
-                    None => Ok(store.mode().to_owned()),
+                    None => store.damage().map_or_else(|| Ok(store.mode().to_owned()), Err),
                 },
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err(format!("no answer within {PATIENCE:?}")),

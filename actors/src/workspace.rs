@@ -244,6 +244,12 @@ struct Defined {
     changed: bool,
 }
 
+struct DefinedRule {
+    definition: RuleDefinition,
+    /// First log offset of which it sees results.
+    since: u64,
+}
+
 /// A reference table.
 struct DefinedTable {
     schema: Arc<TableSchema>,
@@ -274,7 +280,7 @@ pub(crate) struct State {
     metrics: BTreeMap<ItemName, Defined>,
     /// What the store has as metrics and cannot be planned, and why.
     unplanned: BTreeMap<ItemName, (MetricDefinition, String)>,
-    rules: BTreeMap<ItemName, RuleDefinition>,
+    rules: BTreeMap<ItemName, DefinedRule>,
     /// Why a rule cannot run at all.
     idle_rules: BTreeMap<ItemName, String>,
     tables: BTreeMap<StreamName, DefinedTable>,
@@ -400,6 +406,8 @@ impl Actor for WorkspaceActor {
         message: WorkspaceMsg,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
+        #[cfg(test)]
+        crate::fault_point::handling("workspace", state.tenant.id.as_str());
         if !matches!(
             message,
             WorkspaceMsg::Tick | WorkspaceMsg::Idle | WorkspaceMsg::Save | WorkspaceMsg::Saved(_) | WorkspaceMsg::Rest
@@ -549,10 +557,11 @@ impl State {
             rows = failed.into_iter().map(|(row, _)| row).collect();
         }
         for row in store.alert_rules(&id).await? {
-            self.rules.insert(row.name, serde_json::from_value(row.definition)?);
+            let definition = serde_json::from_value(row.definition)?;
+            self.rules.insert(row.name, DefinedRule { definition, since: row.since_offset });
         }
         let known: Vec<ItemName> = self.metrics.keys().cloned().collect();
-        known.iter().for_each(|metric| self.start_rules(metric));
+        known.iter().for_each(|metric| self.start_rules(metric, self.applied));
         let (open, _) = store.alerts(&id, Some("firing"), 10_000, None).await?;
         self.firing = open.into_iter().map(|alert| ((alert.rule.clone(), alert.labels.to_string()), alert)).collect();
         let state = checkpoint.and_then(|c| c.state);
@@ -620,15 +629,17 @@ impl State {
     ) -> Result<(), ActorProcessingErr> {
         later.reverse(); // of one offset the first one planned, which others may read, is taken first
         later.sort_by_key(|(_, defined)| std::cmp::Reverse(defined.since));
+        let mut rules = self.rules_since(self.applied + 1);
         let mut records = self.scan(self.applied);
         let mut count = 0u64;
         while let Some(record) = records.recv().await {
             let (offset, record) = record?;
             while later.last().is_some_and(|(_, defined)| defined.since <= offset.0) {
                 if let Some((name, defined)) = later.pop() {
-                    self.begin_late(name, defined).await?;
+                    self.begin_late(name, defined, offset.0).await?;
                 }
             }
+            self.start_due(&mut rules, offset.0);
             let push = offset.0 >= self.tenant.counters.pushed.load(Relaxed);
             let outputs = match record.body {
                 Body::Events { stream, batch } => self.step(offset.0, &stream, &batch).await?,
@@ -651,8 +662,9 @@ impl State {
             }
         }
         for (name, defined) in later.into_iter().rev() {
-            self.begin_late(name, defined).await?;
+            self.begin_late(name, defined, u64::MAX).await?;
         }
+        self.start_due(&mut rules, u64::MAX);
         if count > 0 {
             self.dirty = true;
             self.metrics.values_mut().for_each(|metric| metric.changed = true);
@@ -695,33 +707,60 @@ impl State {
     }
 
     /// Starts a metric that was defined after the checkpoint, in the place of the log where it was.
-    async fn begin_late(&mut self, name: ItemName, defined: Defined) -> Result<(), ActorProcessingErr> {
+    async fn begin_late(&mut self, name: ItemName, defined: Defined, at: u64) -> Result<(), ActorProcessingErr> {
         self.begin(name.clone(), defined)?;
         if self.metrics[&name].program.stream().metric().is_some() {
             self.catch_up(&name).await?;
         }
-        self.start_rules(&name);
+        self.start_rules(&name, at);
         Ok(())
     }
 
-    fn start_rules(&mut self, metric: &ItemName) {
-        let rules: Vec<(ItemName, RuleDefinition)> =
-            self.rules.iter().filter(|(_, r)| r.metric == *metric).map(|(n, r)| (n.clone(), r.clone())).collect();
-        for (name, rule) in rules {
-            let started = self.rule(&name, &rule).and_then(|rule| self.engine.watch(rule).map_err(Fault::internal));
-            match started {
-                Ok(()) => _ = self.idle_rules.remove(&name),
-                Err(fault) => {
-                    tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
-                    self.idle_rules.insert(name, fault.detail);
-                }
+    /// Starts the rules of a metric that were there at this place of the log.
+    fn start_rules(&mut self, metric: &ItemName, at: u64) {
+        let of_metric = |rule: &DefinedRule| rule.definition.metric == *metric && rule.since <= at;
+        let rules: Vec<ItemName> =
+            self.rules.iter().filter(|(_, rule)| of_metric(rule)).map(|(name, _)| name.clone()).collect();
+        rules.into_iter().for_each(|name| self.start_rule(name));
+    }
+
+    fn start_rule(&mut self, name: ItemName) {
+        let rule = self.rule(&name, &self.rules[&name].definition);
+        let started = rule.and_then(|rule| self.engine.watch(rule).map_err(Fault::internal));
+        match started {
+            Ok(()) => _ = self.idle_rules.remove(&name),
+            Err(fault) => {
+                tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
+                self.idle_rules.insert(name, fault.detail);
+            }
+        }
+    }
+
+    /// Rules that were defined at `from` or later in the log, the first of them last.
+    fn rules_since(&self, from: u64) -> Vec<(u64, ItemName)> {
+        let mut rules: Vec<_> = self
+            .rules
+            .iter()
+            .map(|(name, rule)| (rule.since, name.clone()))
+            .filter(|(since, _)| *since >= from)
+            .collect();
+        rules.sort_by_key(|(since, _)| std::cmp::Reverse(*since));
+        rules
+    }
+
+    /// Starts those of `rules` that were there at this place of the log, and whose metric was.
+    fn start_due(&mut self, rules: &mut Vec<(u64, ItemName)>, at: u64) {
+        while let Some((_, name)) = rules.pop_if(|(since, _)| *since <= at) {
+            let metric = &self.rules[&name].definition.metric;
+            if self.engine.metrics().any(|(known, _)| known == metric) {
+                self.start_rule(name);
             }
         }
     }
 
     /// Rules that cannot look at every row, and why.
     fn trouble(&self) -> BTreeMap<ItemName, Trouble> {
-        let trouble = |name: &ItemName, rule: &RuleDefinition| {
+        let trouble = |name: &ItemName, DefinedRule { definition: rule, .. }: &DefinedRule| {
             let unplanned = self.unplanned.get(&rule.metric).map(|(_, reason)| cannot_be_planned(&rule.metric, reason));
             match self.idle_rules.get(name).cloned().or(unplanned) {
                 Some(reason) => Some(Trouble { reason, rows: 0 }),
@@ -914,17 +953,16 @@ impl State {
         self.tables.values().map(|table| table.schema.clone()).collect()
     }
 
-    /// The metrics `names`, each behind the one it reads, and their rules, without state.
-    fn empty_engine(&self, names: &[ItemName]) -> Result<Workspace, ActorProcessingErr> {
+    /// An engine with these metrics, each behind the one it reads, and these rules, without state.
+    fn empty_engine(&self, metrics: &[ItemName], rules: &[ItemName]) -> Result<Workspace, ActorProcessingErr> {
         let mut engine = engine_with(&self.deps, &self.table_schemas())?;
-        for name in names {
+        for name in metrics {
             let defined = &self.metrics[name];
             let timing = timing(&defined.definition);
             engine.define(name.clone(), defined.version, defined.program.clone(), timing)?;
         }
         // a rule that cannot run was told of when it was started
-        let rules = self.rules.iter().filter(|(_, definition)| names.contains(&definition.metric));
-        for rule in rules.filter_map(|(name, definition)| self.rule(name, definition).ok()) {
+        for rule in rules.iter().filter_map(|name| self.rule(name, &self.rules[name].definition).ok()) {
             engine.watch(rule)?;
         }
         Ok(engine)
@@ -1075,7 +1113,7 @@ impl State {
     fn settle_alerts(&mut self) {
         let mut keys: HashMap<&ItemName, HashSet<&str>> = HashMap::new();
         for (name, rule) in &self.rules {
-            if self.metrics.contains_key(&rule.metric) {
+            if self.metrics.contains_key(&rule.definition.metric) {
                 keys.insert(name, self.engine.firing(name).collect());
             }
         }
@@ -1084,7 +1122,7 @@ impl State {
             let names = program.output().fields().iter().skip(2).take(program.key_count());
             let values = names.map(|name| alert.labels.get(name.name()).and_then(Value::as_str));
             let key = values.collect::<Option<Vec<&str>>>()?.join("|");
-            let is_same = self.rules.get(&alert.rule)?.metric == alert.metric;
+            let is_same = self.rules.get(&alert.rule)?.definition.metric == alert.metric;
             (is_same && keys.get(&alert.rule)?.contains(key.as_str())).then_some(())
         };
         let stale = self.firing.iter().filter(|(_, alert)| fires(alert).is_none()).map(|(episode, _)| episode.clone());
@@ -1489,7 +1527,7 @@ impl State {
         if let Some(past) = past {
             self.take_in(&name, past);
         }
-        self.start_rules(&name);
+        self.start_rules(&name, self.applied);
         self.settle_alerts();
         self.publish(What::MetricRemoved { metric: name.clone() });
         if let Some(metric) = self.metrics.get_mut(&name) {
@@ -1552,7 +1590,7 @@ impl State {
     }
 
     async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {
-        if let Some(rule) = self.rules.iter().find(|(_, rule)| rule.metric == *name) {
+        if let Some(rule) = self.rules.iter().find(|(_, rule)| rule.definition.metric == *name) {
             let detail = format!("alert rule `{}` reads metric `{name}`; delete the rule first", rule.0);
             return Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail));
         }
@@ -1586,11 +1624,14 @@ impl State {
         definition: RuleDefinition,
     ) -> Result<(), Fault> {
         let rule = self.rule(&name, &definition)?;
+        // one that goes on with what another has seen has seen it
+        let before = self.rules.get(&name).filter(|before| before.definition.metric == definition.metric);
+        let since = before.map_or(self.applied, |before| before.since);
         let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
-        self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, self.deps.clock.now()).await?;
+        self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, since, self.deps.clock.now()).await?;
         self.engine.watch(rule).map_err(Fault::internal)?;
         self.idle_rules.remove(&name);
-        self.rules.insert(name, definition);
+        self.rules.insert(name, DefinedRule { definition, since });
         self.rules_changed(myself);
         Ok(())
     }

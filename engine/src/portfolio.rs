@@ -54,7 +54,7 @@ impl Prices {
         Ok(())
     }
 
-    /// Takes in a batch of a market stream; true when a price changed. Other streams tell no prices.
+    /// Takes in a batch of a market stream; true when there is another price or a newer time of one. Other streams tell no prices.
     pub fn absorb(&mut self, stream: &StreamName, batch: &RecordBatch) -> bool {
         let numbers = |name| batch.column_by_name(name).and_then(|column| column.as_primitive_opt::<Float64Type>());
         let (first, second) = match stream.as_str() {
@@ -82,7 +82,7 @@ impl Prices {
             let new = Price { price, at: Micros(ts.value(row)) };
             match self.held.get_full_mut(symbol.value(row)) {
                 Some((at, _, old)) if new.at >= old.at => {
-                    changed |= old.price != new.price;
+                    changed |= *old != new;
                     self.changed[at / SHARE] |= *old != new;
                     *old = new;
                 }

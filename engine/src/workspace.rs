@@ -507,6 +507,11 @@ impl Workspace {
         self.metrics.values().find_map(|entry| entry.watches.get(rule))
     }
 
+    /// Whether there is such a rule.
+    pub fn is_watched(&self, rule: &ItemName) -> bool {
+        self.find_watch(rule).is_some()
+    }
+
     /// The keys that a rule fires for, as [`crate::alert::Labels::key`] writes them; none for an unknown rule.
     pub fn firing(&self, rule: &ItemName) -> impl Iterator<Item = &str> {
         self.find_watch(rule).into_iter().flat_map(Watch::firing)

@@ -702,6 +702,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "busy",
             "backpressure",
             "queries_busy",
+            "store_damaged",
             "store_unavailable",
             "log_unavailable",
             "workspace_restarting",

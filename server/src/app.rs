@@ -19,6 +19,7 @@ use std::time::Duration;
 use streams::dedup::Dedup;
 use streams::log::{EmbeddedLog, Log};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 /// A built system that listens and is ready to serve.
 pub struct App {
@@ -101,14 +102,26 @@ impl App {
     }
 
     /// Serves until `stop`, then drains: no new connections, answers finished, clients told to come back, state committed.
+    /// The same, and an error, where an actor fails that no other one starts again.
     pub async fn serve_until(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         let (system, config) = (self.state.system.clone(), self.state.config.clone());
+        let (observed, (failed, has_failed)) = (system.clone(), oneshot::channel());
+        let stop = async move {
+            tokio::select! {
+                () = stop => {}
+                () = observed.failed() => drop(failed.send(())), // it is looked at below
+            }
+        };
         gateway::serve(self.listener, self.state, &config, stop).await?;
         tracing::info!("draining");
         system.stop(DRAIN).await;
         system.cache().stop().await;
         system.store().close().await;
         tracing::info!("drained");
+        ensure!(
+            has_failed.await.is_err(),
+            "a supervisor of actors failed, which is told above; start the server again"
+        );
         Ok(())
     }
 }
@@ -144,7 +157,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 async fn open_store(config: &Config, log: &EmbeddedLog, auth: &Auth, now: Micros) -> Result<(Store, String)> {
     let url = config.store_url()?;
     // who waits for it here says so to those who ask
-    let options = sql::store::Options { start_ms: 0, ..config.store_options() };
+    let options = sql::store::Options { start_ms: 0, rewrite: true, ..config.store_options() };
     let store = Store::open_with(&url, &options).await?;
     belong_together(&store, log, &config.data_dir).await?;
     let installation = installation(&store, &url).await?;

@@ -97,6 +97,9 @@ pub async fn restore(config: &Config, from: &Path) -> Result<()> {
             path.display()
         );
     }
+    if manifest.store == Kind::Sqlite {
+        sql::store::check(&from.join(SQLITE))?;
+    }
     let url = config.store_url()?;
     let kind = sql::store::kind(&url)?;
     ensure!(

@@ -317,6 +317,28 @@ proptest! {
         assert_batch(&finals, &chain, "long", "over", &over.replace("SELECT", "SELECT window_start, window_end,"));
     }
 
+    /// A restart tells nothing again: rows have the revisions they have without one.
+    #[test]
+    fn rows_have_the_revisions_they_have_without_a_restart(
+        rows in prop::collection::vec(trade(), 1..120),
+        sizes in prop::collection::vec(1..30usize, 1..5),
+        restarts in prop::collection::vec(1..20usize, 1..4),
+        lateness in prop::sample::select(vec![60i64, 300, 5000]),
+    ) {
+        let by = "OVER (PARTITION BY symbol ORDER BY window_start)";
+        let chain = Chain::new(&[
+            ("bars", BARS),
+            ("high", "SELECT symbol, high FROM metrics.bars"),
+            ("kept", "SELECT symbol, high FROM metrics.high WHERE high > 0"),
+            ("before", &format!("SELECT symbol, volume, lag(high) {by} AS high FROM metrics.bars")),
+            ("sums", &format!("SELECT symbol, volume, sum(high) {by} AS total FROM metrics.before")),
+            ("two", "SELECT symbol, max(high) AS high FROM metrics.before GROUP BY tumble(ts, INTERVAL '2 minutes'), symbol"),
+        ]).unwrap();
+        let timing = Timing { max_delay: Span::ZERO, allowed_lateness: Span::seconds(lateness) };
+        let batches = cut(&roughly_sorted(rows, 60), &sizes);
+        prop_assert_eq!(run(&chain, timing, &batches, &restarts), run(&chain, timing, &batches, &[]));
+    }
+
     /// Rows that are withdrawn, or that change the group or the filter they fall under, leave no trace further down.
     #[test]
     fn what_a_metric_takes_back_is_taken_back_down_the_chain(

@@ -13,7 +13,7 @@ use crate::system::{ActorInfo, System};
 use engine::event::{ItemName, Micros, WorkspaceId};
 use futures::FutureExt;
 use parking_lot::Mutex;
-use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent, async_trait};
+use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SpawnErr, SupervisionEvent, async_trait};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sql::store::{Run as StoredRun, Thread};
@@ -46,6 +46,8 @@ pub struct Sessions {
     agents: BTreeMap<ItemName, Arc<dyn Agent>>,
     shared: Arc<Shared>,
     supervisor: OnceCell<ActorRef<SupervisorMsg>>,
+    /// Whether the supervisor has ended.
+    ended: watch::Sender<bool>,
 }
 
 struct Shared {
@@ -110,7 +112,7 @@ impl Sessions {
 
     pub(super) fn of(agents: BTreeMap<ItemName, Arc<dyn Agent>>, run_limit: Duration, idle_after: Duration) -> Self {
         let shared = Shared { table: Mutex::default(), recording: watch::Sender::new(0), run_limit, idle_after };
-        Self { agents, shared: Arc::new(shared), supervisor: OnceCell::new() }
+        Self { agents, shared: Arc::new(shared), supervisor: OnceCell::new(), ended: watch::Sender::new(false) }
     }
 
     pub fn agents(&self) -> Vec<AgentInfo> {
@@ -329,8 +331,26 @@ impl Sessions {
     }
 
     async fn supervisor(&self) -> Result<&ActorRef<SupervisorMsg>, Fault> {
-        let spawn = || async { Actor::spawn(None, Supervisor, self.shared.clone()).await.map(|(actor, _)| actor) };
-        self.supervisor.get_or_try_init(spawn).await.map_err(Fault::internal)
+        let spawn = || async {
+            let (actor, task) = Actor::spawn(None, Supervisor, self.shared.clone()).await?;
+            let ended = self.ended.clone();
+            tokio::spawn(async move {
+                _ = task.await;
+                ended.send_replace(true);
+            });
+            Ok(actor)
+        };
+        self.supervisor.get_or_try_init(spawn).await.map_err(|error: SpawnErr| Fault::internal(error))
+    }
+
+    #[cfg(test)]
+    pub(super) fn fail_supervisor(&self) {
+        crate::fault_point::fail("sessions", crate::fault_point::name_of(&self.shared));
+    }
+
+    /// Returns once the supervisor of the sessions has ended, which nobody starts again.
+    pub(crate) async fn ended(&self) {
+        _ = self.ended.subscribe().wait_for(|ended| *ended).await; // the sender lives in self
     }
 }
 
@@ -515,6 +535,8 @@ impl Actor for Supervisor {
         message: SupervisorMsg,
         state: &mut Supervised,
     ) -> Result<(), ActorProcessingErr> {
+        #[cfg(test)]
+        crate::fault_point::handling("sessions", &crate::fault_point::name_of(&state.shared));
         match message {
             SupervisorMsg::Ensure(key) => state.ensure(&myself, key).await,
         }
@@ -583,6 +605,8 @@ impl Actor for Session {
         message: SessionMsg,
         state: &mut SessionState,
     ) -> Result<(), ActorProcessingErr> {
+        #[cfg(test)]
+        crate::fault_point::handling("session", &format!("{}/{}", state.key.0, state.key.1));
         match message {
             SessionMsg::Work => {
                 while let Some(job) = state.shared.next(&state.key) {

@@ -218,6 +218,19 @@ async fn a_panic_ends_its_run_as_internal_and_the_run_that_waited_goes_on() {
 }
 
 #[tokio::test]
+async fn a_session_that_fails_before_its_run_is_started_again_and_a_supervisor_that_fails_is_told() {
+    let (world, sessions) = (world().await, puppets(LONG));
+    crate::fault_point::fail("session", "acme/t");
+    assert!(is_success(&world.ask(&sessions, "t", "hi").await));
+    let info = sessions.info();
+    assert_eq!((info[0].restarts, info[0].last_failure.as_deref()), (1, Some("a test said so")));
+    sessions.fail_supervisor();
+    let run = world.start(&sessions, ask("other", "r2", "hi")).await;
+    tokio::time::timeout(LONG, sessions.ended()).await.unwrap();
+    drop(run);
+}
+
+#[tokio::test]
 async fn a_run_that_takes_too_long_ends_as_timeout() {
     let (world, sessions) = (world().await, puppets(Duration::from_millis(30)));
     assert_eq!(code(&world.ask(&sessions, "t", "hang").await), "timeout");

@@ -50,6 +50,8 @@ struct Cut {
     whole: BTreeMap<ItemName, Micros>,
     /// Of a metric with a backfill, which begins within its first window, the end of that.
     first: BTreeMap<ItemName, Micros>,
+    /// How far the log is read.
+    at: u64,
 }
 
 impl Cut {
@@ -68,6 +70,12 @@ impl State {
     pub(super) async fn catch_up(&mut self, name: &ItemName) -> Result<(), ActorProcessingErr> {
         let defined = &self.metrics[name];
         let (definition, program, since) = (defined.definition.clone(), defined.program.clone(), defined.since);
+        // It was defined with no state behind it, and begins behind the rows that were final then: they are known only now.
+        if since >= self.applied
+            && let Some(closed) = program.stream().metric().and_then(|upstream| self.engine.closed(&upstream))
+        {
+            self.engine.pass_over(name, closed);
+        }
         if let Some(past) = self.past(name, &definition, &program, since).await? {
             self.take_in(name, past);
         }
@@ -197,7 +205,8 @@ impl State {
         self.unsaved = Unsaved::default();
         let mut waiting = lost.in_order(self.metrics.keys().cloned().collect());
         waiting.sort_by_key(|name| self.metrics[name].since.max(from)); // of one offset in the order of the chain
-        let mut cut = Cut { from, whole: BTreeMap::new(), first: BTreeMap::new() };
+        let mut cut = Cut { from, whole: BTreeMap::new(), first: BTreeMap::new(), at: from };
+        let mut rules = self.rules_since(from + 1);
         let mut firing: BTreeMap<(ItemName, String), Change> = BTreeMap::new();
         let mut count = 0u64;
         let mut records = self.scan(from);
@@ -206,6 +215,7 @@ impl State {
             if offset.0 >= self.applied {
                 break;
             }
+            cut.at = offset.0;
             let first = match &record.body {
                 Body::Events { stream, batch } => highest(batch).map(|at| (stream, at)),
                 _ => None,
@@ -226,6 +236,7 @@ impl State {
                     false => waiting.push(name),
                 }
             }
+            self.start_due(&mut rules, offset.0);
             let outputs = match record.body {
                 Body::Events { stream, batch } if stream.is_table() => {
                     self.apply_change(&stream, &batch, offset.0);
@@ -263,9 +274,11 @@ impl State {
                 tokio::task::yield_now().await;
             }
         }
+        cut.at = self.applied;
         for name in waiting {
             self.begin_again(&name, &mut cut).await?;
         }
+        self.start_due(&mut rules, self.applied);
         // nothing that is still to come may count as one of the rows that were stored before
         for name in self.engine.in_order(cut.whole.keys().cloned().collect()) {
             let upstream = self.metrics[&name].program.stream().metric();
@@ -282,7 +295,7 @@ impl State {
             known.is_none_or(|from| row.window_end > *from)
         };
         self.unsaved.rows.retain(is_new);
-        // a rule that is younger than its metric may not have fired then for what it would have fired for
+        // a rule that was defined anew, or before rules had an offset, may not have fired then for what it fires for now
         for change in firing.into_values() {
             let id = self.alert_id(&change, &labels(&change).to_string());
             if self.deps.store.alert(&self.tenant.id, &id).await?.is_none() {
@@ -294,10 +307,11 @@ impl State {
 
     /// Computes a batch without the events that cannot be computed.
     pub(super) fn sifted(&mut self, stream: &StreamName, batch: &RecordBatch) -> Result<Sifted, ActorProcessingErr> {
-        let names = self.engine.in_order(self.engine.metrics().map(|(name, _)| name.clone()).collect());
+        let metrics = self.engine.in_order(self.engine.metrics().map(|(name, _)| name.clone()).collect());
+        let rules: Vec<_> = self.rules.keys().filter(|name| self.engine.is_watched(name)).cloned().collect();
         let mut engine = std::mem::take(&mut self.engine);
         let step = |engine: &mut Workspace, part: &RecordBatch| compute_batch(&self.tenant.id, engine, stream, part);
-        let sifted = sift(&mut engine, batch, step, || self.empty_engine(&names))?;
+        let sifted = sift(&mut engine, batch, step, || self.empty_engine(&metrics, &rules))?;
         self.engine = engine;
         Ok(sifted)
     }
@@ -317,7 +331,7 @@ impl State {
             if let Some(first) = first.filter(|_| backfill.is_some()) {
                 cut.first.insert(name.clone(), first.window_end);
             }
-            self.start_rules(name);
+            self.start_rules(name, cut.at);
             return Ok(());
         };
         let known = cut.whole.get(&upstream).copied();
@@ -352,7 +366,7 @@ impl State {
             let newest = rows.last().map_or(Micros::MIN, |row| row.window_end);
             self.engine.pass_over(name, known.unwrap_or(newest));
         }
-        self.start_rules(name);
+        self.start_rules(name, cut.at);
         Ok(())
     }
 
@@ -459,7 +473,7 @@ pub(super) struct Sifted {
 }
 
 /// Computes `batch`, cut in halves until each event at which `step` panics is alone. `empty` gives an engine with the
-/// same metrics as `engine`, which takes its state over from before a panic.
+/// same metrics and rules as `engine`, which takes its state over from before a panic.
 fn sift(
     engine: &mut Workspace,
     batch: &RecordBatch,

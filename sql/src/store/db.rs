@@ -17,6 +17,7 @@ use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Decode, Encode,
 use std::borrow::Cow;
 use std::io;
 use std::marker::PhantomData;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,7 @@ pub(super) enum Db {
     Sqlite {
         writer: SqlitePool,
         readers: SqlitePool,
+        file: Arc<Path>,
     },
     Postgres(Server),
 }
@@ -258,7 +260,7 @@ impl Db {
     /// Waits for running statements and closes all connections.
     pub(super) async fn close(&self) {
         match self {
-            Db::Sqlite { writer, readers } => {
+            Db::Sqlite { writer, readers, .. } => {
                 // The writer last: the last connection to close folds the write-ahead log, and a reader may not write.
                 readers.close().await;
                 writer.close().await;

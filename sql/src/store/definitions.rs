@@ -50,6 +50,8 @@ pub struct AlertRule {
     pub workspace: WorkspaceId,
     pub name: ItemName,
     pub definition: Value,
+    /// First log offset of which it sees results.
+    pub since_offset: u64,
     pub created_at: Micros,
     pub updated_at: Micros,
 }
@@ -111,6 +113,7 @@ impl FromRow for AlertRule {
             workspace: row.name("workspace")?,
             name: row.name("name")?,
             definition: row.json("definition_json")?,
+            since_offset: row.count("since_offset")?,
             created_at: row.time("created_at")?,
             updated_at: row.time("updated_at")?,
         })
@@ -313,16 +316,19 @@ impl Store {
         workspace: &WorkspaceId,
         name: &ItemName,
         definition: &Value,
+        since_offset: u64,
         at: Micros,
     ) -> Result<(), StoreError> {
         query(
-            "INSERT INTO alert_rules (workspace, name, definition_json, created_at, updated_at) \
-             VALUES ($1, $2, $3, $4, $4) ON CONFLICT (workspace, name) DO UPDATE \
-             SET definition_json = excluded.definition_json, updated_at = excluded.updated_at",
+            "INSERT INTO alert_rules (workspace, name, definition_json, since_offset, created_at, updated_at) \
+             VALUES ($1, $2, $3, $4, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
+             SET definition_json = excluded.definition_json, since_offset = excluded.since_offset, \
+                 updated_at = excluded.updated_at",
         )
         .bind(workspace.as_str())
         .bind(name.as_str())
         .bind(definition.to_string())
+        .bind(stored(since_offset))
         .bind(at)
         .execute(self.write(workspace))
         .await
@@ -513,12 +519,13 @@ mod tests {
         let (store, _dir) = store().await;
         let acme = add_workspace(&store, "acme").await;
         let drop = name("drop");
-        store.put_alert_rule(&acme, &drop, &json!({"above": 1}), Micros(1)).await.unwrap();
-        store.put_alert_rule(&acme, &drop, &json!({"above": 2}), Micros(2)).await.unwrap();
+        store.put_alert_rule(&acme, &drop, &json!({"above": 1}), 3, Micros(1)).await.unwrap();
+        store.put_alert_rule(&acme, &drop, &json!({"above": 2}), 5, Micros(2)).await.unwrap();
         let rule = AlertRule {
             workspace: acme.clone(),
             name: drop.clone(),
             definition: json!({"above": 2}),
+            since_offset: 5,
             created_at: Micros(1),
             updated_at: Micros(2),
         };

@@ -10,6 +10,7 @@ mod db; // SQLite and PostgreSQL behind one face; whose rows a statement may tou
 mod bulk; // many rows in one statement
 mod open; // URLs, connections, migrations
 mod page; // cursors, so that a list is read in pages
+mod pages; // checksums in SQLite's file
 mod postgres; // connections, migrations and TimescaleDB of a PostgreSQL server
 mod record; // from a database row to a record
 
@@ -43,7 +44,7 @@ pub use factors::Totp;
 pub use grants::Grant;
 pub use invitations::Invitation;
 pub use keys::ApiKey;
-pub use open::{Kind, Options, copy, kind, migrate, sqlite_path};
+pub use open::{Kind, Options, check, copy, kind, migrate, sqlite_path};
 pub use portfolios::{Portfolio, Position};
 pub use rows::{FinalRow, Place, RowQuery, WITHDRAWN, cut_rows};
 pub use samples::Step;
@@ -54,6 +55,9 @@ pub use workspaces::{Member, Workspace};
 
 use db::{Db, On, Scope, query, query_scalar};
 use engine::event::WorkspaceId;
+use libsqlite3_sys::{
+    SQLITE_BUSY, SQLITE_CORRUPT, SQLITE_FULL, SQLITE_IOERR, SQLITE_IOERR_DATA, SQLITE_LOCKED, SQLITE_NOTADB,
+};
 
 /// The store. A clone is another handle to the same connections.
 ///
@@ -110,6 +114,9 @@ pub enum StoreError {
     /// have been done.
     #[error("cannot {operation}: the store cannot be reached or written ({source}); try again")]
     Unreachable { operation: &'static str, source: sqlx::Error },
+    /// What was written is not what stands there: in SQLite's file, or as PostgreSQL says of its own.
+    #[error("cannot {operation}: the store is damaged ({source}); restore a backup")]
+    Damaged { operation: &'static str, source: sqlx::Error },
     #[error("cannot {operation}: {source}")]
     Database { operation: &'static str, source: sqlx::Error },
 }
@@ -125,7 +132,7 @@ impl StoreError {
             | StoreError::Migrate {
                 source: MigrateError::Execute(source) | MigrateError::ExecuteMigration(source, _),
                 ..
-            } => !matches!(cause(source), Cause::Other),
+            } => matches!(cause(source), Cause::Busy | Cause::Unreachable),
             _ => false,
         }
     }
@@ -135,6 +142,7 @@ impl StoreError {
 enum Cause {
     Busy,
     Unreachable,
+    Damaged,
     Other,
 }
 
@@ -157,13 +165,18 @@ fn cause(error: &sqlx::Error) -> Cause {
             // connection exceptions, administrator's shutdown, crash, starting up, session time limits
             "57P01" | "57P02" | "57P03" | "25P03" | "57P05" => Cause::Unreachable,
             code if code.starts_with("08") => Cause::Unreachable,
+            // data or index corrupted
+            "XX001" | "XX002" => Cause::Damaged,
             _ => Cause::Other,
         };
     }
+    let Ok(code) = code.parse::<i32>() else { return Cause::Other };
     // the low byte of an extended code is its primary code
-    match code.parse::<i32>().map(|code| code & 0xff) {
-        Ok(5 | 6) => Cause::Busy,          // SQLITE_BUSY, SQLITE_LOCKED
-        Ok(10 | 13) => Cause::Unreachable, // SQLITE_IOERR, SQLITE_FULL
+    match code & 0xff {
+        _ if code == SQLITE_IOERR_DATA => Cause::Damaged,
+        SQLITE_CORRUPT | SQLITE_NOTADB => Cause::Damaged,
+        SQLITE_BUSY | SQLITE_LOCKED => Cause::Busy,
+        SQLITE_IOERR | SQLITE_FULL => Cause::Unreachable,
         _ => Cause::Other,
     }
 }
@@ -176,6 +189,7 @@ fn failed(operation: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
         _ => match cause(&source) {
             Cause::Busy => StoreError::Busy { operation },
             Cause::Unreachable => StoreError::Unreachable { operation, source },
+            Cause::Damaged => StoreError::Damaged { operation, source },
             Cause::Other => StoreError::Database { operation, source },
         },
     }
@@ -194,6 +208,17 @@ impl Store {
             .await
             .map_err(failed("reach the store"))?;
         Ok(())
+    }
+
+    /// What of the file was found not to be as it was written, for people.
+    pub fn damage(&self) -> Option<String> {
+        let Db::Sqlite { file, .. } = &self.db else { return None };
+        let found = pages::found(file);
+        let first = found.first()?;
+        Some(match found.len() {
+            1 => format!("{first}; restore a backup"),
+            n => format!("{first}, nor are {} other pages; restore a backup", n - 1),
+        })
     }
 
     /// Which database it is, for people: `sqlite`, `postgresql 17.2`, `timescaledb 2.23.0 on postgresql 17.2`.

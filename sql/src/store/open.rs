@@ -1,13 +1,16 @@
 //! From `store.url` to a store of the newest schema: which database, where, and the migrations it lacks.
 
 use super::db::{Db, Dialect};
+use super::pages::{self, Damage, Form};
 use super::webhooks::OutboxBounds;
-use super::{Store, StoreError, postgres};
+use super::{Cause, Store, StoreError, cause, postgres};
 use serde::{Deserialize, Serialize};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions, Connection, SqlSafeStr};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqlSafeStr};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How the store connects and what it keeps: `store.*` of the configuration.
@@ -33,6 +36,9 @@ pub struct Options {
     pub webhook_pending: usize,
     /// Deliveries of one webhook that are kept once they are done: `webhooks.kept`.
     pub webhook_kept: usize,
+    /// A file of SQLite without checksums is written anew, with them: by who has it alone.
+    #[serde(skip)]
+    pub rewrite: bool,
 }
 
 impl Default for Options {
@@ -47,6 +53,7 @@ impl Default for Options {
             retain_days: None,
             webhook_pending: 1_000,
             webhook_kept: 1_000,
+            rewrite: false,
         }
     }
 }
@@ -87,6 +94,7 @@ migrations! {
     11 "0011_webhook_rotation",
     12 "0012_state_parts",
     13 "0013_invitations",
+    14 "0014_rule_offsets",
 }
 
 /// Which database a store is.
@@ -116,12 +124,34 @@ pub fn sqlite_path(url: &str) -> Result<PathBuf, StoreError> {
 /// Copies the SQLite store at `url` into the new file `to`: one moment of it, also while another process writes.
 pub async fn copy(url: &str, to: &Path) -> Result<(), StoreError> {
     let path = sqlite_path(url)?;
-    let failed = |source| StoreError::Open { path: path.display().to_string(), source };
-    // no migrations: the process that has it open may be an older build
-    let mut connection = connection(&path, &Options::default()).connect().await.map_err(failed)?;
-    let copied = sqlx::query("VACUUM INTO $1").bind(to.to_string_lossy()).execute(&mut connection).await;
-    copied.map_err(failed)?;
-    connection.close().await.map_err(failed)
+    async {
+        // no migrations: the process that has it open may be an older build
+        let mut connection = connection(&path, &Options::default())?.connect().await?;
+        pages::reserve(&mut connection).await?;
+        let copied = sqlx::query("VACUUM INTO $1").bind(to.to_string_lossy()).execute(&mut connection).await;
+        copied?;
+        connection.close().await?;
+        Ok(pages::check(to)?)
+    }
+    .await
+    .map_err(|source| unopened(&path, source))
+}
+
+fn unopened(path: &Path, source: sqlx::Error) -> StoreError {
+    let is_damage = match &source {
+        sqlx::Error::Io(error) => error.get_ref().is_some_and(|error| error.is::<Damage>()),
+        // of a file that is none of ours SQLite says that it is no database
+        error => matches!(cause(error), Cause::Damaged) && matches!(pages::form(path), Ok(Form::Sealed)),
+    };
+    match is_damage {
+        true => StoreError::Damaged { operation: "open the store", source },
+        false => StoreError::Open { path: path.display().to_string(), source },
+    }
+}
+
+/// An error where the file of SQLite at `path`, which no process has open, has a page that is not as it was written.
+pub fn check(path: &Path) -> Result<(), StoreError> {
+    pages::check(path).map_err(|source| unopened(path, source.into()))
 }
 
 /// What a store URL names.
@@ -152,11 +182,13 @@ impl Store {
             .max_connections(READERS)
             .acquire_timeout(Duration::from_millis(options.acquire_ms))
             // Not a read-only file handle, which could not make the shared memory of the write-ahead log.
-            .connect_with(connection(&path, options).pragma("query_only", "ON"))
+            .connect_with(connection(&path, options).map_err(|e| unopened(&path, e.into()))?.pragma("query_only", "ON"))
             .await
-            .map_err(|source| StoreError::Open { path: path.display().to_string(), source })?;
+            .map_err(|source| unopened(&path, source))?;
+        let file: Arc<Path> = path.into();
+        scan(file.clone());
         let outbox = options.outbox();
-        Ok(Store { db: Db::Sqlite { writer, readers }, mode: "sqlite".into(), rollups: false, outbox })
+        Ok(Store { db: Db::Sqlite { writer, readers, file }, mode: "sqlite".into(), rollups: false, outbox })
     }
 }
 
@@ -188,26 +220,71 @@ fn place(url: &str) -> Result<Place, StoreError> {
     }
 }
 
-fn connection(path: &Path, options: &Options) -> SqliteConnectOptions {
-    SqliteConnectOptions::new()
-        .filename(path)
+/// Reads the whole file once, so that damage is known before somebody asks for what stands there. A thread of its own: the
+/// process does not wait for it when it ends.
+fn scan(file: Arc<Path>) {
+    let scanned = std::thread::Builder::new().name("scan".into()).spawn(move || {
+        if let Err(error) = pages::scan(&file) {
+            tracing::warn!(file = %file.display(), %error, "cannot look for damage in the store");
+        }
+    });
+    if let Err(error) = scanned {
+        tracing::warn!(%error, "cannot look for damage in the store");
+    }
+}
+
+fn connection(path: &Path, options: &Options) -> io::Result<SqliteConnectOptions> {
+    Ok(file(path, options)?
         .journal_mode(SqliteJournalMode::Wal)
         // An offset is promised to be durable once it is committed; NORMAL may lose commits when power fails.
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
-        .busy_timeout(Duration::from_millis(options.acquire_ms))
         // A large commit grows the write-ahead log; give the space back after it.
-        .pragma("journal_size_limit", "67108864")
+        .pragma("journal_size_limit", "67108864"))
+}
+
+fn file(path: &Path, options: &Options) -> io::Result<SqliteConnectOptions> {
+    let patience = Duration::from_millis(options.acquire_ms);
+    Ok(SqliteConnectOptions::new().vfs(pages::vfs()?).filename(path).busy_timeout(patience))
+}
+
+/// Sees to it that the pages of the file at `path` have checksums.
+async fn seal(path: &Path, options: &Options) -> Result<(), sqlx::Error> {
+    let form = pages::form(path)?;
+    // not beside a process that writes to it: an older build would write pages without checksums
+    if !(form == Form::New || form == Form::Plain && options.rewrite) {
+        return Ok(());
+    }
+    // Anew it is written through the write-ahead log, from where its first page goes to the file first: without one, the
+    // first that is known of its new form would be its last.
+    let open = if form == Form::Plain { connection(path, options)? } else { file(path, options)? };
+    let mut connection = open.create_if_missing(true).connect().await?;
+    pages::reserve(&mut connection).await?;
+    if form == Form::Plain {
+        tracing::info!(file = %path.display(), "writing the store anew, with a checksum for each page");
+        if let Err(error) = sqlx::query("VACUUM").execute(&mut connection).await {
+            tracing::warn!(%error, "the store stays without checksums until the next start");
+            return connection.close().await;
+        }
+    }
+    sqlx::query(AssertSqlSafe(format!("PRAGMA application_id = {}", pages::APPLICATION)))
+        .execute(&mut connection)
+        .await?;
+    connection.close().await
 }
 
 /// The one connection that writes, on a database of the newest schema.
 async fn open_writer(path: &Path, options: &Options) -> Result<SqlitePool, StoreError> {
-    let unopened = |source| StoreError::Open { path: path.display().to_string(), source };
-    if let Some(folder) = path.parent() {
-        tokio::fs::create_dir_all(folder).await.map_err(|e| unopened(e.into()))?;
-    }
-    // 32 MiB of cache: bulk inserts touch pages all over a table and would otherwise write them out one by one.
-    let connection = connection(path, options).create_if_missing(true).pragma("cache_size", "-32768");
+    let connection = async {
+        if let Some(folder) = path.parent() {
+            tokio::fs::create_dir_all(folder).await?;
+        }
+        pages::check_wal(path)?;
+        seal(path, options).await?;
+        // 32 MiB of cache: bulk inserts touch pages all over a table and would otherwise write them out one by one.
+        Ok(connection(path, options)?.pragma("cache_size", "-32768"))
+    };
+    let connection = connection.await.map_err(|source| unopened(path, source))?;
     let writer = SqlitePoolOptions::new()
         .max_connections(1)
         .acquire_timeout(Duration::from_millis(options.acquire_ms))
@@ -218,9 +295,11 @@ async fn open_writer(path: &Path, options: &Options) -> Result<SqlitePool, Store
         })
         .connect_with(connection)
         .await
-        .map_err(unopened)?;
+        .map_err(|source| unopened(path, source))?;
     let migrated = async {
         let mut connection = writer.acquire().await?;
+        // a page that a loss of power left half written is whole in the write-ahead log
+        sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&mut *connection).await?;
         // not `run`, whose bounds no spawned task can prove
         migrator(Dialect::Sqlite).run_direct(None, &mut *connection, false).await
     };

@@ -309,7 +309,7 @@ mod tests {
         store.put_stream(&stream).await.unwrap();
         store.put_table(&ws, &name("ref.persons"), &json!({}), 0, at).await.unwrap();
         store.put_metric(&ws, &name("vwap"), &json!({"sql": "SELECT 1"}), 0, at).await.unwrap();
-        store.put_alert_rule(&ws, &name("drop"), &json!({}), at).await.unwrap();
+        store.put_alert_rule(&ws, &name("drop"), &json!({}), 0, at).await.unwrap();
         let silence = Silence {
             id: "s".into(),
             workspace: ws.clone(),
