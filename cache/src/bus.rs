@@ -94,20 +94,22 @@ impl Listener {
 }
 
 async fn keep_listening(client: Client, mut asked: mpsc::UnboundedReceiver<Ask>, heard: mpsc::Sender<Heard>) {
+    let mut is_lost = false;
     loop {
         match timeout(CONNECT_WITHIN, client.get_async_pubsub()).await {
             Ok(Ok(connection)) => {
+                is_lost = false;
                 let (sink, stream) = connection.split();
                 if heard.send(Heard::Connected).await.is_err() {
                     return;
                 }
                 listen(sink, stream, &mut asked, &heard).await;
-                if heard.send(Heard::Lost).await.is_err() {
-                    return;
-                }
             }
             Ok(Err(error)) => tracing::debug!(%error, "Redis cannot be reached; trying again and again"),
             Err(_) => tracing::debug!("no answer of Redis within {CONNECT_WITHIN:?}; trying again and again"),
+        }
+        if !std::mem::replace(&mut is_lost, true) && heard.send(Heard::Lost).await.is_err() {
+            return;
         }
         // whoever asked meanwhile is told by what is dropped here
         while asked.try_recv().is_ok() {}

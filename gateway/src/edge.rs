@@ -5,7 +5,7 @@ use crate::AppState;
 use crate::extract::Seen;
 use crate::problem::{Code, Problem};
 use crate::quota::Standing;
-use crate::serve::FromNode;
+use crate::serve::{FromNode, Nodes};
 use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, Request, State};
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
@@ -36,6 +36,7 @@ pub(crate) struct Origin {
     address: Option<IpAddr>,
     request_id: Box<str>,
     is_node: bool,
+    nodes: u8,
 }
 
 impl Origin {
@@ -43,7 +44,8 @@ impl Origin {
     pub(crate) fn of(extensions: &Extensions) -> Origin {
         let address = extensions.get::<ConnectInfo<SocketAddr>>().map(|info| info.0.ip());
         let request_id = extensions.get::<RequestId>().map(|id| id.0.as_str().into()).unwrap_or_default();
-        Origin { address, request_id, is_node: extensions.get::<FromNode>().is_some() }
+        let nodes = extensions.get::<Nodes>().map_or(0, |nodes| nodes.0);
+        Origin { address, request_id, is_node: extensions.get::<FromNode>().is_some(), nodes }
     }
 
     /// What the request goes by in logs.
@@ -54,6 +56,11 @@ impl Origin {
     /// Whether a node that serves clients for this one passed it on.
     pub(crate) fn is_node(&self) -> bool {
         self.is_node
+    }
+
+    /// How many nodes say that they passed it on.
+    pub(crate) fn nodes(&self) -> u8 {
+        self.nodes
     }
 
     pub(crate) fn address(&self) -> Option<IpAddr> {
@@ -98,7 +105,7 @@ pub(crate) async fn identify(mut request: Request, next: Next) -> Response {
 }
 
 /// Time a request has until its answer begins. A stream of events may last longer.
-const ANSWER_WAIT: Duration = Duration::from_secs(120);
+pub(crate) const ANSWER_WAIT: Duration = Duration::from_secs(120);
 
 /// Cuts off requests that take too long, and counts and times all of them by route.
 pub(crate) async fn measure(request: Request, next: Next) -> Response {

@@ -7,15 +7,18 @@ use crate::{AppState, edge, routes};
 use actors::Part;
 use axum::Router;
 use axum::extract::ConnectInfo;
-use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::http::header::EXPECT;
+use axum::http::{HeaderMap, HeaderName, StatusCode, Version};
 use axum::middleware::from_fn;
 use axum::routing::get;
-use hyper::body::Incoming;
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::{Request, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use parking_lot::Mutex;
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -246,6 +249,10 @@ pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarde
 #[derive(Clone, Copy)]
 pub(crate) struct FromNode;
 
+/// In requests that nodes passed on, as they say: how many.
+#[derive(Clone, Copy)]
+pub(crate) struct Nodes(pub(crate) u8);
+
 /// Whose request a proxy passes on: the last address that it names, which is the one it saw itself.
 fn forwarded_for(headers: &HeaderMap) -> Option<IpAddr> {
     headers.get_all(FORWARDED_FOR).iter().next_back()?.to_str().ok()?.rsplit(',').next()?.trim().parse().ok()
@@ -263,14 +270,64 @@ fn service(
     Future: Send + 'static,
 > + Clone {
     service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(axum::body::Body::new);
+        // whoever asks first gets its answer and sends nothing; HTTP/2 tells the client to stop
+        let lingers = request.version() < Version::HTTP_2 && !request.headers().contains_key(EXPECT);
+        let mut request = request.map(|body| axum::body::Body::new(Whole { body: Some(body), lingers }));
         let client = forwarded_for(request.headers()).filter(|_| is_trusted);
         request.extensions_mut().insert(ConnectInfo(client.map_or(peer, |address| SocketAddr::new(address, 0))));
-        if is_trusted && request.headers().contains_key(NODE) {
-            request.extensions_mut().insert(FromNode);
+        if let Some(nodes) = request.headers().get(NODE) {
+            let nodes = nodes.to_str().ok().and_then(|nodes| nodes.parse().ok()).unwrap_or(1);
+            request.extensions_mut().insert(Nodes(nodes));
+            if is_trusted {
+                request.extensions_mut().insert(FromNode);
+            }
         }
         router.clone().oneshot(request)
     })
+}
+
+/// What a client still sends once it is answered is read for so long and so far. Otherwise the connection would end
+/// with bytes that nobody took, whereupon the client's system forgets the answer and says that the connection was reset.
+const LINGER: Duration = Duration::from_secs(5);
+const LINGER_BYTES: usize = 64 << 20;
+
+/// A request's body, which is read to its end even where nobody wants it.
+struct Whole {
+    body: Option<Incoming>,
+    lingers: bool,
+}
+
+impl Body for Whole {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.body {
+            Some(body) => Pin::new(body).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map(Body::size_hint).unwrap_or_default()
+    }
+}
+
+impl Drop for Whole {
+    fn drop(&mut self) {
+        let Some(mut body) = self.body.take().filter(|body| self.lingers && !body.is_end_stream()) else { return };
+        tokio::spawn(tokio::time::timeout(LINGER, async move {
+            let mut left = LINGER_BYTES;
+            while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+                let Some(rest) = left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) else { return };
+                left = rest;
+            }
+        }));
+    }
 }
 
 /// A connection's bytes, encrypted or not.

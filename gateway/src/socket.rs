@@ -55,11 +55,16 @@ pub(crate) struct Opening {
 
 impl Opening {
     pub(crate) fn of(hub: &Hub, config: &Config, request: &mut Request) -> Result<Opening, Problem> {
-        let headers = request.headers();
-        if !handshake::is_allowed(headers, &config.cors_origins) {
+        if !handshake::is_allowed(request.headers(), &config.cors_origins) {
             let detail = "pages of this origin may not connect; an admin can list it in cors_origins";
             return Err(Problem::forbidden(detail).code("origin_not_allowed"));
         }
+        Opening::from_anywhere(hub, config, request)
+    }
+
+    /// The same for a node that leaves it to another which pages may connect.
+    pub(crate) fn from_anywhere(hub: &Hub, config: &Config, request: &mut Request) -> Result<Opening, Problem> {
+        let headers = request.headers();
         let (mut seats, origin) = (Seats::default(), Origin::of(request.extensions()));
         if let Some(address) = origin.address() {
             seats.enter(&hub.crowd, Group::Address(address))?;

@@ -3,6 +3,8 @@
 use crate::harness::{PASSWORD, Server};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const EVENTS: &str = "/api/v1/workspaces/acme/streams/market.trades/events";
 
@@ -146,6 +148,31 @@ async fn a_wrong_token_and_a_foreign_workspace_show_nothing() {
         .await;
     assert_eq!(status, StatusCode::NOT_FOUND);
     server.stop().await;
+}
+
+/// What a server answers to a client that sends all of a large body before it reads anything.
+pub async fn answer_to_large_body(server: &Server, token: &str) -> String {
+    const SIZE: usize = 30_000_000;
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+    let head = format!("authorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: {SIZE}");
+    stream.write_all(format!("POST {EVENTS} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n").as_bytes()).await.unwrap();
+    stream.write_all(&vec![b' '; SIZE]).await.unwrap();
+    // on the same connection
+    stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answers = String::new();
+    stream.read_to_string(&mut answers).await.unwrap();
+    answers
+}
+
+#[tokio::test]
+async fn who_sends_more_than_is_taken_still_gets_the_answer() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::with_workspace(directory.path()).await;
+    for (token, status, code) in [("wrong", 401, "unauthorized"), (&server.token, 413, "body_too_large")] {
+        let answers = answer_to_large_body(&server, token).await;
+        assert!(answers.starts_with(&format!("HTTP/1.1 {status} ")) && answers.contains(code), "{answers}");
+        assert!(answers.contains("HTTP/1.1 200 OK"), "{answers}");
+    }
 }
 
 #[tokio::test]

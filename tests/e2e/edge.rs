@@ -1,5 +1,6 @@
 //! Nodes that serve clients for the one with the engine: what their clients get is what those of the core get.
 
+use crate::bad_input::answer_to_large_body;
 use crate::harness::{PASSWORD, Server, Socket};
 use crate::redis::RedisServer;
 use reqwest::{Method, StatusCode};
@@ -9,6 +10,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
 const CHANNELS: [&str; 2] = ["metrics/sums", "streams/market.trades"];
 
@@ -18,6 +20,7 @@ async fn both(directory: &TempDir) -> Option<(RedisServer, Server, Server)> {
     let core = Server::with_workspace_and(directory.path(), |config| {
         config.redis.url = Some(redis.url.clone());
         config.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+        config.cors_origins = vec!["https://app.example".to_owned()];
     })
     .await;
     let sql = "SELECT symbol, count(*) AS n, sum(qty) AS total FROM market.trades \
@@ -260,6 +263,85 @@ async fn a_client_of_an_edge_that_takes_nothing_for_a_while_gets_the_newest_valu
     edge.stop().await;
 }
 
+/// A connection from a page of this origin.
+async fn of_page(server: &Server, origin: &str) -> Socket {
+    let mut request = format!("{}/api/v1/ws", server.url.replacen("http", "ws", 1)).into_client_request().unwrap();
+    request.headers_mut().insert("origin", origin.parse().unwrap());
+    request.headers_mut().insert("authorization", format!("Bearer {}", server.token).parse().unwrap());
+    Socket::of(tokio_tungstenite::connect_async(request).await.unwrap().0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_the_core_refuses_and_says_last_reaches_the_clients_of_an_edge() {
+    let directory = TempDir::new().unwrap();
+    let Some((_redis, core, edge)) = both(&directory).await else { return };
+    // the core says which pages may connect
+    let of_edge = edge.url.clone();
+    for origin in ["https://app.example", &of_edge] {
+        of_page(&edge, origin).await.subscribe("alerts", Value::Null).await;
+    }
+    let refused = of_page(&edge, "https://evil.example").await.next().await;
+    assert_eq!(refused["close"], 4003, "{refused}");
+    assert!(refused["reason"].as_str().unwrap().contains("cors_origins"), "{refused}");
+
+    // a body that does not end is the client's fault
+    for body in ["content-length: 5000\r\n\r\n[{\"a\"", "transfer-encoding: chunked\r\n\r\nzz\r\n"] {
+        let mut raw = TcpStream::connect(edge.url.trim_start_matches("http://")).await.unwrap();
+        let path = "/api/v1/workspaces/acme/streams/market.trades/events";
+        let head = format!("host: x\r\nauthorization: Bearer {}\r\ncontent-type: application/json", core.token);
+        raw.write_all(format!("POST {path} HTTP/1.1\r\n{head}\r\n{body}").as_bytes()).await.unwrap();
+        raw.shutdown().await.unwrap();
+        let mut answer = String::new();
+        raw.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("unreadable_body"), "{body}: {answer}");
+    }
+
+    // a second unsubscription, while the answers to what was asked before are on their way
+    let mut sockets = Vec::new();
+    for _ in 0..10 {
+        let mut socket = edge.socket().await;
+        let frame =
+            |kind: &str, number: u32| json!({"type": kind, "workspace": "acme", "channel": CHANNELS[1], "ref": number});
+        socket.send(frame("subscribe", 1)).await;
+        socket.send(frame("unsubscribe", 2)).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        socket.send(frame("unsubscribe", 3)).await;
+        socket.send(frame("subscribe", 4)).await;
+        for (number, expected) in [(1, "ok"), (2, "ok"), (3, "error"), (4, "ok")] {
+            let answer = socket.until(|frame| frame["ref"] == number || frame.get("close").is_some()).await;
+            assert_eq!(answer["type"], expected, "{answer}");
+        }
+        sockets.push(socket);
+    }
+    trade(&core, 1, "A").await;
+    for socket in &mut sockets {
+        socket.until(|frame| frame["event"].is_object()).await;
+    }
+
+    core.stop().await;
+    for socket in &mut sockets {
+        let hint = socket.until(|frame| frame["type"] == "reconnect" || frame.get("close").is_some()).await;
+        assert!(hint["after_ms"].is_u64(), "when to come back: {hint}");
+        assert_eq!(socket.until(|frame| frame.get("close").is_some()).await["close"], 1012);
+    }
+    edge.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_edge_that_the_core_does_not_believe_says_so_and_serves() {
+    let directory = TempDir::new().unwrap();
+    let Some(redis) = RedisServer::start().inspect_err(|why| println!("skipped: {why}")).ok() else { return };
+    let core = Server::with_workspace_and(directory.path(), |config| config.redis.url = Some(redis.url.clone())).await;
+    let edge = Server::edge(&core, &redis.url).await;
+    let (status, ready) = edge.send(Method::GET, "/ready", "", "", None).await;
+    assert_eq!((status, &ready["status"]), (StatusCode::OK, &json!("degraded")), "{ready}");
+    assert!(ready["detail"].as_str().unwrap().contains("`trusted_proxies`"), "{ready}");
+    let mut socket = edge.socket().await;
+    socket.subscribe("streams/market.trades", Value::Null).await;
+    trade(&edge, 1, "A").await;
+    socket.until(|frame| frame["event"].is_object()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_edge_passes_on_what_is_asked_and_takes_nothing_that_the_core_would_not_give() {
     let directory = TempDir::new().unwrap();
@@ -276,6 +358,10 @@ async fn an_edge_passes_on_what_is_asked_and_takes_nothing_that_the_core_would_n
     assert!(answer.starts_with("HTTP/1.1 404"), "a path goes through as it is: {answer}");
     let (status, problem) = edge.send(Method::GET, "/api/v1/me", "", "", Some("wrong")).await;
     assert_eq!((status, problem["code"].as_str()), (StatusCode::UNAUTHORIZED, Some("unauthorized")));
+    for (token, expected) in [("wrong", "HTTP/1.1 401 "), (&core.token, "HTTP/1.1 413 ")] {
+        let answers = answer_to_large_body(&edge, token).await;
+        assert!(answers.starts_with(expected) && answers.contains("HTTP/1.1 200 OK"), "{answers}");
+    }
     let mut events = edge.events("/api/v1/workspaces/acme/events?channel=metrics/sums", "").await;
     assert!(events.chunk().await.unwrap().is_some(), "server-sent events come as they happen");
 

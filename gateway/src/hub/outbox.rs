@@ -231,7 +231,7 @@ impl Outbox {
         let mut room = WRITE_BYTES;
         let mut turns = {
             let mut waiting = self.waiting.lock();
-            if let Some(cut) = &waiting.over {
+            if let Some(cut @ Cut::TooSlow(_)) = &waiting.over {
                 return Taken::Cut(cut.clone());
             }
             if !waiting.replies.is_empty() {
@@ -241,6 +241,12 @@ impl Outbox {
                 if waiting.replies.capacity() > 16 {
                     waiting.replies = VecDeque::new();
                 }
+            }
+            match &waiting.over {
+                // what it was told last says more than the reason of the end
+                Some(_) if !out.is_empty() => return Taken::More,
+                Some(cut) => return Taken::Cut(cut.clone()),
+                None => {}
             }
             waiting.list_due(now);
             waiting.ready.len()

@@ -174,7 +174,7 @@ impl Heard {
                     }
                 }
                 Some(cache::Heard::Lost) => {
-                    tracing::warn!("Redis is gone");
+                    tracing::warn!("Redis cannot be reached; clients get the messages of channels through the core");
                     self.beat.lock().is_connected = false;
                     self.is_there.send_replace(false);
                     self.end_all();

@@ -1,24 +1,29 @@
 //! Requests that the core answers: heads and bodies go through as they come, upgraded connections too.
 
 use super::Node;
-use crate::edge::{Origin, REQUEST_ID};
+use crate::edge::{ANSWER_WAIT, Origin, REQUEST_ID};
 use crate::problem::Problem;
 use crate::serve::{FORWARDED_FOR, NODE};
+use actors::transport_reason;
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::header::{CONNECTION, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
+use axum::http::header::{CONNECTION, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
+use futures::TryStreamExt;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use reqwest::Url;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::io::copy_bidirectional;
+use tokio::time::timeout;
 
-/// Headers of one connection and not of what goes over it (RFC 9110, 7.6.1).
-const OF_CONNECTION: [HeaderName; 7] = [
+/// Headers of one connection and not of what goes over it (RFC 9110, 7.6.1), and what a body waits for: it has begun.
+const OF_CONNECTION: [HeaderName; 8] = [
     CONNECTION,
+    EXPECT,
     TE,
     TRAILER,
     TRANSFER_ENCODING,
@@ -43,7 +48,7 @@ fn cleaned(mut headers: HeaderMap) -> HeaderMap {
 /// What the core is told of whose request it is, in place of what a client says of that.
 pub(super) fn signed(mut headers: HeaderMap, origin: &Origin) -> HeaderMap {
     headers.remove(FORWARDED_FOR);
-    headers.insert(NODE, HeaderValue::from_static("edge"));
+    headers.insert(NODE, HeaderValue::from(u16::from(origin.nodes()) + 1));
     if let Some(value) = origin.address().and_then(|address| HeaderValue::try_from(address.to_string()).ok()) {
         headers.insert(FORWARDED_FOR, value);
     }
@@ -53,10 +58,26 @@ pub(super) fn signed(mut headers: HeaderMap, origin: &Origin) -> HeaderMap {
     headers
 }
 
+/// Nodes that one request goes through at most.
+const NODES_MAX: u8 = 8;
+
+/// Refuses a request that goes in a circle.
+pub(super) fn check_way(origin: &Origin) -> Result<(), Problem> {
+    if origin.nodes() < NODES_MAX {
+        return Ok(());
+    }
+    let detail = format!(
+        "this went through {NODES_MAX} nodes: their `edge.core` lead in a circle; name the node with the engine"
+    );
+    tracing::warn!("{detail}");
+    Err(Problem::new(StatusCode::LOOP_DETECTED, "circle_of_nodes", detail))
+}
+
 pub(super) async fn on(State(node): State<Arc<Node>>, mut request: Request) -> Result<Response, Problem> {
     let upgrade = request.extensions_mut().remove::<OnUpgrade>();
     let protocol = request.headers().get(UPGRADE).cloned();
     let origin = Origin::of(request.extensions());
+    check_way(&origin)?;
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let mut headers = signed(cleaned(parts.headers), &origin);
@@ -77,15 +98,34 @@ pub(super) async fn on(State(node): State<Arc<Node>>, mut request: Request) -> R
         return Err(Problem::not_found("not_found", "there is nothing at this path"));
     };
     let asked = node.http.request(parts.method, url).headers(headers);
+    let is_broken = Arc::new(AtomicBool::new(false));
     let asked = match body.size_hint().exact() {
         Some(0) => asked,
-        _ => asked.body(reqwest::Body::wrap_stream(body.into_data_stream())),
+        _ => {
+            let is_broken = is_broken.clone();
+            let body = body.into_data_stream().inspect_err(move |_| is_broken.store(true, Ordering::Relaxed));
+            asked.body(reqwest::Body::wrap_stream(body))
+        }
     };
-    let answer = asked.send().await.map_err(|error| {
-        tracing::warn!(%error, "the core cannot be reached");
-        let detail = "the node with the engine cannot be reached; try again";
-        Problem::new(StatusCode::BAD_GATEWAY, "core_unreachable", detail).retry_after(Duration::from_secs(1))
-    })?;
+    let unreachable = |status, detail| {
+        let problem = Problem::new(status, "core_unreachable", format!("the node with the engine {detail}; try again"));
+        problem.retry_after(Duration::from_secs(1))
+    };
+    // a little longer than the core gives itself
+    let answer = match timeout(ANSWER_WAIT + Duration::from_secs(5), asked.send()).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) if is_broken.load(Ordering::Relaxed) => {
+            return Err(Problem::invalid(
+                "unreadable_body",
+                "the body ended before its end, or is not framed as its headers say",
+            ));
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(error = transport_reason(&error), "the core cannot be reached");
+            return Err(unreachable(StatusCode::BAD_GATEWAY, "cannot be reached"));
+        }
+        Err(_) => return Err(unreachable(StatusCode::GATEWAY_TIMEOUT, "does not answer")),
+    };
     let mut response = Response::new(Body::empty());
     *response.status_mut() = answer.status();
     *response.headers_mut() = cleaned(answer.headers().clone());

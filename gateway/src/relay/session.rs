@@ -8,8 +8,8 @@ use crate::hub::{Back, Cut, Hub, Offer, Outbox, Remote, Seats};
 use crate::problem::Problem;
 use crate::socket::peer::{Close, Pending, Talk};
 use crate::socket::{Line, refusal, unknown_type, with_reference};
-use axum::http::HeaderValue;
 use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode};
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use serde::Deserialize;
@@ -41,6 +41,8 @@ pub(super) struct Relay {
     node: Arc<Node>,
     outbox: Arc<Outbox>,
     origin: Origin,
+    /// Of its request what the core knows its page by.
+    page: HeaderMap,
     /// What this connection counts as here.
     _seats: Seats,
     line: Option<ToCore>,
@@ -58,13 +60,14 @@ struct ToCore {
 type Said = (String, Option<OwnedSemaphorePermit>);
 
 impl Relay {
-    pub(super) fn new(node: Arc<Node>, Line { outbox, seats, origin }: Line) -> Relay {
-        Relay { node, outbox, origin, _seats: seats, line: None }
+    pub(super) fn new(node: Arc<Node>, Line { outbox, seats, origin }: Line, page: HeaderMap) -> Relay {
+        Relay { node, outbox, origin, page, _seats: seats, line: None }
     }
 
     async fn connect(&mut self, token: Option<&str>) -> Result<(), Error> {
         let mut request = format!("{}/api/v1/ws", self.node.core.replacen("http", "ws", 1)).into_client_request()?;
         *request.headers_mut() = pass::signed(std::mem::take(request.headers_mut()), &self.origin);
+        request.headers_mut().extend(self.page.clone());
         if let Some(token) = token.and_then(|token| HeaderValue::try_from(format!("Bearer {token}")).ok()) {
             request.headers_mut().insert(AUTHORIZATION, token);
         }
@@ -97,6 +100,7 @@ impl Relay {
         if self.line.is_none() {
             let failed = match tokio::time::timeout(CONNECT_WITHIN, self.connect(token)).await {
                 Ok(Ok(())) => None,
+                Ok(Err(Error::Http(refused))) => return Err(refused_as(&refused)),
                 Ok(Err(error)) => Some(error.to_string()),
                 Err(_) => Some(format!("no answer within {CONNECT_WITHIN:?}")),
             };
@@ -106,6 +110,18 @@ impl Relay {
             }
         }
         self.line.as_ref().ok_or(Close::Gone)
+    }
+}
+
+/// How a client is parted from that the core does not let in.
+fn refused_as(refused: &Response<Option<Vec<u8>>>) -> Close {
+    let problem = refused.body().as_deref().and_then(|body| serde_json::from_slice::<Value>(body).ok());
+    let detail = problem.as_ref().and_then(|problem| problem["detail"].as_str());
+    let detail = detail.map_or_else(|| format!("the node with the engine says {}", refused.status()), str::to_owned);
+    match refused.status() {
+        StatusCode::UNAUTHORIZED => Close::Ended(4001, detail),
+        StatusCode::FORBIDDEN => Close::Ended(4003, detail),
+        _ => Close::TooMany(detail),
     }
 }
 
@@ -160,7 +176,7 @@ enum Asked {
     /// By the client, which refers to it by this.
     Subscribe { workspace: Option<String>, reference: Option<Value>, before: Option<Before> },
     /// The same, no more.
-    Unsubscribe { reference: Option<Value>, before: Option<Before> },
+    Unsubscribe { place: Option<Place>, reference: Option<Value>, before: Option<Before> },
     /// For the client, which is not told.
     Again(Place),
     /// That a channel is handed over to its feed.
@@ -283,7 +299,7 @@ impl Client {
                 let workspace = place.and_then(|(workspace, _)| workspace);
                 Asked::Subscribe { workspace, reference, before }
             }
-            _ => Asked::Unsubscribe { reference, before },
+            _ => Asked::Unsubscribe { place, reference, before },
         };
         self.ask(request.into(), room, asked);
     }
@@ -319,13 +335,17 @@ impl Client {
             }
             // one that is taken from the client
             (Some("error"), Some(place)) => {
-                if let Some(followed) = self.followed.remove(&place) {
-                    _ = detach(&followed, &self.outbox);
-                }
+                self.forget(&place);
             }
             _ => {}
         }
         self.outbox.reply(text);
+    }
+
+    fn forget(&mut self, place: &Place) {
+        if let Some(followed) = self.followed.remove(place) {
+            _ = detach(&followed, &self.outbox);
+        }
     }
 
     async fn on_answer(&mut self, asked: Asked, mut said: Map<String, Value>) {
@@ -339,10 +359,13 @@ impl Client {
         };
         let place = match asked {
             Asked::Feed => return,
-            Asked::Unsubscribe { reference, before } => {
+            Asked::Unsubscribe { place, reference, before } => {
+                let is_over = is_ok || said.get("code").is_some_and(|code| code == "not_subscribed");
                 told(said, reference);
-                if !is_ok {
-                    self.restore(before);
+                match place {
+                    // also where an earlier request for it was answered meanwhile
+                    Some(place) if is_over => self.forget(&place),
+                    _ => self.restore(before),
                 }
                 return;
             }

@@ -2,13 +2,14 @@
 
 use crate::AppState;
 use crate::problem::{Code, PROBLEM_JSON};
+use crate::serve::{FromNode, NODE};
 use actors::Part;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde_json::{Value, json};
 
 pub(super) fn routes() -> Router<AppState> {
@@ -19,7 +20,16 @@ pub(crate) async fn health() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
-async fn ready(State(state): State<AppState>) -> Response {
+/// A node that serves clients for this one is told that it is taken for one.
+async fn ready(State(state): State<AppState>, node: Option<Extension<FromNode>>) -> Response {
+    let mut response = standing(&state).await;
+    if node.is_some() {
+        response.headers_mut().insert(NODE, HeaderValue::from_static("core"));
+    }
+    response
+}
+
+async fn standing(state: &AppState) -> Response {
     let parts = state.system.readiness().await;
     let closing = state.closing.is_cancelled();
     let mut reasons: Vec<String> = parts.iter().filter(|part| !part.ok).map(Part::to_string).collect();
