@@ -684,9 +684,10 @@ async fn lost_state(is_cut: bool) {
             let query = sql::store::RowQuery { limit: 100, ..Default::default() };
             let mut rows = Vec::new();
             let corrections = if metric == "filled" { 1 } else { 2 };
-            eventually("the corrections are stored", async || {
+            eventually("the corrections and the last window are stored", async || {
                 rows = world.system.store().rows(&id, &metric.parse().unwrap(), &query).await.unwrap().0;
                 rows.iter().any(|row| row.revision == corrections)
+                    && rows.iter().any(|row| row.window_start == Micros(START + 1_040_000_000))
             })
             .await;
             all.extend(rows.into_iter().map(|row| (row.metric, row.window_start, row.revision, row.row)));
