@@ -318,6 +318,7 @@ mod tests {
                 notices: Vec::new(),
                 repeats: false,
                 dead_letters: Vec::new(),
+                rules: Vec::new(),
             };
             self.store.commit(&[commit]).await.unwrap();
             self.cache.changed(&changed);

@@ -55,7 +55,7 @@ impl Fault {
     }
 }
 
-const SOON: Duration = Duration::from_secs(1);
+pub(crate) const SOON: Duration = Duration::from_secs(1);
 
 impl From<SqlError> for Fault {
     fn from(error: SqlError) -> Self {
@@ -66,7 +66,13 @@ impl From<SqlError> for Fault {
 
 impl From<StoreError> for Fault {
     fn from(error: StoreError) -> Self {
-        let kind = match &error {
+        Self::from(&error)
+    }
+}
+
+impl From<&StoreError> for Fault {
+    fn from(error: &StoreError) -> Self {
+        let kind = match error {
             StoreError::Exists { .. } => return Self::new(FaultKind::Conflict, "exists", error.to_string()),
             StoreError::Missing { .. } | StoreError::NoWorkspace { .. } => {
                 return Self::not_found("not_found", error.to_string());

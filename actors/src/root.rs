@@ -21,7 +21,7 @@ pub(crate) struct RootActor;
 
 /// Failures of one actor of late.
 #[derive(Default)]
-struct Failures {
+pub(crate) struct Failures {
     count: u32,
     last: Option<Instant>,
 }
@@ -136,7 +136,7 @@ impl State {
 
 impl Failures {
     /// At once the first time, then ever later, with jitter so that many do not start together.
-    fn backoff(&mut self) -> Duration {
+    pub(crate) fn backoff(&mut self) -> Duration {
         let now = Instant::now();
         if self.last.is_some_and(|last| now.duration_since(last) > HEALTHY_AFTER) {
             self.count = 0;

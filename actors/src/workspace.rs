@@ -8,10 +8,11 @@ mod past; // what is computed of the time before now
 use self::past::Sifted;
 use crate::blocks::{self, Width};
 use crate::definition::{EMIT, MAX_DELAY, MetricDefinition, RuleDefinition, SEVERITY};
-use crate::fault::{Fault, FaultKind};
+use crate::fault::{Fault, FaultKind, SOON};
 use crate::outlet::{AlertPhase, PortfolioSummary, Update, What};
 use crate::portfolio::{self, PortfolioActor, PortfolioMsg};
 use crate::query;
+use crate::root::Failures;
 use crate::rows;
 use crate::system::Deps;
 use crate::table::{Positions, StoredTable};
@@ -31,7 +32,7 @@ use engine::window::Window;
 use engine::workspace::{Failure, Outputs, Stop, Workspace};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, async_trait};
 use serde_json::{Map, Value, json};
-use sql::store::{Alert, Commit, DeadLetter, FinalRow, StoreError};
+use sql::store::{Alert, Commit, DeadLetter, FinalRow, RuleChange, StoreError};
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::panic::resume_unwind;
@@ -40,7 +41,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use streams::log::{Body, Filter, Offset, ReadError, Record, Refused, Scan};
 use streams::table::{Table, built_in_tables, positions};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
 /// All that reaches a workspace.
@@ -70,7 +71,8 @@ pub(crate) enum WorkspaceMsg {
     Save,
     /// Time to see whether there is nothing to do any more.
     Rest,
-    Saved(Written),
+    /// A commit has an end; perhaps another one is under way meanwhile.
+    Saved,
     Define {
         name: ItemName,
         definition: MetricDefinition,
@@ -119,6 +121,8 @@ pub(crate) enum WorkspaceMsg {
         id: ItemName,
         reply: Reply<()>,
     },
+    /// A portfolio that could not be valued is to be tried again.
+    HoldAgain(ItemName),
     Summary {
         id: ItemName,
         reply: Reply<Arc<PortfolioSummary>>,
@@ -166,27 +170,28 @@ pub(crate) struct Recent {
 }
 
 /// What became of a commit.
-pub(crate) struct Written {
-    /// Up to where the store has the log now, or what has to be committed again.
-    result: Result<u64, Unsaved>,
+struct Written {
+    /// Up to where the store has the log now, or what has to be committed again and why.
+    result: Result<u64, (Unsaved, Arc<StoreError>)>,
     /// How long the state took to encode; `None`: there was none in it.
     encoding: Option<Duration>,
 }
 
 /// Results on their way to the store.
 #[derive(Default)]
-pub(crate) struct Unsaved {
+struct Unsaved {
     rows: Vec<FinalRow>,
     /// Some of the rows may be in the store.
     repeats: bool,
     /// To be told once they are in the store.
     alerts: Vec<(AlertPhase, Alert)>,
     dead_letters: Vec<DeadLetter>,
+    rules: Vec<RuleChange>,
 }
 
 impl Unsaved {
     fn is_empty(&self) -> bool {
-        self.rows.is_empty() && self.alerts.is_empty() && self.dead_letters.is_empty()
+        self.rows.is_empty() && self.alerts.is_empty() && self.dead_letters.is_empty() && self.rules.is_empty()
     }
 
     /// About what it takes in memory.
@@ -200,6 +205,7 @@ impl Unsaved {
         earlier.rows.append(&mut self.rows);
         earlier.alerts.append(&mut self.alerts);
         earlier.dead_letters.append(&mut self.dead_letters);
+        earlier.rules.append(&mut self.rules);
         earlier.repeats |= self.repeats;
         *self = earlier;
     }
@@ -257,6 +263,14 @@ struct DefinedTable {
     since: u64,
 }
 
+/// A portfolio that failed, or could not be valued.
+#[derive(Default)]
+struct Unheld {
+    /// Why it is not valued now.
+    fault: Option<Fault>,
+    failures: Failures,
+}
+
 struct Held {
     actor: ActorRef<PortfolioMsg>,
     symbols: HashSet<String>,
@@ -285,6 +299,7 @@ pub(crate) struct State {
     idle_rules: BTreeMap<ItemName, String>,
     tables: BTreeMap<StreamName, DefinedTable>,
     portfolios: BTreeMap<ItemName, Held>,
+    unheld: BTreeMap<ItemName, Unheld>,
     /// The positions that `ref.positions` was told of, by portfolio and symbol; read from the table when first needed.
     written: Option<BTreeMap<ItemName, Positions>>,
     firing: HashMap<Episode, Alert>,
@@ -293,8 +308,8 @@ pub(crate) struct State {
     in_store: Arc<[FinalRow]>, // rows of the commit under way
     /// Metrics whose rows of the commit under way mean nothing any more.
     emptied: BTreeSet<ItemName>,
-    dirty: bool, // the state differs from the stored one
-    saving: bool,
+    dirty: bool,                                // the state differs from the stored one
+    saving: Option<oneshot::Receiver<Written>>, // a commit under way
     save_planned: bool,
     alerts_planned: bool,      // and sooner
     tick_due: Option<Instant>, // the earliest tick that was asked for
@@ -369,6 +384,7 @@ impl Actor for WorkspaceActor {
             idle_rules: BTreeMap::new(),
             tables: BTreeMap::new(),
             portfolios: BTreeMap::new(),
+            unheld: BTreeMap::new(),
             written: None,
             firing: HashMap::new(),
             arrivals: BTreeMap::new(),
@@ -376,7 +392,7 @@ impl Actor for WorkspaceActor {
             in_store: Arc::new([]),
             emptied: BTreeSet::new(),
             dirty: false,
-            saving: false,
+            saving: None,
             save_planned: false,
             alerts_planned: false,
             tick_due: None,
@@ -410,7 +426,7 @@ impl Actor for WorkspaceActor {
         crate::fault_point::handling("workspace", state.tenant.id.as_str());
         if !matches!(
             message,
-            WorkspaceMsg::Tick | WorkspaceMsg::Idle | WorkspaceMsg::Save | WorkspaceMsg::Saved(_) | WorkspaceMsg::Rest
+            WorkspaceMsg::Tick | WorkspaceMsg::Idle | WorkspaceMsg::Save | WorkspaceMsg::Saved | WorkspaceMsg::Rest
         ) {
             state.used = Instant::now();
         }
@@ -447,7 +463,11 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Tick => state.on_tick(&myself),
             WorkspaceMsg::Idle => state.on_idle(&myself),
             WorkspaceMsg::Save => state.on_save(&myself),
-            WorkspaceMsg::Saved(result) => state.on_saved(&myself, result),
+            WorkspaceMsg::Saved => {
+                if let Some(written) = state.saving.as_mut().and_then(|saving| saving.try_recv().ok()) {
+                    state.on_saved(&myself, written);
+                }
+            }
             WorkspaceMsg::Define { name, definition, program, reply } => {
                 _ = reply.send(state.define(&myself, name, definition, program).await); // the caller may have left
             }
@@ -455,7 +475,7 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Watch { name, definition, reply } => {
                 _ = reply.send(state.watch(&myself, name, definition).await);
             }
-            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&myself, &name).await),
+            WorkspaceMsg::Unwatch { name, reply } => _ = reply.send(state.unwatch(&myself, name).await),
             WorkspaceMsg::Trouble(reply) => _ = reply.send(state.trouble()),
             WorkspaceMsg::Metrics(reply) => _ = reply.send(state.infos()),
             WorkspaceMsg::Unplanned(reply) => {
@@ -480,11 +500,16 @@ impl Actor for WorkspaceActor {
                 _ = reply.send(state.tables.keys().map(|name| (name.clone(), tables.size(name))).collect());
             }
             WorkspaceMsg::Hold { id, reply } => _ = reply.send(state.hold(&myself, id).await),
+            WorkspaceMsg::HoldAgain(id) => {
+                if state.unheld.get(&id).is_some_and(|unheld| unheld.fault.is_some()) {
+                    _ = state.hold(&myself, id).await; // it tells what it cannot, and plans to try again
+                }
+            }
             WorkspaceMsg::Summary { id, reply } => state.summary(&id, reply),
             WorkspaceMsg::Drain(reply) => state.draining = Some(reply),
         }
         // a commit under way may fail and give its results back: the last one waits for it
-        if !state.saving
+        if state.saving.is_none()
             && let Some(reply) = state.draining.take()
         {
             state.drain().await;
@@ -502,7 +527,7 @@ impl Actor for WorkspaceActor {
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         if let SupervisionEvent::ActorFailed(cell, error) = event {
-            state.portfolio_failed(&myself, &cell, &error).await;
+            state.portfolio_failed(&myself, &cell, &error);
         }
         Ok(())
     }
@@ -599,10 +624,8 @@ impl State {
             self.arrivals.insert(name, Arrival { at, frontier });
         }
         for portfolio in store.portfolios(&id).await? {
-            if let Ok(name) = portfolio.id.parse::<ItemName>()
-                && let Err(fault) = self.hold(myself, name).await
-            {
-                tracing::error!(workspace = %id, portfolio = %portfolio.id, %fault, "positions are not in ref.positions yet");
+            if let Ok(name) = portfolio.id.parse::<ItemName>() {
+                _ = self.hold(myself, name).await; // it tells what it cannot, and plans to try again
             }
         }
         if rested.is_empty() {
@@ -728,7 +751,7 @@ impl State {
         let rule = self.rule(&name, &self.rules[&name].definition);
         let started = rule.and_then(|rule| self.engine.watch(rule).map_err(Fault::internal));
         match started {
-            Ok(()) => _ = self.idle_rules.remove(&name),
+            Ok(_) => _ = self.idle_rules.remove(&name),
             Err(fault) => {
                 tracing::error!(workspace = %self.tenant.id, rule = %name, %fault, "stored alert rule cannot run; it stays stopped");
                 self.idle_rules.insert(name, fault.detail);
@@ -1270,7 +1293,7 @@ impl State {
         let left = after.saturating_sub(self.used.elapsed());
         let resting = self.resting();
         let soon = self.deps.clock.now().plus(Span(2 * after.as_micros() as i64));
-        let settled = !self.saving && !self.dirty && self.unsaved.is_empty() && self.draining.is_none();
+        let settled = self.saving.is_none() && !self.dirty && self.unsaved.is_empty() && self.draining.is_none();
         let may = left.is_zero() && settled && resting.wake.is_none_or(|wake| wake > soon);
         if may && self.tenant.rest(self.applied, resting) {
             tracing::debug!(workspace = %self.tenant.id, "goes to rest");
@@ -1289,38 +1312,49 @@ impl State {
                 (&mut self.save_planned, wait.min(SAVE_AGAIN_MOST))
             }
         };
-        if !self.saving && !std::mem::replace(planned, true) {
+        if self.saving.is_none() && !std::mem::replace(planned, true) {
             drop(myself.send_after(wait, || WorkspaceMsg::Save));
         }
     }
 
     fn on_save(&mut self, myself: &ActorRef<WorkspaceMsg>) {
         (self.save_planned, self.alerts_planned) = (false, false);
-        if self.saving {
+        if self.saving.is_some() {
             return;
         }
-        let Some(Due { commit, state, alerts }) = self.commit() else {
+        let Some(due) = self.commit() else {
             if !self.unsaved.is_empty() {
                 self.plan_save(myself); // it waits for the state
             }
             return;
         };
+        let (done, saving) = oneshot::channel();
+        self.saving = Some(saving);
+        let (writing, myself) = (self.write(due), myself.clone());
+        tokio::spawn(async move {
+            // the actor may have stopped
+            if let Some(written) = writing.await
+                && done.send(written).is_ok()
+            {
+                _ = myself.send_message(WorkspaceMsg::Saved);
+            }
+        });
+    }
+
+    /// Brings a commit to the store; `None`: the process ends.
+    fn write(&self, Due { commit, state, alerts }: Due) -> impl Future<Output = Option<Written>> + use<> {
         let one = self.tenant.committing.clone().try_acquire_owned();
         let one = one.expect("one commit at a time, and none of the actor before this one");
-        self.saving = true;
-        let (deps, tenant, myself) = (self.deps.clone(), self.tenant.clone(), myself.clone());
+        let (deps, tenant) = (self.deps.clone(), self.tenant.clone());
         let changed = self.changed_by(&commit);
-        tokio::spawn(async move {
+        async move {
             let began = state.is_some().then(Instant::now);
-            let (result, encoding) = match encoded(commit, state).await {
-                Ok(commit) => {
-                    let encoding = began.map(|began| began.elapsed());
-                    let Some(answer) = deps.committer.commit(commit).await else { return };
-                    (answer, encoding)
-                }
-                Err(unencoded) => (unencoded, began.map(|began| began.elapsed())),
+            let encoded = encoded(commit, state).await;
+            let encoding = began.map(|began| began.elapsed());
+            let (commit, result) = match encoded {
+                Ok(commit) => deps.committer.commit(commit).await?,
+                Err(unencoded) => unencoded,
             };
-            let (commit, result) = result;
             // before the actor lets the rows go, and also after a failure, which may be that only the answer was lost
             deps.cache.changed(&changed);
             drop(one);
@@ -1331,13 +1365,32 @@ impl State {
                 }
                 Err(error) if matches!(*error, StoreError::NoWorkspace { .. }) => Ok(commit.offset), // deleted meanwhile
                 Err(error) => {
-                    tracing::warn!(workspace = %commit.workspace, %error, "commit failed; results wait for the next one");
-                    let Commit { rows, dead_letters, .. } = commit;
-                    Err(Unsaved { rows, repeats: true, alerts, dead_letters })
+                    tracing::warn!(workspace = %commit.workspace, %error, "commit failed; results wait for the next one, or are computed again at the next start");
+                    let Commit { rows, dead_letters, rules, .. } = commit;
+                    Err((Unsaved { rows, repeats: true, alerts, dead_letters, rules }, error))
                 }
             };
-            _ = myself.send_message(WorkspaceMsg::Saved(Written { result, encoding })); // the actor may have stopped
-        });
+            Some(Written { result, encoding })
+        }
+    }
+
+    /// Commits what there is, the state with it, and waits until it is in the store.
+    async fn save_now(&mut self, myself: &ActorRef<WorkspaceMsg>) -> Result<(), Fault> {
+        (self.dirty, self.next_state, self.next_alerts) = (true, Instant::now(), Instant::now());
+        let Some(due) = self.commit() else { return Ok(()) };
+        let Some(written) = self.write(due).await else { return Err(ending()) };
+        let result = written.result.as_ref().map(|_| ()).map_err(|(_, error)| Fault::from(&**error));
+        self.on_saved(myself, written);
+        result
+    }
+
+    /// Waits for the commit under way.
+    async fn saved(&mut self, myself: &ActorRef<WorkspaceMsg>) -> Result<(), Fault> {
+        if let Some(saving) = &mut self.saving {
+            let written = saving.await.map_err(|_| ending())?;
+            self.on_saved(myself, written);
+        }
+        Ok(())
     }
 
     /// What is to be committed now. The state only when it is due.
@@ -1363,9 +1416,9 @@ impl State {
             self.plan_next_state();
         }
         let (rows, repeats) = (std::mem::take(&mut self.unsaved.rows), std::mem::take(&mut self.unsaved.repeats));
-        let Unsaved { alerts, dead_letters, .. } =
+        let Unsaved { alerts, dead_letters, rules, .. } =
             if rows_only { Unsaved::default() } else { std::mem::take(&mut self.unsaved) };
-        if state.is_none() && rows.is_empty() && alerts.is_empty() && dead_letters.is_empty() {
+        if state.is_none() && rows.is_empty() && alerts.is_empty() && dead_letters.is_empty() && rules.is_empty() {
             return None;
         }
         self.in_store = rows.as_slice().into();
@@ -1373,7 +1426,8 @@ impl State {
         let loud = alerts.iter().filter(|(_, alert)| !self.tenant.is_silenced(alert));
         let notices = loud.filter_map(|(phase, alert)| notice(*phase, alert)).collect();
         let workspace = self.tenant.id.clone();
-        let commit = Commit { workspace, offset, state: None, rows, repeats, alerts: stored, notices, dead_letters };
+        let commit =
+            Commit { workspace, offset, state: None, rows, repeats, alerts: stored, notices, dead_letters, rules };
         Some(Due { commit, state, alerts })
     }
 
@@ -1391,7 +1445,7 @@ impl State {
     }
 
     fn on_saved(&mut self, myself: &ActorRef<WorkspaceMsg>, Written { result, encoding }: Written) {
-        self.saving = false;
+        self.saving = None;
         if let Some(encoding) = encoding {
             self.state_took += encoding;
             self.plan_next_state();
@@ -1410,7 +1464,7 @@ impl State {
                     tokio::spawn(retained);
                 }
             }
-            Err(mut unsaved) => {
+            Err((mut unsaved, _)) => {
                 unsaved.rows.retain(|row| !emptied.contains(&row.metric));
                 self.unsaved.put_back(unsaved);
                 self.dirty = true;
@@ -1461,24 +1515,9 @@ impl State {
 
     async fn drain(&mut self) {
         (self.next_state, self.next_alerts) = (Instant::now(), Instant::now());
-        if let Some(Due { commit, state, alerts }) = self.commit() {
-            let changed = self.changed_by(&commit);
-            let committed = match encoded(commit, state).await {
-                Ok(commit) => self.deps.committer.commit(commit).await,
-                Err(unencoded) => Some(unencoded),
-            };
-            self.deps.cache.changed(&changed);
-            match committed {
-                Some((commit, Ok(()))) => {
-                    self.tenant.counters.saved.fetch_max(commit.offset, Relaxed);
-                    tell(&self.deps, &self.tenant, alerts);
-                }
-                Some((_, Err(error))) => {
-                    tracing::warn!(workspace = %self.tenant.id, %error, "last commit failed; the log will be replayed at start");
-                    return;
-                }
-                None => return,
-            }
+        if let Some(due) = self.commit() {
+            let Some(Written { result: Ok(offset), .. }) = self.write(due).await else { return };
+            self.tenant.counters.saved.fetch_max(offset, Relaxed);
         }
         *self.tenant.resting.lock() = Some(self.resting());
     }
@@ -1611,7 +1650,7 @@ impl State {
     fn forget_rows(&mut self, name: &ItemName) {
         self.unsaved.rows.retain(|row| row.metric != *name);
         self.in_store = self.in_store.iter().filter(|row| row.metric != *name).cloned().collect();
-        if self.saving {
+        if self.saving.is_some() {
             self.emptied.insert(name.clone());
         }
         blocks::forget(&self.deps.cache, &self.tenant.id, name);
@@ -1627,28 +1666,56 @@ impl State {
         // one that goes on with what another has seen has seen it
         let before = self.rules.get(&name).filter(|before| before.definition.metric == definition.metric);
         let since = before.map_or(self.applied, |before| before.since);
-        let stored = serde_json::to_value(&definition).map_err(Fault::internal)?;
-        self.deps.store.put_alert_rule(&self.tenant.id, &name, &stored, since, self.deps.clock.now()).await?;
-        self.engine.watch(rule).map_err(Fault::internal)?;
-        self.idle_rules.remove(&name);
-        self.rules.insert(name, DefinedRule { definition, since });
-        self.rules_changed(myself);
-        Ok(())
+        self.change_rule(myself, name, Some((DefinedRule { definition, since }, rule))).await
     }
 
-    async fn unwatch(&mut self, myself: &ActorRef<WorkspaceMsg>, name: &ItemName) -> Result<bool, Fault> {
-        let existed = self.deps.store.delete_alert_rule(&self.tenant.id, name).await?;
-        self.engine.unwatch(name);
-        self.rules.remove(name);
-        self.idle_rules.remove(name);
-        self.rules_changed(myself);
+    async fn unwatch(&mut self, myself: &ActorRef<WorkspaceMsg>, name: ItemName) -> Result<bool, Fault> {
+        let existed = self.rules.contains_key(&name);
+        if existed {
+            self.change_rule(myself, name, None).await?;
+        }
         Ok(existed)
     }
 
-    fn rules_changed(&mut self, myself: &ActorRef<WorkspaceMsg>) {
+    /// Stores a rule with the state from which on it is this one: a replay of what came before would judge that by a rule
+    /// that was not there yet. What cannot be stored leaves the rule as it was.
+    async fn change_rule(
+        &mut self,
+        myself: &ActorRef<WorkspaceMsg>,
+        name: ItemName,
+        new: Option<(DefinedRule, Rule)>,
+    ) -> Result<(), Fault> {
+        let at = self.deps.clock.now();
+        let change = |rule: Option<&DefinedRule>| -> Result<RuleChange, Fault> {
+            let stored = |rule: &DefinedRule| Ok((serde_json::to_value(&rule.definition)?, rule.since));
+            let definition = rule.map(stored).transpose().map_err(|error: serde_json::Error| Fault::internal(error))?;
+            Ok(RuleChange { name: name.clone(), definition, at })
+        };
+        let (there, back) = (change(new.as_ref().map(|(rule, _)| rule))?, change(self.rules.get(&name))?);
+        self.saved(myself).await?;
+        let (new, before) = match new {
+            Some((defined, rule)) => (Some(defined), self.engine.watch(rule).map_err(Fault::internal)?),
+            None => (None, self.engine.unwatch(&name)),
+        };
+        self.unsaved.rules.push(there);
+        if let Err(fault) = self.save_now(myself).await {
+            // nobody knows whether it is there
+            if let Some(last) = self.unsaved.rules.last_mut() {
+                *last = back;
+            }
+            self.engine.unwatch(&name);
+            before.into_iter().for_each(|before| self.engine.rewatch(before));
+            return Err(fault);
+        }
+        self.idle_rules.remove(&name);
+        match new {
+            Some(new) => _ = self.rules.insert(name, new),
+            None => _ = self.rules.remove(&name),
+        }
         self.settle_alerts();
         self.dirty = true;
         self.plan_save(myself);
+        Ok(())
     }
 
     fn infos(&self) -> Vec<MetricInfo> {
@@ -1687,9 +1754,31 @@ impl State {
         Ok(Recent { program, frontier, unsaved, live })
     }
 
+    /// Values a portfolio by its positions in the store, and tells `ref.positions` of them. What fails is tried again.
     async fn hold(&mut self, myself: &ActorRef<WorkspaceMsg>, id: ItemName) -> Result<(), Fault> {
-        let positions = self.value(myself, &id).await?;
-        self.write_positions(&id, &positions).await
+        let held = match self.value(myself, &id).await {
+            Ok(positions) => self.write_positions(&id, &positions).await,
+            Err(fault) => Err(fault),
+        };
+        match &held {
+            Ok(()) => {
+                if let Some(unheld) = self.unheld.get_mut(&id) {
+                    unheld.fault = None;
+                }
+            }
+            Err(fault) => {
+                tracing::error!(workspace = %self.tenant.id, portfolio = %id, %fault, "a portfolio is not valued by its positions; trying again");
+                self.unheld.entry(id.clone()).or_default().fault = Some(fault.clone());
+                self.hold_again(myself, id);
+            }
+        }
+        held
+    }
+
+    /// Plans to value a portfolio that failed, later with each failure.
+    fn hold_again(&mut self, myself: &ActorRef<WorkspaceMsg>, id: ItemName) {
+        let wait = self.unheld.entry(id.clone()).or_default().failures.backoff();
+        drop(myself.send_after(wait, || WorkspaceMsg::HoldAgain(id)));
     }
 
     /// Values a portfolio from now on by the positions that the store has of it, which are returned.
@@ -1703,6 +1792,7 @@ impl State {
             if let Some(held) = self.portfolios.remove(id) {
                 held.actor.stop(Some("deleted".to_owned()));
             }
+            self.unheld.remove(id);
             return Ok(Vec::new());
         };
         let positions: Vec<engine::portfolio::Position> = store
@@ -1749,8 +1839,9 @@ impl State {
 
     fn summary(&self, id: &ItemName, reply: Reply<Arc<PortfolioSummary>>) {
         let Some(held) = self.portfolios.get(id) else {
-            let detail = format!("there is no portfolio `{id}`");
-            _ = reply.send(Err(Fault::not_found("unknown_portfolio", detail)));
+            let unheld = self.unheld.get(id).and_then(|unheld| unheld.fault.clone());
+            let unknown = || Fault::not_found("unknown_portfolio", format!("there is no portfolio `{id}`"));
+            _ = reply.send(Err(unheld.unwrap_or_else(unknown)));
             return;
         };
         let actor = held.actor.clone();
@@ -1760,21 +1851,20 @@ impl State {
         });
     }
 
-    async fn portfolio_failed(
-        &mut self,
-        myself: &ActorRef<WorkspaceMsg>,
-        cell: &ActorCell,
-        error: &ActorProcessingErr,
-    ) {
+    fn portfolio_failed(&mut self, myself: &ActorRef<WorkspaceMsg>, cell: &ActorCell, error: &ActorProcessingErr) {
         let failed = self.portfolios.iter().find(|(_, held)| held.actor.get_id() == cell.get_id());
         let Some(id) = failed.map(|(id, _)| id.clone()) else { return };
-        tracing::error!(workspace = %self.tenant.id, portfolio = %id, %error, "portfolio actor failed; starting it again");
+        tracing::error!(workspace = %self.tenant.id, portfolio = %id, %error, "a portfolio failed; starting it again");
         self.tenant.counters.restarts.fetch_add(1, Relaxed);
         *self.tenant.counters.last_failure.lock() = Some(format!("portfolio {id}: {error}"));
         self.portfolios.remove(&id);
-        if let Err(fault) = self.hold(myself, id).await {
-            tracing::error!(workspace = %self.tenant.id, %fault, "portfolio could not be started again");
-        }
+        let fault = Fault::new(
+            FaultKind::Busy { retry_after: SOON },
+            "busy",
+            format!("portfolio `{id}` failed and is being started again"),
+        );
+        self.unheld.entry(id.clone()).or_default().fault = Some(fault);
+        self.hold_again(myself, id);
     }
 }
 
@@ -1787,6 +1877,10 @@ fn compute_batch(workspace: &WorkspaceId, engine: &mut Workspace, stream: &Strea
 
 fn cannot_be_planned(metric: &ItemName, reason: &str) -> String {
     format!("metric `{metric}` can no longer be planned and stays stopped; define it anew: {reason}")
+}
+
+fn ending() -> Fault {
+    Fault::internal("the process ends")
 }
 
 /// Tells of alerts that are in the store, but for those that are silenced.

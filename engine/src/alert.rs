@@ -78,7 +78,7 @@ fn long_ago() -> Micros {
 }
 
 /// A rule and where it stands for each key.
-pub(crate) struct Watch {
+pub struct Watch {
     pub(crate) rule: Rule,
     pub(crate) standing: HashMap<String, Standing>,
     pub(crate) trouble: Option<Trouble>,
@@ -214,9 +214,10 @@ impl Watch {
 
     /// Goes on from where `before`, an earlier definition of this rule, stood. Of another condition only what fires is
     /// taken over, and only where `live`, the rows of open windows, the first to end first, say that it holds.
-    pub(crate) fn succeed(&mut self, before: Watch, program: &Program, live: &[Rows]) -> Result<()> {
+    pub(crate) fn succeed(&mut self, before: &Watch, program: &Program, live: &[Rows]) -> Result<()> {
         if *before.rule.condition == *self.rule.condition && before.rule.hold == self.rule.hold {
-            (self.standing, self.trouble, self.oldest_over) = (before.standing, before.trouble, before.oldest_over);
+            (self.standing, self.trouble) = (before.standing.clone(), before.trouble.clone());
+            self.oldest_over = before.oldest_over;
             return Ok(());
         }
         if before.firing().next().is_none() {

@@ -472,32 +472,39 @@ impl Workspace {
 
     /// Starts a rule, which looks at the rows that change from now on, or replaces it: what fires goes on firing as long
     /// as the rows of open windows satisfy the new condition too. Ask [`Workspace::firing`] for what is left.
-    pub fn watch(&mut self, rule: Rule) -> Result<()> {
-        let before = self.take_watch(&rule.name).filter(|before| before.rule.metric == rule.metric);
-        let live = before.as_ref().map_or(Ok(Vec::new()), |_| self.live(&rule.metric))?;
+    ///
+    /// Returns the one that it replaces, which [`Workspace::rewatch`] takes back.
+    pub fn watch(&mut self, rule: Rule) -> Result<Option<Watch>> {
         let (name, metric) = (rule.name.clone(), rule.metric.clone());
-        let Some(entry) = self.metrics.get_mut(&metric) else {
+        let succeeds = self.metrics.get(&metric).is_some_and(|entry| entry.watches.contains_key(&name));
+        let live = if succeeds { self.live(&metric)? } else { Vec::new() };
+        let Some(entry) = self.metrics.get(&metric) else {
             return exec_err!("alert rule `{name}` reads metric `{metric}`, which is not defined");
         };
-        let is_first = entry.watches.is_empty();
+        let is_first = entry.watches.keys().all(|other| *other == name);
         let mut watch = Watch::new(rule);
-        if let Some(before) = before {
+        if let Some(before) = entry.watches.get(&name) {
             watch.succeed(before, entry.metric.program(), &live)?;
         }
-        entry.watches.insert(name, watch);
-        entry.rules_changed = true;
+        let before = self.unwatch(&name);
+        self.rewatch(watch);
         if is_first {
             self.overlook(&metric);
         }
-        Ok(())
+        Ok(before)
     }
 
-    /// Forgets a rule.
-    pub fn unwatch(&mut self, rule: &ItemName) {
-        drop(self.take_watch(rule));
+    /// Goes on with a rule where it stood, if its metric is still there.
+    pub fn rewatch(&mut self, watch: Watch) {
+        self.unwatch(&watch.rule.name);
+        if let Some(entry) = self.metrics.get_mut(&watch.rule.metric) {
+            entry.watches.insert(watch.rule.name.clone(), watch);
+            entry.rules_changed = true;
+        }
     }
 
-    fn take_watch(&mut self, rule: &ItemName) -> Option<Watch> {
+    /// Forgets a rule, and returns it with where it stood.
+    pub fn unwatch(&mut self, rule: &ItemName) -> Option<Watch> {
         let (entry, watch) = self.metrics.values_mut().find_map(|e| e.watches.remove(rule).map(|watch| (e, watch)))?;
         entry.rules_changed = true;
         Some(watch)

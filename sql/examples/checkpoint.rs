@@ -92,6 +92,7 @@ async fn main() {
             notices: Vec::new(),
             repeats: false,
             dead_letters: Vec::new(),
+            rules: Vec::new(),
         };
         let began = Instant::now();
         store.commit(std::slice::from_ref(&commit)).await.unwrap();

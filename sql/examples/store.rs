@@ -67,5 +67,6 @@ fn commit(workspace: &WorkspaceId, round: usize) -> Commit {
         notices: Vec::new(),
         repeats: false,
         dead_letters: Vec::new(),
+        rules: Vec::new(),
     }
 }

@@ -340,8 +340,8 @@ impl<'w> Run<'w> {
             }
             Event::Watch(on) => {
                 match on {
-                    true => self.workspace.watch(self.world.rule("busy", "n > 1")).unwrap(),
-                    false => self.workspace.unwatch(&name("busy")),
+                    true => _ = self.workspace.watch(self.world.rule("busy", "n > 1")).unwrap(),
+                    false => _ = self.workspace.unwatch(&name("busy")),
                 }
                 self.is_watched = *on;
                 Vec::new()

@@ -759,7 +759,20 @@ async fn an_alert_of_a_rule_that_changed_or_is_gone_is_resolved_once() {
     world.rule("acme", "large", "total > 5").await;
     world.trades("acme", "A", 8, 1, "c").await.unwrap();
     eventually("it fires once more", async || world.pushed.alerts().len() == 5).await;
-    world.system.store().delete_alert_rule(&id, &"large".parse().unwrap()).await.unwrap();
+    let offset = world.system.store().checkpoint(&id).await.unwrap().unwrap().offset;
+    let gone = sql::store::RuleChange { name: "large".parse().unwrap(), definition: None, at: Micros(START) };
+    let commit = sql::store::Commit {
+        workspace: id.clone(),
+        offset,
+        state: None,
+        rows: Vec::new(),
+        repeats: false,
+        alerts: Vec::new(),
+        notices: Vec::new(),
+        dead_letters: Vec::new(),
+        rules: vec![gone],
+    };
+    world.system.store().commit(&[commit]).await.unwrap();
     world.kill().await;
     let world = World::start(directory.path()).await;
     assert_eq!(world.counted("acme").await, 9);
@@ -771,6 +784,50 @@ async fn an_alert_of_a_rule_that_changed_or_is_gone_is_resolved_once() {
     world.define("acme", "sums", hourly).await;
     eventually("it is resolved with the metric", async || world.pushed.alerts().len() == 3).await;
     assert_eq!(world.system.store().alerts(&id, Some("firing"), 10, None).await.unwrap().0, []);
+}
+
+/// What a kill leaves to be replayed is judged by the rule that was there then, and not by the one of now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rule_that_was_changed_just_before_a_kill_begins_in_its_place_of_the_replay() {
+    for (before, after, alerts) in [("total > 1000", "total > 5", 0), ("total > 5", "total > 1000", 1)] {
+        let directory = TempDir::new().unwrap();
+        let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+        let id: WorkspaceId = "acme".parse().unwrap();
+        world.rule("acme", "large", before).await;
+        world.trades("acme", "A", 0, 7, "a").await.unwrap();
+        eventually("the state is stored", async || {
+            world.system.store().checkpoint(&id).await.unwrap().is_some_and(|checkpoint| checkpoint.offset > 0)
+        })
+        .await;
+        world.trades("acme", "A", 5, 1, "b").await.unwrap();
+        world.trades("acme", "A", 30, 1, "c").await.unwrap();
+        eventually("the window closes", async || world.pushed.finals() == 1).await;
+        world.rule("acme", "large", after).await;
+        world.kill().await;
+        let world = World::start(directory.path()).await;
+        assert_eq!(world.counted("acme").await, 9);
+        world.trades("acme", "A", 60, 1, "d").await.unwrap();
+        eventually("the next window closes", async || world.pushed.finals() >= 1).await;
+        let of_rule = async || world.system.store().alerts(&id, None, 10, None).await.unwrap().0;
+        eventually("what fires no more is resolved", async || {
+            of_rule().await.iter().all(|alert| alert.state == "resolved")
+        })
+        .await;
+        assert_eq!(of_rule().await.len(), alerts, "{before} -> {after}: {:?}", of_rule().await);
+        world.rule("acme", "large", "total > 6").await;
+        world.trades("acme", "A", 61, 7, "e").await.unwrap();
+        eventually("the rule of now fires", async || of_rule().await.iter().any(|alert| alert.state == "firing")).await;
+        // what cannot be stored changes nothing
+        world.system.store().close().await;
+        let refused =
+            serde_json::from_value(serde_json::json!({"metric": "sums", "condition": "total > 1000"})).unwrap();
+        let refused = world.system.define_alert_rule(&id, "large".parse().unwrap(), refused).await.unwrap_err();
+        assert_eq!(refused.code, "store_unavailable");
+        world.kill().await;
+        let world = World::start(directory.path()).await;
+        let rules = world.system.store().alert_rules(&id).await.unwrap();
+        assert_eq!(rules[0].definition["condition"], "total > 6");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1026,6 +1083,36 @@ async fn a_commit_that_fails_in_its_middle_leaves_nothing_and_all_of_it_is_there
     let world = World::start(directory.path()).await;
     assert_eq!(world.counted("acme").await, 31);
     assert_eq!(world.system.store().alerts(&id, None, 100, None).await.unwrap().0, alerts);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portfolio_whose_positions_cannot_be_read_says_so_and_is_valued_once_they_can() {
+    let directory = TempDir::new().unwrap();
+    let world = World::with(directory.path(), Limits::default(), &["acme"]).await;
+    let (id, main): (WorkspaceId, ItemName) = ("acme".parse().unwrap(), "main".parse().unwrap());
+    let portfolio = Portfolio {
+        workspace: id.clone(),
+        id: "main".to_owned(),
+        name: "Main".to_owned(),
+        currency: "USD".to_owned(),
+        created_at: Micros(1),
+    };
+    world.system.put_portfolio(&id, portfolio).await.unwrap();
+    world.kill().await;
+    let change = async |sql: &'static str| {
+        let file = directory.path().join("store.db");
+        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file).vfs("tidewatch");
+        let mut connection = options.connect().await.unwrap();
+        sqlx::query(sql).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+    };
+    change("ALTER TABLE positions RENAME TO away").await;
+    let world = World::start(directory.path()).await;
+    world.trades("acme", "A", 0, 3, "a").await.unwrap();
+    assert_eq!(world.counted("acme").await, 3, "what is not its own goes on");
+    assert_eq!(world.system.portfolio_summary(&id, &main).await.unwrap_err().code, "store_unavailable");
+    change("ALTER TABLE away RENAME TO positions").await;
+    eventually("it is valued", async || world.system.portfolio_summary(&id, &main).await.is_ok()).await;
 }
 
 /// Prints what a restart costs: `TIDEWATCH_TEST_WORKSPACES=10000 TIDEWATCH_TEST_LOG_MB=1000 cargo test --release -p

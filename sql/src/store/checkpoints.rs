@@ -4,8 +4,8 @@
 use super::db::{Scope, query, query_scalar};
 use super::record::Columns;
 use super::{
-    Alert, DeadLetter, FinalRow, Notice, Store, StoreError, alerts, bulk, dead_letters, failed, rows, state, stored,
-    webhooks,
+    Alert, DeadLetter, FinalRow, Notice, RuleChange, Store, StoreError, alerts, bulk, dead_letters, definitions,
+    failed, rows, state, stored, webhooks,
 };
 use engine::checkpoint::{Changes, State};
 use engine::event::WorkspaceId;
@@ -25,6 +25,8 @@ pub struct Commit {
     /// What webhooks are to be told of these alerts.
     pub notices: Vec<Notice>,
     pub dead_letters: Vec<DeadLetter>,
+    /// Alert rules that are others from the state on, in their order.
+    pub rules: Vec<RuleChange>,
 }
 
 /// Where a workspace continues.
@@ -118,6 +120,7 @@ impl Store {
         webhooks::enqueue(&mut tx, &told, self.outbox).await?;
         for commit in commits {
             dead_letters::write(&mut tx, &commit.workspace, &commit.dead_letters, DEAD_LETTERS_KEPT).await?;
+            definitions::write_rules(&mut tx, &commit.workspace, &commit.rules).await?;
         }
         tx.commit().await?;
         Ok(())
@@ -188,6 +191,7 @@ pub(super) mod testing {
             alerts: vec![],
             notices: vec![],
             dead_letters: vec![],
+            rules: vec![],
         }
     }
 }

@@ -56,6 +56,16 @@ pub struct AlertRule {
     pub updated_at: Micros,
 }
 
+/// What becomes of an alert rule by a [`super::Commit`], whose state is the first that knows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RuleChange {
+    pub name: ItemName,
+    /// The definition, and the first log offset of which the rule sees results; `None`: it is deleted, and the alerts it
+    /// raised stay.
+    pub definition: Option<(Value, u64)>,
+    pub at: Micros,
+}
+
 /// A time in which alerts with certain labels notify nobody.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Silence {
@@ -310,43 +320,6 @@ impl Store {
             .map_err(failed("list metrics"))
     }
 
-    /// Adds an alert rule, or replaces its definition.
-    pub async fn put_alert_rule(
-        &self,
-        workspace: &WorkspaceId,
-        name: &ItemName,
-        definition: &Value,
-        since_offset: u64,
-        at: Micros,
-    ) -> Result<(), StoreError> {
-        query(
-            "INSERT INTO alert_rules (workspace, name, definition_json, since_offset, created_at, updated_at) \
-             VALUES ($1, $2, $3, $4, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
-             SET definition_json = excluded.definition_json, since_offset = excluded.since_offset, \
-                 updated_at = excluded.updated_at",
-        )
-        .bind(workspace.as_str())
-        .bind(name.as_str())
-        .bind(definition.to_string())
-        .bind(stored(since_offset))
-        .bind(at)
-        .execute(self.write(workspace))
-        .await
-        .map_err(failed("put alert rule"))?;
-        Ok(())
-    }
-
-    /// Deletes an alert rule and leaves the alerts it raised: whether there was one.
-    pub async fn delete_alert_rule(&self, workspace: &WorkspaceId, name: &ItemName) -> Result<bool, StoreError> {
-        let deleted = query("DELETE FROM alert_rules WHERE workspace = $1 AND name = $2")
-            .bind(workspace.as_str())
-            .bind(name.as_str())
-            .execute(self.write(workspace))
-            .await
-            .map_err(failed("delete alert rule"))?;
-        Ok(deleted > 0)
-    }
-
     /// The alert rules of a workspace by name.
     pub async fn alert_rules(&self, workspace: &WorkspaceId) -> Result<Vec<AlertRule>, StoreError> {
         query_as("SELECT * FROM alert_rules WHERE workspace = $1 ORDER BY name")
@@ -437,6 +410,34 @@ async fn put_metric(
     Ok(row.expect("an upsert without a condition returns its row"))
 }
 
+/// Adds alert rules, replaces their definitions or deletes them.
+pub(super) async fn write_rules(
+    tx: &mut Tx,
+    workspace: &WorkspaceId,
+    changes: &[RuleChange],
+) -> Result<(), sqlx::Error> {
+    for RuleChange { name, definition, at } in changes {
+        let written = match definition {
+            Some((definition, since_offset)) => query(
+                "INSERT INTO alert_rules (workspace, name, definition_json, since_offset, created_at, updated_at) \
+                 VALUES ($1, $2, $3, $4, $5, $5) ON CONFLICT (workspace, name) DO UPDATE \
+                 SET definition_json = excluded.definition_json, since_offset = excluded.since_offset, \
+                     updated_at = excluded.updated_at",
+            )
+            .bind(workspace.as_str())
+            .bind(name.as_str())
+            .bind(definition.to_string())
+            .bind(stored(*since_offset))
+            .bind(*at),
+            None => query("DELETE FROM alert_rules WHERE workspace = $1 AND name = $2")
+                .bind(workspace.as_str())
+                .bind(name.as_str()),
+        };
+        written.execute(&mut *tx).await?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::checkpoints::testing::commit;
@@ -518,12 +519,19 @@ mod tests {
     async fn alert_rules_and_silences_are_replaced_and_deleted() {
         let (store, _dir) = store().await;
         let acme = add_workspace(&store, "acme").await;
-        let drop = name("drop");
-        store.put_alert_rule(&acme, &drop, &json!({"above": 1}), 3, Micros(1)).await.unwrap();
-        store.put_alert_rule(&acme, &drop, &json!({"above": 2}), 5, Micros(2)).await.unwrap();
+        let change =
+            |definition: Option<(Value, u64)>, at| RuleChange { name: name("drop"), definition, at: Micros(at) };
+        let (first, second) = (change(Some((json!({"above": 1}), 3)), 1), change(Some((json!({"above": 2}), 5)), 2));
+        store.commit(&[Commit { rules: vec![first.clone()], ..commit(&acme, 1) }]).await.unwrap();
+        // all of a commit, or nothing of it
+        let behind = Commit { rules: vec![change(None, 2)], ..commit(&acme, 0) };
+        store.commit(&[behind]).await.unwrap_err();
+        assert_eq!(store.alert_rules(&acme).await.unwrap()[0].definition, json!({"above": 1}));
+        let rules = vec![change(None, 2), first, second]; // in their order
+        store.commit(&[Commit { rules, ..commit(&acme, 1) }]).await.unwrap();
         let rule = AlertRule {
             workspace: acme.clone(),
-            name: drop.clone(),
+            name: name("drop"),
             definition: json!({"above": 2}),
             since_offset: 5,
             created_at: Micros(1),
@@ -531,8 +539,10 @@ mod tests {
         };
         assert_eq!(store.alert_rules(&acme).await.unwrap(), std::slice::from_ref(&rule));
         assert_eq!(store.all_alert_rules().await.unwrap(), [rule]);
-        assert!(store.delete_alert_rule(&acme, &drop).await.unwrap());
-        assert!(!store.delete_alert_rule(&acme, &drop).await.unwrap());
+        for _ in 0..2 {
+            store.commit(&[Commit { rules: vec![change(None, 3)], ..commit(&acme, 1) }]).await.unwrap();
+            assert_eq!(store.alert_rules(&acme).await.unwrap(), []);
+        }
 
         let silence = Silence {
             id: "s".into(),

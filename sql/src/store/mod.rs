@@ -39,7 +39,7 @@ pub use alerts::Alert;
 pub use audit::{AuditCheck, AuditEntry};
 pub use checkpoints::{Checkpoint, Commit};
 pub use dead_letters::DeadLetter;
-pub use definitions::{AlertRule, MetricRow, Silence, StreamRow, TableRow};
+pub use definitions::{AlertRule, MetricRow, RuleChange, Silence, StreamRow, TableRow};
 pub use factors::Totp;
 pub use grants::Grant;
 pub use invitations::Invitation;

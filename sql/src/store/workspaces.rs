@@ -309,7 +309,6 @@ mod tests {
         store.put_stream(&stream).await.unwrap();
         store.put_table(&ws, &name("ref.persons"), &json!({}), 0, at).await.unwrap();
         store.put_metric(&ws, &name("vwap"), &json!({"sql": "SELECT 1"}), 0, at).await.unwrap();
-        store.put_alert_rule(&ws, &name("drop"), &json!({}), 0, at).await.unwrap();
         let silence = Silence {
             id: "s".into(),
             workspace: ws.clone(),
@@ -374,6 +373,7 @@ mod tests {
             alerts: vec![super::super::alerts::testing::alert(&ws, "alert", 1)],
             notices: vec![super::super::webhooks::testing::notice("alert.firing", "alert", 1)],
             dead_letters: vec![super::super::dead_letters::testing::letter("shop.orders", 1)],
+            rules: vec![super::super::RuleChange { name: name("drop"), definition: Some((json!({}), 0)), at }],
             ..super::super::checkpoints::testing::commit(&ws, 1)
         };
         store.commit(&[commit]).await.unwrap();
@@ -459,7 +459,6 @@ mod tests {
         assert!(store.rows(&other, &metric, &RowQuery::first(10)).await.unwrap().0.is_empty());
         assert_eq!(store.prune_rows(&other, &metric, Micros::MAX).await.unwrap(), 0);
         assert!(store.alert_rules(&other).await.unwrap().is_empty());
-        assert!(!store.delete_alert_rule(&other, &name("drop")).await.unwrap());
         assert!(store.alerts(&other, None, 10, None).await.unwrap().0.is_empty());
         assert!(store.alert(&other, "alert").await.unwrap().is_none());
         assert!(store.ack_alert(&other, "alert", "eve", Micros(2)).await.unwrap().is_none());
@@ -491,6 +490,9 @@ mod tests {
         assert!(before.values().all(|n| *n > 0), "{before:?}");
         assert_eq!(store.alert(&acme, "alert").await.unwrap().unwrap().acked_at, None);
         assert_eq!(store.run(&acme, "run").await.unwrap().unwrap().finished_at, None);
+        let rules = vec![super::super::RuleChange { name: name("drop"), definition: None, at: Micros(2) }];
+        store.commit(&[Commit { rules, ..super::super::checkpoints::testing::commit(&other, 1) }]).await.unwrap();
+        assert_eq!(store.alert_rules(&acme).await.unwrap().len(), 1);
     }
 
     #[tokio::test]
