@@ -3,7 +3,7 @@
 use crate::notifier::NotifierActor;
 use crate::system::Deps;
 use crate::tenant::{Phase, Tenant};
-use crate::workspace::WorkspaceActor;
+use crate::workspace::{Outrun, WorkspaceActor};
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent, async_trait};
 use sql::store::StoreError;
 use std::collections::HashMap;
@@ -106,6 +106,7 @@ impl Actor for RootActor {
                     Some(StoreError::Unreachable { .. } | StoreError::Busy { .. } | StoreError::Damaged { .. }) => {
                         STORE_AGAIN
                     }
+                    None if error.is::<Outrun>() => STORE_AGAIN,
                     _ => {
                         tenant.accuse();
                         state.failures.entry(tenant.id.clone()).or_default().backoff()

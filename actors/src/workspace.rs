@@ -177,6 +177,11 @@ struct Written {
     encoding: Option<Duration>,
 }
 
+/// Why a workspace goes back to the checkpoint that the store has.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct Outrun(Arc<StoreError>);
+
 /// Results on their way to the store.
 #[derive(Default)]
 struct Unsaved {
@@ -310,6 +315,8 @@ pub(crate) struct State {
     emptied: BTreeSet<ItemName>,
     dirty: bool,                                // the state differs from the stored one
     saving: Option<oneshot::Receiver<Written>>, // a commit under way
+    /// The store does not have the state that this one came of.
+    outrun: Option<Arc<StoreError>>,
     save_planned: bool,
     alerts_planned: bool,      // and sooner
     tick_due: Option<Instant>, // the earliest tick that was asked for
@@ -393,6 +400,7 @@ impl Actor for WorkspaceActor {
             emptied: BTreeSet::new(),
             dirty: false,
             saving: None,
+            outrun: None,
             save_planned: false,
             alerts_planned: false,
             tick_due: None,
@@ -507,6 +515,9 @@ impl Actor for WorkspaceActor {
             }
             WorkspaceMsg::Summary { id, reply } => state.summary(&id, reply),
             WorkspaceMsg::Drain(reply) => state.draining = Some(reply),
+        }
+        if let Some(error) = state.outrun.take() {
+            return Err(Outrun(error).into());
         }
         // a commit under way may fail and give its results back: the last one waits for it
         if state.saving.is_none()
@@ -1464,7 +1475,10 @@ impl State {
                     tokio::spawn(retained);
                 }
             }
-            Err((mut unsaved, _)) => {
+            Err((mut unsaved, error)) => {
+                if matches!(*error, StoreError::Older { .. } | StoreError::Stale { .. }) {
+                    self.outrun = Some(error);
+                }
                 unsaved.rows.retain(|row| !emptied.contains(&row.metric));
                 self.unsaved.put_back(unsaved);
                 self.dirty = true;

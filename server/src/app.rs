@@ -183,26 +183,23 @@ const LOG: &str = "log";
 /// Refuses a log and a store of which the one is not the other's: results of one log would be taken for those of another.
 async fn belong_together(store: &Store, log: &EmbeddedLog, data_dir: &Path) -> Result<()> {
     let records = log.tail().0;
-    match store.meta(LOG).await? {
-        Some(id) if id == log.id() => return Ok(()),
-        Some(_) => {
-            let reached = store.checkpoints_offsets().await?.into_iter().map(|(_, offset)| offset).max().unwrap_or(0);
-            ensure!(
-                records == 0 && reached == 0,
-                "the store belongs to another log than the one in `{}`: another server uses it, or log and store were not \
-                 restored together; give each server a store of its own, or restore both from one backup",
-                data_dir.display()
-            );
-        }
-        // one that an earlier version wrote does not say
-        None if records > 0 && store.all_workspaces().await?.is_empty() => bail!(
+    // one that an earlier version wrote does not say
+    if store.meta(LOG).await?.is_none() && records > 0 && store.all_workspaces().await?.is_empty() {
+        bail!(
             "the log in `{}` holds {records} records and the store knows nothing of them: it was lost, or store.url names \
              another one; restore both from one backup, or name an empty data_dir to begin anew",
             data_dir.display()
-        ),
-        None => {}
+        );
     }
-    Ok(store.put_meta(LOG, log.id()).await?)
+    // of two servers that start at once on a new store the first has it
+    ensure!(
+        store.claim_meta(LOG, log.id()).await? == log.id(),
+        "the store belongs to another log than the one in `{}`: another server uses it, its data_dir was another one, or \
+         log and store were not restored together; give each server a store of its own, name the data_dir that this store \
+         was used with, or restore both from one backup; to begin anew, name an empty store and an empty data_dir",
+        data_dir.display()
+    );
+    Ok(())
 }
 
 /// Where the store keeps what its installation is called.
@@ -304,13 +301,13 @@ mod tests {
         let lost = check(&store("second").await, &log).await.unwrap_err();
         assert!(lost.contains("the store knows nothing of them"), "{lost}");
         let other = open("b");
-        check(&first, &other).await.unwrap(); // neither has anything of the other
-        block_on(other.append(Record {
-            workspace: acme.id,
-            body: Body::Advance { stream: "market.trades".parse().unwrap(), frontier: Micros(2) },
-        }))
-        .unwrap();
-        let foreign = check(&first, &log).await.unwrap_err();
+        let foreign = check(&first, &other).await.unwrap_err();
+        assert!(foreign.contains("belongs to another log"), "{foreign}");
+        check(&first, &log).await.unwrap();
+        // also where nothing is in it yet
+        let fresh = store("fresh").await;
+        check(&fresh, &other).await.unwrap();
+        let foreign = check(&fresh, &open("c")).await.unwrap_err();
         assert!(foreign.contains("belongs to another log"), "{foreign}");
     }
 }

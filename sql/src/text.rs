@@ -2,11 +2,12 @@
 //! out of stack.
 
 use crate::error::SqlError;
-use datafusion::sql::sqlparser::ast::{Expr, Query, Statement, TableFactor, Visit, Visitor};
+use datafusion::sql::sqlparser::ast::{Expr, GroupByExpr, Query, Select, Statement, TableFactor, Visit, Visitor};
 use datafusion::sql::sqlparser::dialect::GenericDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
+use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::pin::pin;
 
@@ -18,8 +19,11 @@ const TOKENS: usize = 50_000;
 const DEPTH: usize = 200;
 /// Brackets within brackets.
 const BRACKETS: usize = 50;
-/// Subqueries, relations and set operations together.
+/// Subqueries, relations and set operations together, as they are written and as the planner copies what WITH names to
+/// each place that reads it: planning cannot be interrupted.
 const PARTS: usize = 100;
+/// Grouping sets of a statement: CUBE of n columns makes 2ⁿ.
+const SETS: usize = 1_024;
 /// Stack for what goes down into SQL; taken from the system only as far as it is used.
 const STACK: usize = 64 << 20;
 
@@ -60,7 +64,7 @@ fn bounded<T: Visit>(sql: &str, parse: impl FnOnce(&mut Parser) -> Result<T, Par
             ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
             ParserError::RecursionLimitExceeded => too_deep(),
         })?;
-        let mut measure = Measure { depth: 0, parts, brackets };
+        let mut measure = Measure { parts, brackets, sets: 1, ..Measure::default() };
         match parsed.visit(&mut measure) {
             ControlFlow::Continue(()) => Ok(parsed),
             ControlFlow::Break(error) => Err(error),
@@ -73,19 +77,40 @@ fn too_deep() -> SqlError {
         .help("write `x IN (…)` for many comparisons, or compute in steps: WITH a AS (SELECT …) SELECT … FROM a")
 }
 
+#[derive(Default)]
 struct Measure {
     depth: usize,
     parts: usize,
     brackets: usize,
+    sets: usize,
+    /// The queries around this place.
+    open: Vec<Open>,
+    /// Parts of what WITH has named so far; of two of one name, of the larger.
+    named: HashMap<String, usize>,
+}
+
+/// A query that is being measured.
+struct Open {
+    parts: usize,
+    /// Names of the queries to come that it is WITH.
+    with: VecDeque<String>,
 }
 
 impl Measure {
-    fn part(&mut self) -> ControlFlow<SqlError> {
+    /// One more part as it is written, which is `copied` as it is planned.
+    fn part(&mut self, copied: usize) -> ControlFlow<SqlError> {
         self.parts += 1;
-        if self.parts <= PARTS {
+        let planned = self.open.last_mut().map_or(0, |query| {
+            query.parts = query.parts.saturating_add(copied);
+            query.parts
+        });
+        if self.parts <= PARTS && planned <= PARTS {
             return ControlFlow::Continue(());
         }
-        let text = format!("the SQL has more than the {PARTS} relations, subqueries and set operations it may");
+        let text = format!(
+            "the SQL has more than the {PARTS} relations, subqueries and set operations it may, what WITH names counted \
+             where it is read"
+        );
         ControlFlow::Break(SqlError::new(text))
     }
 }
@@ -93,12 +118,59 @@ impl Measure {
 impl Visitor for Measure {
     type Break = SqlError;
 
-    fn pre_visit_query(&mut self, _: &Query) -> ControlFlow<SqlError> {
-        self.part()
+    fn pre_visit_query(&mut self, query: &Query) -> ControlFlow<SqlError> {
+        let ctes = query.with.iter().flat_map(|with| &with.cte_tables);
+        let with = ctes.map(|cte| cte.alias.name.value.to_lowercase()).collect();
+        self.open.push(Open { parts: 0, with });
+        self.part(1)
     }
 
-    fn pre_visit_table_factor(&mut self, _: &TableFactor) -> ControlFlow<SqlError> {
-        self.part()
+    fn post_visit_query(&mut self, _: &Query) -> ControlFlow<SqlError> {
+        let Some(Open { parts, .. }) = self.open.pop() else { return ControlFlow::Continue(()) };
+        let Some(around) = self.open.last_mut() else { return ControlFlow::Continue(()) };
+        match around.with.pop_front() {
+            Some(name) => {
+                let known = self.named.entry(name).or_default();
+                *known = parts.max(*known);
+            }
+            None => around.parts = around.parts.saturating_add(parts),
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<SqlError> {
+        let (grouped, modifiers) = match &select.group_by {
+            GroupByExpr::All(modifiers) => (&[][..], modifiers),
+            GroupByExpr::Expressions(grouped, modifiers) => (&grouped[..], modifiers),
+        };
+        if !modifiers.is_empty() {
+            let text = "`GROUP BY … WITH` is not known: write `GROUP BY ROLLUP (a, b)` or `GROUP BY CUBE (a, b)`";
+            return ControlFlow::Break(SqlError::new(text));
+        }
+        for expr in grouped {
+            self.sets = self.sets.saturating_mul(match expr {
+                Expr::Cube(columns) => u32::try_from(columns.len()).map_or(usize::MAX, |n| 2_usize.saturating_pow(n)),
+                Expr::Rollup(columns) => columns.len() + 1,
+                Expr::GroupingSets(sets) => sets.len().max(1),
+                _ => 1,
+            });
+        }
+        if self.sets <= SETS {
+            return ControlFlow::Continue(());
+        }
+        ControlFlow::Break(SqlError::new(format!("the SQL has more than the {SETS} grouping sets it may")))
+    }
+
+    fn pre_visit_table_factor(&mut self, table: &TableFactor) -> ControlFlow<SqlError> {
+        let named = match table {
+            TableFactor::Table { name, .. } => match name.0.as_slice() {
+                [part] => part.as_ident().and_then(|name| self.named.get(&name.value.to_lowercase())),
+                _ => None,
+            },
+            _ => None,
+        };
+        let copied = named.map_or(1, |parts| parts.saturating_add(1));
+        self.part(copied)
     }
 
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<SqlError> {
@@ -178,6 +250,41 @@ mod tests {
                     _ => {} // an answer or a refusal
                 }
             }
+        }
+    }
+
+    /// What is small as it is written and large as it is planned, which nothing stops.
+    #[tokio::test]
+    async fn nothing_is_planned_that_grows_beyond_what_is_written() {
+        let doubled = |n: usize, from: &str| {
+            let step = |at: usize| format!(", c{at} AS (SELECT x.v FROM c{0} x, C{0} y)", at - 1);
+            format!("WITH c0 AS (SELECT 1 AS v){} {from}{n}", (1..=n).map(step).collect::<String>())
+        };
+        let cube = |n: usize| {
+            let columns: Vec<String> = (0..n).map(|at| format!("v + {at}")).collect();
+            format!("SELECT count(*) FROM (SELECT 1 AS v) GROUP BY CUBE ({})", columns.join(", "))
+        };
+        for sql in [doubled(3, "SELECT v FROM c"), cube(10)] {
+            assert_eq!(ask(&sql).await, Ok(()), "{sql}");
+        }
+        let rolled: Vec<String> = (0..11).map(|at| format!("ROLLUP (v + {at})")).collect();
+        for (sql, says) in [
+            (doubled(12, "SELECT v FROM c"), "relations, subqueries"),
+            (doubled(90, "SELECT v FROM c"), "relations, subqueries"),
+            // a smaller one of the name, further inside, hides nothing
+            (
+                "WITH a AS (SELECT 1 AS v), ".to_owned()
+                    + &doubled(4, "SELECT 1 FROM (WITH c4 AS (SELECT 1) SELECT 1 FROM c4) z, c4 x, c4 y, c")[5..],
+                "relations, subqueries",
+            ),
+            (cube(11), "grouping sets"),
+            (cube(80), "grouping sets"),
+            (format!("SELECT 1 FROM (SELECT 1 AS v) GROUP BY {}", rolled.join(", ")), "grouping sets"),
+            ("SELECT 1 FROM (SELECT 1 AS v) GROUP BY v WITH CUBE".to_owned(), "GROUP BY CUBE"),
+        ] {
+            let began = Instant::now();
+            let refused = ask(&sql).await.unwrap_err();
+            assert!(refused.contains(says) && began.elapsed() < Duration::from_secs(1), "{refused}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! The heart: engine state, its results and the log offset they include, in one transaction. What a restart loads is
 //! then always one moment of the engine, and a replay from its offset repeats nothing.
 
-use super::db::{Scope, query, query_scalar};
+use super::db::{Builder, Scope, Tx, query, query_scalar};
 use super::record::Columns;
 use super::{
     Alert, DeadLetter, FinalRow, Notice, RuleChange, Store, StoreError, alerts, bulk, dead_letters, definitions,
@@ -9,6 +9,8 @@ use super::{
 };
 use engine::checkpoint::{Changes, State};
 use engine::event::WorkspaceId;
+use parking_lot::Mutex;
+use std::collections::HashMap;
 
 /// What one workspace has computed since its last commit.
 #[derive(Clone, Debug)]
@@ -43,9 +45,25 @@ pub struct Checkpoint {
 /// Dead letters kept for each workspace by a commit.
 const DEAD_LETTERS_KEPT: usize = 10_000;
 
+/// The number of the last commit of each workspace that this process has read or made.
+#[derive(Default)]
+pub(super) struct Reached(Mutex<HashMap<WorkspaceId, i64>>);
+
+impl Reached {
+    pub(super) fn read(&self, workspace: &WorkspaceId, version: i64) {
+        self.0.lock().insert(workspace.clone(), version);
+    }
+
+    pub(super) fn forget(&self, workspace: &WorkspaceId) {
+        self.0.lock().remove(workspace);
+    }
+}
+
 /// Why a transaction of commits cannot stand.
 enum Refused {
     Database(sqlx::Error),
+    /// The store is not as far as it was.
+    Older(StoreError),
     /// The checkpoint of one of them could not move to its offset.
     Behind,
 }
@@ -61,16 +79,21 @@ impl Store {
     ///
     /// Repeats do nothing: a final row changes only to a greater revision, a resolved alert not at all, an
     /// acknowledgement is kept, a dead letter and a delivery to a webhook are there once. A commit may repeat the stored offset; one below it is
-    /// [`StoreError::Stale`], one for a workspace that was deleted [`StoreError::NoWorkspace`]: both name the
-    /// workspace, so that the caller can commit the others without it.
+    /// [`StoreError::Stale`], one on a store that has lost what this process has seen there [`StoreError::Older`], one for
+    /// a workspace that was deleted [`StoreError::NoWorkspace`]: all name the workspace, so that the caller can commit the
+    /// others without it.
     pub async fn commit(&self, commits: &[Commit]) -> Result<(), StoreError> {
         match self.try_commit(commits).await {
             Ok(()) => Ok(()),
             Err(Refused::Behind) => Err(self.culprit(commits).await),
-            Err(Refused::Database(e)) => match failed("commit")(e) {
-                StoreError::Missing { .. } => Err(self.culprit(commits).await),
-                error => Err(error),
-            },
+            Err(Refused::Older(error)) => Err(error),
+            Err(Refused::Database(e)) => {
+                self.db.heard(&e);
+                match failed("commit")(e) {
+                    StoreError::Missing { .. } => Err(self.culprit(commits).await),
+                    error => Err(error),
+                }
+            }
         }
     }
 
@@ -81,6 +104,16 @@ impl Store {
             _ => Scope::Installation,
         };
         let mut tx = self.db.begin(scope).await?;
+        let mut versions = stored_versions(&mut tx, commits).await?;
+        {
+            let reached = self.reached.0.lock();
+            for Commit { workspace, .. } in commits {
+                let found = versions.get(workspace).copied().unwrap_or(0);
+                if let Some(&known) = reached.get(workspace).filter(|known| **known > found) {
+                    return Err(Refused::Older(StoreError::Older { workspace: workspace.clone(), known, found }));
+                }
+            }
+        }
         // Offsets first: a stale commit is then found before the work of writing its rows.
         let head = |commit: &Commit| {
             let state = commit.state.as_ref()?;
@@ -123,13 +156,19 @@ impl Store {
             definitions::write_rules(&mut tx, &commit.workspace, &commit.rules).await?;
         }
         tx.commit().await?;
+        let mut reached = self.reached.0.lock();
+        for Commit { workspace, .. } in commits {
+            let version = versions.entry(workspace.clone()).or_default();
+            *version += 1;
+            reached.insert(workspace.clone(), *version);
+        }
         Ok(())
     }
 
     /// Which of the refused commits it was, and why.
     async fn culprit(&self, commits: &[Commit]) -> StoreError {
         // Within one call a commit may also be behind an earlier one of the same workspace.
-        let mut reached = std::collections::HashMap::new();
+        let mut reached = HashMap::new();
         for commit in commits {
             let found = query_scalar::<Option<i64>>(
                 "SELECT c.log_offset FROM workspaces w LEFT JOIN checkpoints c ON c.workspace = w.id WHERE w.id = $1",
@@ -156,9 +195,11 @@ impl Store {
         StoreError::Busy { operation: "commit" }
     }
 
-    /// Where the workspace continues, `None` when it never committed.
+    /// Where the workspace continues, `None` when it never committed. Commits go on from what this finds.
     pub async fn checkpoint(&self, workspace: &WorkspaceId) -> Result<Option<Checkpoint>, StoreError> {
-        state::read(self, workspace).await.map_err(failed("read checkpoint"))
+        let found = state::read(self, workspace).await.map_err(failed("read checkpoint"))?;
+        self.reached.read(workspace, found.as_ref().map_or(0, |checkpoint| checkpoint.version));
+        Ok(found)
     }
 
     /// The offset of every workspace that ever committed: the log is needed from the lowest on.
@@ -174,6 +215,17 @@ impl Store {
         .await
         .map_err(failed("list checkpoints"))
     }
+}
+
+/// The number of the last commit of these workspaces.
+async fn stored_versions(tx: &mut Tx, commits: &[Commit]) -> Result<HashMap<WorkspaceId, i64>, sqlx::Error> {
+    let mut sql = Builder::new("SELECT workspace, version FROM checkpoints WHERE workspace IN (");
+    for (n, commit) in commits.iter().enumerate() {
+        sql.push(if n == 0 { "" } else { ", " }).push_bind(commit.workspace.as_str());
+    }
+    sql.push(")");
+    let rows = sql.build().persistent(commits.len() == 1).fetch_all(tx).await?;
+    rows.iter().map(|row| Ok((row.name("workspace")?, row.try_get("version")?))).collect()
 }
 
 #[cfg(test)]
@@ -318,6 +370,35 @@ mod tests {
         );
         store.commit(&[commit(&other, 4), commit(&other, 5), commit(&acme, 7)]).await.unwrap();
         assert_eq!(store.checkpoints_offsets().await.unwrap(), [(acme, 7), (other, 5)]);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_an_older_copy_took_the_place_of_takes_no_commit_that_goes_on_from_what_it_lost() {
+        let (store, _dir) = store().await;
+        let (acme, other) = (add_workspace(&store, "acme").await, add_workspace(&store, "other").await);
+        for offset in 1..=3 {
+            store.commit(&[commit(&acme, offset), commit(&other, offset)]).await.unwrap();
+        }
+        let older = |sql: &'static str| query(sql).execute(store.write(Scope::Installation));
+        for (lost, found) in [
+            ("UPDATE checkpoints SET version = 2, log_offset = 2 WHERE workspace = 'acme'", 2),
+            ("DELETE FROM checkpoints WHERE workspace = 'acme'", 0),
+        ] {
+            older(lost).await.unwrap();
+            let refused = store.commit(&[full(&other, 9), full(&acme, 9)]).await.unwrap_err();
+            assert!(
+                matches!(&refused, StoreError::Older { workspace, found: has, .. } if *workspace == acme && *has == found),
+                "{refused}"
+            );
+            assert_eq!(rows(&store, &other).await, []);
+            // who loads what there is goes on from there
+            assert_eq!(store.checkpoint(&acme).await.unwrap().map_or(0, |checkpoint| checkpoint.version), found);
+            store.commit(&[commit(&acme, 4), commit(&acme, 5)]).await.unwrap();
+        }
+        // a workspace of the same name is another one
+        store.delete_workspace(&acme).await.unwrap();
+        add_workspace(&store, "acme").await;
+        store.commit(&[commit(&acme, 1)]).await.unwrap();
     }
 
     #[tokio::test]

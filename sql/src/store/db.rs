@@ -5,7 +5,7 @@
 //! policies of row-level security compare with each row: a statement that forgot its `workspace = $1` sees nothing of
 //! others and changes nothing of theirs.
 
-use super::{Cause, cause};
+use super::{Cause, READ_ONLY, cause};
 use engine::event::{Micros, WorkspaceId};
 use parking_lot::Mutex;
 use sqlx::encode::IsNull;
@@ -48,6 +48,18 @@ pub(super) struct Server {
     breaker: Arc<Mutex<Breaker>>,
     /// Held by the one who looks whether a server that lets callers wait is there.
     looking: Arc<tokio::sync::Mutex<()>>,
+    renewed: Renewed,
+}
+
+/// When connections had to be made anew: those that are older keep what was set when they were made.
+#[derive(Clone, Default)]
+pub(super) struct Renewed(Arc<Mutex<Option<Instant>>>);
+
+impl Renewed {
+    /// Whether a connection of this age is younger than that.
+    pub(super) fn is_fresh(&self, age: Duration) -> bool {
+        self.0.lock().is_none_or(|at| age < at.elapsed())
+    }
 }
 
 /// While the server is away each caller is told so at once, and once a second somebody looks whether it is back, beside
@@ -83,8 +95,8 @@ const PATIENCE: Duration = Duration::from_millis(250);
 const SILENCE_SHARE: u32 = 10;
 
 impl Server {
-    pub(super) fn new(pool: PgPool) -> Self {
-        Self { pool, breaker: Arc::default(), looking: Arc::default() }
+    pub(super) fn new(pool: PgPool, renewed: Renewed) -> Self {
+        Self { pool, breaker: Arc::default(), looking: Arc::default(), renewed }
     }
 
     #[cfg(test)]
@@ -173,7 +185,7 @@ impl Server {
                 }
                 error => error,
             };
-            if matches!(cause(&error), Cause::Unreachable) {
+            if matches!(cause(&error), Cause::Unreachable | Cause::Refused) {
                 self.is_away(&error);
                 return error;
             }
@@ -195,7 +207,7 @@ impl Server {
 
     /// Nothing, where `error` is not that the server cannot be reached.
     fn is_away(&self, error: &Error) {
-        if !matches!(cause(error), Cause::Unreachable) {
+        if !matches!(cause(error), Cause::Unreachable | Cause::Refused) {
             return;
         }
         let mut breaker = self.breaker.lock();
@@ -255,6 +267,16 @@ impl Db {
             Db::Sqlite { writer, .. } => Tx::Sqlite(writer.begin_with("BEGIN IMMEDIATE").await?),
             Db::Postgres(server) => Tx::Postgres(server.begin(scope).await?),
         })
+    }
+
+    /// Makes connections anew where what `error` says may have been set for the sessions of a time: one that may only
+    /// read goes on so when nobody wants it any more.
+    pub(super) fn heard(&self, error: &Error) {
+        if let (Db::Postgres(server), Error::Database(error)) = (self, error)
+            && error.code().as_deref() == Some(READ_ONLY)
+        {
+            *server.renewed.0.lock() = Some(Instant::now());
+        }
     }
 
     /// Waits for running statements and closes all connections.
@@ -694,7 +716,7 @@ mod tests {
 
     fn server(port: u16) -> Server {
         let url = format!("postgres://nobody@127.0.0.1:{port}/none?sslmode=disable");
-        Server::new(PgPoolOptions::new().acquire_timeout(ACQUIRE).connect_lazy(&url).unwrap())
+        Server::new(PgPoolOptions::new().acquire_timeout(ACQUIRE).connect_lazy(&url).unwrap(), Renewed::default())
     }
 
     /// How long a caller waits to be told that the server is away.

@@ -71,6 +71,7 @@ pub struct Store {
     /// TimescaleDB keeps hours and days of final rows.
     rollups: bool,
     outbox: webhooks::OutboxBounds,
+    reached: std::sync::Arc<checkpoints::Reached>,
 }
 
 /// Why the store could not do what it was asked.
@@ -106,6 +107,12 @@ pub enum StoreError {
     /// A commit behind what is stored: another owner of the workspace has gone further.
     #[error("cannot commit workspace `{workspace}` at offset {offset}: the store is at {stored}; load that checkpoint")]
     Stale { workspace: WorkspaceId, offset: u64, stored: u64 },
+    /// The database is not as far as it was: an older copy took its place, such as a replica that lagged.
+    #[error(
+        "cannot commit workspace `{workspace}`: the store has commit {found} of it, and had {known}: an older copy of the \
+         database took its place; load that checkpoint"
+    )]
+    Older { workspace: WorkspaceId, known: i64, found: i64 },
     #[error("cursor `{cursor}` is none that this list gave; start without one")]
     Cursor { cursor: String },
     #[error("cannot {operation}: the store is busy; try again")]
@@ -142,9 +149,14 @@ impl StoreError {
 enum Cause {
     Busy,
     Unreachable,
+    /// As one that cannot be reached once the store is open; a start on it is a mistake.
+    Refused,
     Damaged,
     Other,
 }
+
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>: read_only_sql_transaction.
+const READ_ONLY: &str = "25006";
 
 fn cause(error: &sqlx::Error) -> Cause {
     let error = match error {
@@ -165,6 +177,10 @@ fn cause(error: &sqlx::Error) -> Cause {
             // connection exceptions, administrator's shutdown, crash, starting up, session time limits
             "57P01" | "57P02" | "57P03" | "25P03" | "57P05" => Cause::Unreachable,
             code if code.starts_with("08") => Cause::Unreachable,
+            // a database that is gone, renamed or closed, a user that is not let in or no longer allowed, tables that are
+            // not there, only for reading: what an operator does and undoes, while everything waits in the log
+            "3D000" | "55000" | "42501" | "42P01" | READ_ONLY => Cause::Refused,
+            code if code.starts_with("28") => Cause::Refused,
             // data or index corrupted
             "XX001" | "XX002" => Cause::Damaged,
             _ => Cause::Other,
@@ -188,7 +204,7 @@ fn failed(operation: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
         sqlx::Error::Database(e) if e.is_foreign_key_violation() => StoreError::Missing { operation },
         _ => match cause(&source) {
             Cause::Busy => StoreError::Busy { operation },
-            Cause::Unreachable => StoreError::Unreachable { operation, source },
+            Cause::Unreachable | Cause::Refused => StoreError::Unreachable { operation, source },
             Cause::Damaged => StoreError::Damaged { operation, source },
             Cause::Other => StoreError::Database { operation, source },
         },
@@ -258,6 +274,17 @@ impl Store {
             .await
             .map_err(failed("put meta value"))?;
         Ok(())
+    }
+
+    /// Keeps a small value unless there is one: the one that there is now.
+    pub async fn claim_meta(&self, key: &str, value: &str) -> Result<String, StoreError> {
+        query("INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING")
+            .bind(key)
+            .bind(value)
+            .execute(self.write(Scope::Installation))
+            .await
+            .map_err(failed("claim meta value"))?;
+        Ok(self.meta(key).await?.unwrap_or_default())
     }
 
     /// Keeps many small values at once.

@@ -24,6 +24,8 @@ pub struct Options {
     pub acquire_ms: u64,
     /// How long PostgreSQL may work on one statement, in milliseconds.
     pub statement_ms: u64,
+    /// How long a statement of PostgreSQL waits for a lock that another session holds, in milliseconds.
+    pub lock_ms: u64,
     /// How long to try to reach a PostgreSQL that is not there yet, in milliseconds.
     pub start_ms: u64,
     /// Event time in one chunk of a hypertable, in hours.
@@ -47,6 +49,7 @@ impl Default for Options {
             max_connections: 10,
             acquire_ms: 10_000,
             statement_ms: 60_000,
+            lock_ms: 5_000,
             start_ms: 30_000,
             chunk_hours: 24 * 7,
             compress_after_days: 7,
@@ -188,7 +191,8 @@ impl Store {
         let file: Arc<Path> = path.into();
         scan(file.clone());
         let outbox = options.outbox();
-        Ok(Store { db: Db::Sqlite { writer, readers, file }, mode: "sqlite".into(), rollups: false, outbox })
+        let (db, mode, reached) = (Db::Sqlite { writer, readers, file }, "sqlite".into(), Arc::default());
+        Ok(Store { db, mode, rollups: false, outbox, reached })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Connections, migrations and TimescaleDB of a PostgreSQL server.
 
-use super::db::{Db, Dialect, Server};
+use super::db::{Db, Dialect, Renewed, Server};
 use super::open::{migrator, unmigrated};
 use super::{Cause, Options, Store, StoreError, cause};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
@@ -24,17 +24,29 @@ const HYPERTABLES: &str = include_str!("../../../migrations/timescale/hypertable
 pub(super) async fn open(url: &str, options: &Options) -> Result<Store, StoreError> {
     let mode = migrate(url, options).await?;
     let (connect, server) = connection(url)?;
+    let renewed = Renewed::default();
     let pool = PgPoolOptions::new()
         .max_connections(options.max_connections.max(1))
         .acquire_timeout(Duration::from_millis(options.acquire_ms))
-        .connect_with(connect.options([("statement_timeout", options.statement_ms.to_string())]))
+        .before_acquire({
+            let renewed = renewed.clone();
+            move |_, known| {
+                let is_fresh = renewed.is_fresh(known.age);
+                Box::pin(async move { Ok(is_fresh) })
+            }
+        })
+        .connect_with(connect.options([
+            ("statement_timeout", options.statement_ms.to_string()),
+            ("lock_timeout", options.lock_ms.to_string()),
+        ]))
         .await
         .map_err(|source| StoreError::Connect { server, source })?;
     Ok(Store {
-        db: Db::Postgres(Server::new(pool)),
+        db: Db::Postgres(Server::new(pool, renewed)),
         rollups: mode.starts_with(TIMESCALE),
         mode: mode.into(),
         outbox: options.outbox(),
+        reached: Default::default(),
     })
 }
 
@@ -143,7 +155,8 @@ where
 fn connection(url: &str) -> Result<(PgConnectOptions, String), StoreError> {
     let connect = PgConnectOptions::from_str(url)
         .map_err(|error| StoreError::Url { problem: format!("cannot be read ({error})") })?
-        .application_name("tidewatch");
+        .application_name("tidewatch")
+        .options([("standard_conforming_strings", "on")]);
     let server = format!(
         "postgres://{}@{}:{}/{}",
         connect.get_username(),

@@ -143,6 +143,7 @@ impl Store {
                 query("SELECT forget_samples($1, NULL, 'infinity')").bind(id.as_str()).execute(&mut tx).await?;
             }
             tx.commit().await?;
+            self.reached.forget(id);
             Ok(deleted > 0)
         }
         .await
