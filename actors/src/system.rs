@@ -50,7 +50,7 @@ use streams::dedup::Dedup;
 use streams::log::{Body, Filter, Log, Offset, Refused};
 use streams::schema::{Column, StreamSchema, UnknownFields, built_in};
 use streams::table::{built_in_tables, positions};
-use tokio::sync::watch;
+use tokio::sync::{OwnedMutexGuard, watch};
 
 /// The bounds of this crate: `limits.*` of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -759,6 +759,13 @@ impl System {
             StreamInfo { frontier: time.frontier, late: time.late, events: time.events, schema }
         };
         Ok(schemas.into_iter().map(info).collect())
+    }
+
+    /// For as long as it is held nobody else who asks for it defines anything in this workspace: of many who do so at
+    /// the same time none gets past a bound.
+    pub async fn defining(&self, id: &WorkspaceId) -> Result<OwnedMutexGuard<()>, Fault> {
+        let defining = self.tenant(id)?.defining.clone();
+        Ok(defining.lock_owned().await)
     }
 
     /// Adds a stream, or changes the columns of one as far as its events allow.

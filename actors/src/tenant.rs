@@ -101,6 +101,8 @@ pub(crate) struct Tenant {
     suspect: Mutex<Suspect>,
     /// One, taken while a commit is on its way to the store: also one that its actor did not live to see there.
     pub(crate) committing: Arc<Semaphore>,
+    /// Held by who compares a count with its bound and adds one.
+    pub(crate) defining: Arc<tokio::sync::Mutex<()>>,
     order: Mutex<Order>,
     mailbox: Arc<Semaphore>,
     shared: Arc<Shared>,
@@ -206,6 +208,7 @@ impl Tenant {
             asked: AtomicUsize::new(0),
             suspect: Mutex::default(),
             committing: Arc::new(Semaphore::new(1)),
+            defining: Arc::default(),
             order: Mutex::default(),
             mailbox: Arc::new(Semaphore::new(shared.mailbox_bytes.div_ceil(PERMIT_BYTES))),
             shared,

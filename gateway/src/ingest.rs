@@ -29,8 +29,8 @@ const IN_FLIGHT_BYTES: usize = 256 << 20;
 const DECODING: usize = 4;
 /// Bodies larger than this are decoded off the event loop: beyond it, others would wait noticeably.
 const INLINE_BYTES: usize = 256 << 10;
-/// The same for compressed ones, which may grow a thousandfold.
-const INLINE_COMPRESSED_BYTES: usize = 4 << 10;
+/// The same for those that gzip may have made a thousandth of.
+const INLINE_GZIP_BYTES: usize = 4 << 10;
 /// This much is decompressed in a tenth of a millisecond or two.
 const UNPACKED_BYTES: usize = 64 << 10;
 /// Each part of a body must come within this time.
@@ -114,7 +114,7 @@ pub(crate) async fn take_body(
     state.system.schema(&member.workspace, stream).await?;
     let limits = &state.config.limits;
     let (body, _held) = state.intake.read(headers, body, limits.body_bytes).await?;
-    let large = is_large(&body, encoding);
+    let large = is_large(&body, format, encoding);
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let decoded = decode_body(state, member, stream, unit, format, encoding, body, large).await?;
     let answer = take(state, &member.workspace, stream, &tier, decoded).await?;
@@ -140,8 +140,19 @@ fn count(state: &AppState, workspace: &WorkspaceId, tier: &Tier, done: &Ingested
     answer(done)
 }
 
-fn is_large(body: &Bytes, encoding: Encoding) -> bool {
-    body.len() > if encoding == Encoding::Identity { INLINE_BYTES } else { INLINE_COMPRESSED_BYTES }
+/// Whether a body is to be decoded elsewhere. Zstandard, which buffers of Arrow may be packed with too, makes a hundred
+/// kilobytes of four.
+fn is_large(body: &Bytes, format: Format, encoding: Encoding) -> bool {
+    match (format, encoding) {
+        (Format::Arrow, _) | (_, Encoding::Zstd) => true,
+        (_, Encoding::Gzip) => body.len() > INLINE_GZIP_BYTES,
+        (_, Encoding::Identity) => body.len() > INLINE_BYTES,
+    }
+}
+
+fn bounds(limits: &Limits) -> Bounds {
+    let Limits { event_bytes, decompressed_bytes, .. } = *limits;
+    Bounds { event_bytes, unpacked_bytes: decompressed_bytes, pause, ..Bounds::default() }
 }
 
 /// Takes in changes of a reference table's rows; answers once the good ones are durable.
@@ -161,12 +172,12 @@ pub(crate) async fn take_rows(
     }
     let limits = state.config.limits;
     let (body, _held) = state.intake.read(headers, body, limits.body_bytes).await?;
-    let large = is_large(&body, encoding);
+    let large = is_large(&body, format, encoding);
     let _turn = if large { Some(state.intake.turn().await?) } else { None };
     let (now, decoder) = (state.system.now(), table.clone());
     let work = move || -> Result<Decoded, Problem> {
         let body = unpack(body, encoding, &limits)?;
-        let bounds = Bounds { event_bytes: limits.event_bytes, pause, ..Bounds::default() };
+        let bounds = bounds(&limits);
         Ok(decoder.decode(&body, format, unit, &bounds, now)?)
     };
     let decoded = if large { state.intake.decode(work).await } else { work() }?;
@@ -205,7 +216,7 @@ async fn decode_body(
     let now = state.system.now();
     let work = move || {
         let body = unpack(body, encoding, &limits)?;
-        let bounds = Bounds { event_bytes: limits.event_bytes, pause, ..Bounds::default() };
+        let bounds = bounds(&limits);
         Ok(decode(&schema, &body, format, unit, &bounds, now)?)
     };
     if large { state.intake.decode(work).await } else { work() }

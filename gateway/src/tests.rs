@@ -15,6 +15,7 @@ use actors::Parts;
 use actors::clock::SystemClock;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
+use futures::future::join_all;
 use futures::{SinkExt, StreamExt};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use rustls::pki_types::CertificateDer;
@@ -489,6 +490,30 @@ async fn a_tier_bounds_requests_events_and_metrics_and_says_where_one_stands() {
 }
 
 #[tokio::test]
+async fn of_many_who_define_at_once_none_gets_past_a_bound() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let ann = server.user(&root, "ann@example.com").await;
+    server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme", "tier": "free"})).await;
+    let call = async |method, path: String, body| {
+        server.call(method, &format!("/api/v1/workspaces/acme/{path}"), &ann, body).await.status
+    };
+    let sql = "SELECT symbol, count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute'), symbol";
+    let columns = json!([{"name": "x", "type": "int64"}]);
+    let webhook = json!({"url": "https://example.com/hook"});
+    let metrics = join_all((0..30).map(|n| call("PUT", format!("metrics/m{n}"), json!({"sql": sql})))).await;
+    let streams =
+        join_all((0..30).map(|n| call("PUT", format!("streams/own.s{n}"), json!({"columns": columns})))).await;
+    let webhooks = join_all((0..30).map(|_| call("POST", "webhooks".to_owned(), webhook.clone()))).await;
+    let usage = server.get("/api/v1/workspaces/acme/usage", &ann).await.body;
+    let taken = |answers: &[u16]| answers.iter().filter(|status| **status < 300).count();
+    assert_eq!((taken(&metrics), usage["metrics"].clone()), (20, json!({"used": 20, "limit": 20})));
+    assert_eq!(json!(taken(&streams)), usage["streams"]["limit"], "{usage}");
+    assert_eq!(taken(&webhooks), 20);
+    assert!(metrics.iter().chain(&streams).chain(&webhooks).all(|status| *status < 300 || *status == 409));
+}
+
+#[tokio::test]
 async fn every_refusal_is_in_the_audit_log_and_the_log_proves_itself() {
     let server = Server::start().await;
     let root = server.token("root@example.com").await;
@@ -499,7 +524,7 @@ async fn every_refusal_is_in_the_audit_log_and_the_log_proves_itself() {
     let entry = &log.body["entries"][0];
     assert_eq!((&entry["actor"], &entry["outcome"]), (&json!("bob@example.com"), &json!("workspace_not_found")));
     assert_eq!(entry["request_id"], foreign.headers["x-request-id"].to_str().unwrap());
-    let check = server.state.system.store().check_audit().await.unwrap();
+    let check = server.state.system.store().check_audit(None).await.unwrap();
     assert!(matches!(check, sql::store::AuditCheck::Intact { entries, .. } if entries >= 6), "{check:?}");
 }
 

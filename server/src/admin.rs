@@ -125,6 +125,9 @@ pub enum AuditCommand {
     /// Computes the hash chain of the audit log again, and names the first entry that is not as it was written.
     #[command(after_help = "Example: tidewatch audit verify --config tidewatch.toml")]
     Verify {
+        /// The hash that an earlier run printed: all before it must be what it was then.
+        #[arg(long)]
+        head: Option<String>,
         #[arg(long)]
         config: Option<PathBuf>,
     },
@@ -288,12 +291,15 @@ pub async fn token(command: TokenCommand) -> Result<()> {
 }
 
 pub async fn audit(command: AuditCommand) -> Result<()> {
-    let AuditCommand::Verify { config } = command;
-    match store(config).await?.check_audit().await? {
+    let AuditCommand::Verify { head, config } = command;
+    match store(config).await?.check_audit(head.as_deref()).await? {
         AuditCheck::Intact { entries, emptied, head } => {
             println!("intact: {entries} entries, {emptied} of them emptied with their workspaces, head {head}");
         }
         AuditCheck::Broken { seq } => bail!("entry {seq} is not what was written, or one before it is missing"),
+        AuditCheck::Rewritten => {
+            bail!("no entry has the hash that `--head` names: the log was made anew, or it is of another store")
+        }
         AuditCheck::Truncated { last } => bail!("entries after {last} are missing: the last one is not the newest"),
     }
     Ok(())

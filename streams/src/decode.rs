@@ -92,6 +92,9 @@ pub struct Bounds {
     pub event_bytes: usize,
     /// Bytes of an `id`.
     pub id_bytes: usize,
+    /// Bytes that the compressed buffers of an Arrow stream may come to, and the text of a column of shared values (a
+    /// dictionary, views) once each row has its own.
+    pub unpacked_bytes: usize,
     /// The first so many bad events are described; the others are counted.
     pub described: usize,
     /// Called after every [`PAUSE_EVENTS`] events: a place for others to go on.
@@ -108,6 +111,7 @@ impl Default for Bounds {
             ts_ahead: Span::seconds(86_400),
             event_bytes: 1 << 20,
             id_bytes: 128,
+            unpacked_bytes: 64 << 20,
             described: 100,
             pause: || (),
         }

@@ -144,6 +144,7 @@ async fn define_rule(
     let shown = rule_json(&name, &definition);
     let said = ["severity", "for", "condition"].map(|member| shown[member].as_str().unwrap_or_default());
     seen.note(format_args!("over {}: {}", definition.metric, said.join(" ")));
+    let _alone = state.system.defining(&member.workspace).await?;
     state.system.define_alert_rule(&member.workspace, name, definition).await?;
     Ok(shown)
 }

@@ -192,6 +192,7 @@ async fn define(
     let name: ItemName = name.parse()?;
     // whoever defines a metric sees its rows: they must not show what is hidden otherwise
     member.may_read_tables(&body.sql)?;
+    let _alone = state.system.defining(&member.workspace).await?;
     if let Some(most) = state.tier(&member.workspace).await?.metrics {
         let known = state.system.metrics(&member.workspace).await?;
         if known.len() >= most && !known.iter().any(|info| info.name == name) {

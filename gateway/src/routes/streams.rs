@@ -67,6 +67,7 @@ async fn define(
     member.may(Permission::StreamDefine)?;
     let Json(body) = body?;
     let stream: StreamName = stream.parse()?;
+    let _alone = state.system.defining(&member.workspace).await?;
     if let Some(most) = state.tier(&member.workspace).await?.streams {
         let known = state.system.streams(&member.workspace).await?;
         let own = known.iter().filter(|info| !is_built_in(&info.schema.stream)).count();

@@ -83,6 +83,7 @@ async fn define(
     let columns =
         body.columns.iter().map(|column| Column { nullable: column.nullable && !key(column), ..column.clone() });
     let defined = Table::new(table_name(&table)?, columns.collect(), body.primary_key.clone())?;
+    let _alone = state.system.defining(&member.workspace).await?;
     state.system.define_table(&member.workspace, defined).await?;
     one(&state, &member, &table).await
 }

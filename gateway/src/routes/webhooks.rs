@@ -88,6 +88,7 @@ async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -
         secret: new.secret,
         enabled: None,
     };
+    let _alone = state.system.defining(&member.workspace).await?;
     let made = state.system.create_webhook(&member.workspace, asked).await?;
     Ok((StatusCode::CREATED, axum::Json(with_secret(made, state.system.now()))).into_response())
 }

@@ -84,6 +84,8 @@ pub enum AuditCheck {
     Broken { seq: i64 },
     /// Entries at the end are missing: the one that was written last is not there.
     Truncated { last: i64 },
+    /// The chain holds, and is another one than that of which somebody noted a hash.
+    Rewritten,
 }
 
 /// An entry and its place in the log, which a page ends at.
@@ -149,16 +151,17 @@ impl Store {
         .map_err(failed("write audit entry"))
     }
 
-    /// Computes the whole chain again. Entries from before the chain began are not covered; those that are written
-    /// meanwhile may be.
-    pub async fn check_audit(&self) -> Result<AuditCheck, StoreError> {
+    /// Computes the whole chain again, in which the hash `noted` must be where somebody kept one elsewhere: who can write
+    /// to the database can make another chain. Entries from before the chain began are not covered; those that are
+    /// written meanwhile may be.
+    pub async fn check_audit(&self, noted: Option<&str>) -> Result<AuditCheck, StoreError> {
         async {
             let written: String = query_scalar("SELECT value FROM meta WHERE key = $1")
                 .bind(HEAD)
                 .fetch_one(self.read(Scope::Installation))
                 .await?;
             let (mut head, mut entries, mut emptied, mut last) = (GENESIS.to_owned(), 0, 0, 0);
-            let mut is_complete = written == GENESIS;
+            let (mut is_complete, mut is_same) = (written == GENESIS, noted.is_none_or(|noted| noted == GENESIS));
             loop {
                 let page: Vec<Placed> = query_as("SELECT * FROM audit WHERE seq > $1 ORDER BY seq LIMIT $2")
                     .bind(last)
@@ -178,13 +181,18 @@ impl Store {
                         return Ok(AuditCheck::Broken { seq });
                     }
                     is_complete |= hash == written;
+                    is_same |= noted == Some(hash.as_str());
                     entries += 1;
                     emptied += u64::from(is_emptied);
                     head = hash;
                 }
                 last = end;
             }
-            Ok(if is_complete { AuditCheck::Intact { entries, emptied, head } } else { AuditCheck::Truncated { last } })
+            Ok(match (is_complete, is_same) {
+                (false, _) => AuditCheck::Truncated { last },
+                (true, false) => AuditCheck::Rewritten,
+                (true, true) => AuditCheck::Intact { entries, emptied, head },
+            })
         }
         .await
         .map_err(failed("check the audit log"))
@@ -296,16 +304,16 @@ mod tests {
         for (sql, found) in cases {
             let (store, _dir) = store().await;
             let nothing = AuditCheck::Intact { entries: 0, emptied: 0, head: String::new() };
-            assert_eq!(store.check_audit().await.unwrap(), nothing);
+            assert_eq!(store.check_audit(None).await.unwrap(), nothing);
             for at in 1..=4 {
                 store.audit(&entry(at)).await.unwrap();
             }
-            let AuditCheck::Intact { entries: 4, emptied: 0, head } = store.check_audit().await.unwrap() else {
+            let AuditCheck::Intact { entries: 4, emptied: 0, head } = store.check_audit(None).await.unwrap() else {
                 panic!()
             };
             assert_eq!(head.len(), 64);
             tamper(&store, sql).await;
-            assert_eq!(store.check_audit().await.unwrap(), found, "{sql}");
+            assert_eq!(store.check_audit(None).await.unwrap(), found, "{sql}");
         }
         let (store, _dir) = store().await;
         for at in 1..=4 {
@@ -314,7 +322,27 @@ mod tests {
         tamper(&store, "DELETE FROM audit WHERE seq = 4").await;
         store.audit(&entry(5)).await.unwrap();
         // what comes after a gap does not close it
-        assert_eq!(store.check_audit().await.unwrap(), AuditCheck::Broken { seq: 5 });
+        assert_eq!(store.check_audit(None).await.unwrap(), AuditCheck::Broken { seq: 5 });
+    }
+
+    #[tokio::test]
+    async fn a_chain_that_was_made_anew_is_told_by_who_noted_a_hash_of_the_one_before() {
+        let head = async |store: &Store| match store.check_audit(None).await.unwrap() {
+            AuditCheck::Intact { head, .. } => head,
+            other => panic!("{other:?}"),
+        };
+        let (store, _dir) = store().await;
+        store.audit(&entry(1)).await.unwrap();
+        let noted = head(&store).await;
+        store.audit(&entry(2)).await.unwrap();
+        assert!(matches!(store.check_audit(Some(&noted)).await.unwrap(), AuditCheck::Intact { entries: 2, .. }));
+        tamper(&store, "DELETE FROM audit").await;
+        store.put_meta(HEAD, GENESIS).await.unwrap();
+        for at in [3, 2] {
+            store.audit(&entry(at)).await.unwrap();
+        }
+        head(&store).await;
+        assert_eq!(store.check_audit(Some(&noted)).await.unwrap(), AuditCheck::Rewritten);
     }
 
     #[tokio::test]
@@ -327,7 +355,7 @@ mod tests {
         store.delete_workspace(&acme).await.unwrap();
         assert_eq!(store.audit_log(&acme, 10, None).await.unwrap().0, []);
         store.audit(&entry(2)).await.unwrap();
-        let check = store.check_audit().await.unwrap();
+        let check = store.check_audit(None).await.unwrap();
         assert!(matches!(check, AuditCheck::Intact { entries: 5, emptied: 2, .. }), "{check:?}");
     }
 
@@ -336,7 +364,7 @@ mod tests {
         let (store, _dir) = store().await;
         let odd = "\0 \u{1f30a} \\u0000 \" \n";
         store.audit(&AuditEntry { target: odd.into(), actor: odd.into(), ..entry(1) }).await.unwrap();
-        let check = store.check_audit().await.unwrap();
+        let check = store.check_audit(None).await.unwrap();
         assert!(matches!(check, AuditCheck::Intact { entries: 1, .. }), "{check:?}");
     }
 
@@ -350,7 +378,7 @@ mod tests {
         for written in futures::future::join_all(writers).await {
             written.unwrap().unwrap();
         }
-        let check = store.check_audit().await.unwrap();
+        let check = store.check_audit(None).await.unwrap();
         assert!(matches!(check, AuditCheck::Intact { entries: 8, .. }), "{check:?}");
     }
 }

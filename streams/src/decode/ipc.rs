@@ -24,10 +24,6 @@ use std::sync::Arc;
 /// A cell that cannot be cast becomes NULL, and is told from one that was NULL.
 const CAST: CastOptions<'static> = CastOptions { safe: true, format_options: FormatOptions::new() };
 
-/// Bytes that a compressed body may come to, and the text of a column of shared values (a dictionary, views) once each
-/// row has its own.
-const UNPACKED_BYTES: usize = 256 << 20;
-
 /// However short a body is, so many values may be in it: compressed ones of a column take next to nothing.
 const VALUES_MIN: usize = 1 << 20;
 
@@ -53,7 +49,7 @@ fn decode_whole(
     bounds: &Bounds,
     now: Micros,
 ) -> Result<Decoded, DecodeError> {
-    let input = read(body)?;
+    let input = read(body, bounds.unpacked_bytes)?;
     let rows = input.num_rows();
     let given = |name: &str| input.column_by_name(name);
     let mut checks = Checks { verdicts: Verdicts::new(rows, bounds.described), bytes: vec![0; rows], bounds, now };
@@ -91,9 +87,9 @@ fn unreadable(error: ArrowError) -> DecodeError {
 }
 
 /// All rows of the stream as one batch whose columns are no larger than the body that brought them.
-fn read(body: &[u8]) -> Result<RecordBatch, DecodeError> {
+fn read(body: &[u8], unpacked_most: usize) -> Result<RecordBatch, DecodeError> {
     let refuse = |detail: String| Err(DecodeError::Unreadable(detail));
-    check_frames(body).map_err(DecodeError::Unreadable)?;
+    check_frames(body, unpacked_most).map_err(DecodeError::Unreadable)?;
     let reader = StreamReader::try_new(body, None).map_err(unreadable)?;
     let schema = reader.schema();
     let mut names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
@@ -120,16 +116,19 @@ fn read(body: &[u8]) -> Result<RecordBatch, DecodeError> {
     }
     let input = concat_batches(&schema, &batches).map_err(unreadable)?;
     for (field, column) in schema.fields().iter().zip(input.columns()) {
-        if shared_text(column).map_err(unreadable)? > UNPACKED_BYTES {
-            let most = UNPACKED_BYTES >> 20;
-            return refuse(format!("column `{}` is more than {most} MiB of text; send less at a time", field.name()));
+        if shared_text(column).map_err(unreadable)? > unpacked_most {
+            return refuse(format!(
+                "column `{}` is more than {unpacked_most} bytes of text, the limit for what is decompressed; send less at \
+                 a time",
+                field.name()
+            ));
         }
     }
     Ok(input)
 }
 
 /// Refuses a stream that announces more than it brings: its reader makes room first and looks then.
-fn check_frames(mut rest: &[u8]) -> Result<(), String> {
+fn check_frames(mut rest: &[u8], unpacked_most: usize) -> Result<(), String> {
     let mut unpacked = 0_usize;
     let cut = || "the Arrow stream ends inside a message".to_owned();
     while let Some(word) = rest.split_off(..4) {
@@ -158,8 +157,10 @@ fn check_frames(mut rest: &[u8]) -> Result<(), String> {
                 unpacked = unpacked.saturating_add(usize::try_from(i64::from_le_bytes(*announced)).unwrap_or(0));
             }
         }
-        if unpacked > UNPACKED_BYTES {
-            return Err(format!("it unpacks to more than {} MiB; send less at a time", UNPACKED_BYTES >> 20));
+        if unpacked > unpacked_most {
+            return Err(format!(
+                "it unpacks to more than {unpacked_most} bytes, the limit for what is decompressed; send less at a time"
+            ));
         }
     }
     Ok(())
@@ -702,7 +703,7 @@ mod tests {
         let announced = zstd.windows(8).rposition(|bytes| *bytes == 8192_i64.to_le_bytes()).unwrap();
         let mut bomb = zstd;
         bomb[announced..announced + 8].copy_from_slice(&(1_i64 << 40).to_le_bytes());
-        assert!(refused(&bomb).unwrap_err().contains("unpacks to more than 256 MiB"));
+        assert!(refused(&bomb).unwrap_err().contains("unpacks to more than 67108864 bytes"));
     }
 
     #[test]
