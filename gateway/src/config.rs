@@ -157,6 +157,8 @@ pub struct Limits {
     pub subscriptions: usize,
     /// Connections at the same time, of any kind.
     pub connections: usize,
+    /// Connections at the same time from one address that are no WebSocket; those of `trusted_proxies` do not count.
+    pub http_connections_per_address: usize,
     /// WebSocket and SSE connections at the same time from one address, of one user and in one workspace.
     pub connections_per_address: usize,
     pub connections_per_user: usize,
@@ -183,6 +185,7 @@ impl Default for Limits {
             frame_bytes: 1 << 20,
             subscriptions: 256,
             connections: 50_000,
+            http_connections_per_address: 2_000,
             connections_per_address: 10_000,
             connections_per_user: 1_000,
             connections_per_workspace: 10_000,

@@ -16,15 +16,19 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::{Request, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -33,12 +37,14 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tower::ServiceExt;
 
-/// A client has this long to send the head of a request.
+/// A client has this long to send the head of a request, and an HTTP/2 client to begin one once none is left.
 const HEAD_WAIT: Duration = Duration::from_secs(15);
 /// Requests in flight and open sockets have this long to end once the server drains.
 const DRAIN: Duration = Duration::from_secs(5);
 /// After an error of `accept`, such as no file descriptors, some time must pass for it to go away.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// A warning about clients is told this often at most, however many there are.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Clients of a server that is starting wait this long for it,
 const SHORT_START: Duration = Duration::from_secs(4);
 /// and then come again after this.
@@ -93,7 +99,7 @@ pub(crate) async fn serve_router(
 
 /// Connections that were open when no new ones were taken any more.
 struct Open {
-    graceful: GracefulShutdown,
+    stop: CancellationToken,
     permits: Arc<Semaphore>,
     permits_max: u32,
 }
@@ -101,12 +107,9 @@ struct Open {
 impl Open {
     /// Finishes requests in flight; what is not done within `within` is cut off.
     async fn end(self, within: Duration) {
-        let drained = async {
-            self.graceful.shutdown().await;
-            // upgraded connections hold their permit until their socket is closed
-            _ = self.permits.acquire_many(self.permits_max).await;
-        };
-        if tokio::time::timeout(within, drained).await.is_err() {
+        self.stop.cancel();
+        // each connection holds its permit until its socket is closed, upgraded or not
+        if tokio::time::timeout(within, self.permits.acquire_many(self.permits_max)).await.is_err() {
             tracing::warn!(?within, "not all connections ended in time; they are cut off");
         }
     }
@@ -122,11 +125,10 @@ async fn answer(
 ) -> Open {
     let permits_max = u32::try_from(config.limits.connections).unwrap_or(u32::MAX);
     let permits = Arc::new(Semaphore::new(permits_max as usize));
-    let graceful = GracefulShutdown::new();
-    let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_WAIT);
-    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
-    let builder = Arc::new(builder);
+    let (stop, builder) = (CancellationToken::new(), Arc::new(http(HEAD_WAIT)));
+    let addresses = Addresses::default();
+    let most = config.limits.http_connections_per_address;
+    let (mut not_accepted, mut too_many) = (Seldom::default(), Seldom::default());
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         let accepted_tls = async {
@@ -138,24 +140,42 @@ async fn answer(
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted.map(|accepted| (accepted, None)),
             accepted = accepted_tls => accepted,
-            () = &mut shutdown => return Open { graceful, permits, permits_max },
+            () = &mut shutdown => return Open { stop, permits, permits_max },
         };
         let ((stream, peer), tls) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                if not_accepted.is_due() {
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
             }
         };
+        // closed at once: a client sees that it was refused instead of waiting for an answer
+        let refused = || metrics::counter!("tidewatch_connections_refused_total").increment(1);
         let Ok(permit) = permits.clone().try_acquire_owned() else {
-            // closed at once: a client sees that it was refused instead of waiting for an answer
-            metrics::counter!("tidewatch_connections_refused_total").increment(1);
+            refused();
             continue;
         };
+        let is_trusted = config.trusted_proxies.iter().any(|net| net.contains(&peer.ip()));
+        let place = if is_trusted { None } else { addresses.enter(peer.ip(), most) };
+        if !is_trusted && place.is_none() {
+            if too_many.is_due() {
+                let address = peer.ip();
+                tracing::warn!(
+                    %address,
+                    "an address has as many connections as limits.http_connections_per_address = {most}; further ones are \
+                     closed. Name a proxy in `trusted_proxies`"
+                );
+            }
+            refused();
+            continue;
+        }
         _ = stream.set_nodelay(true); // slower without, not wrong
-        let (builder, watcher) = (builder.clone(), graceful.watcher());
-        let service = service(router.clone(), peer, config.trusted_proxies.iter().any(|net| net.contains(&peer.ip())));
+        let in_use = Arc::new(Use::default());
+        let service = service(router.clone(), peer, is_trusted, in_use.clone());
+        let (builder, stop) = (builder.clone(), stop.clone());
         tokio::spawn(async move {
             let stream = match tls {
                 None => Stream::Plain(stream),
@@ -164,12 +184,159 @@ async fn answer(
                     None => return,
                 },
             };
-            let io = TokioIo::new(Counted { stream, permit });
-            let connection = builder.serve_connection_with_upgrades(io, service).into_owned();
-            if let Err(error) = watcher.watch(connection).await {
+            let io = TokioIo::new(Counted { stream, permit, place });
+            if let Err(error) = converse(io, &builder, service, &in_use, HEAD_WAIT, &stop).await {
                 tracing::debug!(%error, %peer, "a connection ended");
             }
         });
+    }
+}
+
+/// How HTTP is spoken to clients that have `wait` for the head of a request.
+fn http(wait: Duration) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(wait);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
+    builder
+}
+
+/// Serves one connection until its client leaves or begins no request for about as long as `wait`, or until `stop`:
+/// what was begun then is finished.
+async fn converse<S>(
+    io: TokioIo<Counted>,
+    builder: &Builder<TokioExecutor>,
+    service: S,
+    in_use: &Use,
+    wait: Duration,
+    stop: &CancellationToken,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
+where
+    S: hyper::service::Service<Request<Incoming>, Response = hyper::Response<Answer>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    let mut connection = pin!(builder.serve_connection_with_upgrades(io, service));
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        // hyper waits for ever for the bytes that tell the version, and for the first request of HTTP/2
+        () = in_use.ends(wait) => {}
+        () = stop.cancelled() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    tokio::select! {
+        ended = connection => ended,
+        // whoever does not let go is cut off
+        () = in_use.ends(wait) => Ok(()),
+    }
+}
+
+/// How much a connection is used.
+#[derive(Default)]
+struct Use {
+    /// Requests that are being answered.
+    open: AtomicUsize,
+    /// How often one began or ended.
+    changes: AtomicUsize,
+}
+
+impl Use {
+    fn begin(self: &Arc<Self>) -> InUse {
+        self.open.fetch_add(1, Relaxed);
+        self.changes.fetch_add(1, Relaxed);
+        InUse(self.clone())
+    }
+
+    /// Returns once no request was there for `wait`, or some time later: less than `wait`.
+    async fn ends(&self, wait: Duration) {
+        loop {
+            let before = self.changes.load(Relaxed);
+            tokio::time::sleep(wait).await;
+            if self.open.load(Relaxed) == 0 && self.changes.load(Relaxed) == before {
+                return;
+            }
+        }
+    }
+}
+
+/// A request that is being answered, until the last byte of the answer is taken.
+struct InUse(Arc<Use>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.changes.fetch_add(1, Relaxed);
+        self.0.open.fetch_sub(1, Relaxed);
+    }
+}
+
+/// An answer's body, while which the connection is in use.
+struct Answer {
+    body: axum::body::Body,
+    _in_use: InUse,
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// How many connections there are from which address.
+#[derive(Clone, Default)]
+struct Addresses(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Addresses {
+    /// Counts a connection for as long as what it gets lives; nothing where there are `most` already.
+    fn enter(&self, address: IpAddr, most: usize) -> Option<Place> {
+        let mut all = self.0.lock();
+        let count = all.get(&address).copied().unwrap_or_default();
+        if count >= most {
+            return None;
+        }
+        all.insert(address, count + 1);
+        Some(Place { all: self.clone(), address })
+    }
+}
+
+/// What a connection counts as, of those from its address.
+struct Place {
+    all: Addresses,
+    address: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut all = self.all.0.lock();
+        if let Entry::Occupied(mut count) = all.entry(self.address) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+/// What is not to be told each time.
+#[derive(Default)]
+struct Seldom(Option<Instant>);
+
+impl Seldom {
+    fn is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let is_due = self.0.is_none_or(|told| now.duration_since(told) >= WARN_EVERY);
+        if is_due {
+            self.0 = Some(now);
+        }
+        is_due
     }
 }
 
@@ -263,13 +430,15 @@ fn service(
     router: Router,
     peer: SocketAddr,
     is_trusted: bool,
+    in_use: Arc<Use>,
 ) -> impl hyper::service::Service<
     Request<Incoming>,
-    Response = axum::response::Response,
-    Error = std::convert::Infallible,
+    Response = hyper::Response<Answer>,
+    Error = Infallible,
     Future: Send + 'static,
-> + Clone {
+> {
     service_fn(move |request: Request<Incoming>| {
+        let in_use = in_use.begin();
         // whoever asks first gets its answer and sends nothing; HTTP/2 tells the client to stop
         let lingers = request.version() < Version::HTTP_2 && !request.headers().contains_key(EXPECT);
         let mut request = request.map(|body| axum::body::Body::new(Whole { body: Some(body), lingers }));
@@ -282,7 +451,8 @@ fn service(
                 request.extensions_mut().insert(FromNode);
             }
         }
-        router.clone().oneshot(request)
+        let answer = router.clone().oneshot(request);
+        async move { Ok(answer.await?.map(|body| Answer { body, _in_use: in_use })) }
     })
 }
 
@@ -340,9 +510,17 @@ enum Stream {
 pub(crate) struct Counted {
     stream: Stream,
     permit: OwnedSemaphorePermit,
+    /// Among the connections of its address.
+    place: Option<Place>,
 }
 
 impl Counted {
+    /// A connection that is no HTTP any more does not count as one of its address: what it has become counts by itself.
+    pub(crate) fn upgraded(mut self) -> Counted {
+        self.place = None;
+        self
+    }
+
     /// The socket and what it counts as, where it is not encrypted.
     pub(crate) fn into_plain(self) -> Result<(TcpStream, OwnedSemaphorePermit), Box<Counted>> {
         match self.stream {
@@ -417,6 +595,69 @@ impl AsyncWrite for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const SOON: Duration = Duration::from_millis(200);
+
+    /// What a client gets that sends `first` and then nothing, with `SOON` to begin a request.
+    async fn told(first: &[u8]) -> Vec<u8> {
+        let slow = get(|| async {
+            tokio::time::sleep(3 * SOON).await;
+            "done"
+        });
+        let router = Router::new().route("/slow", slow);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, peer) = listener.accept().await.unwrap();
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let io = TokioIo::new(Counted { stream: Stream::Plain(stream), permit, place: None });
+        let served = tokio::spawn(async move {
+            let in_use = Arc::new(Use::default());
+            let service = service(router, peer, false, in_use.clone());
+            _ = converse(io, &http(SOON), service, &in_use, SOON, &CancellationToken::new()).await;
+        });
+        client.write_all(first).await.unwrap();
+        let mut all = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(10), client.read_to_end(&mut all)).await;
+        read.expect("the connection ends").unwrap();
+        served.await.unwrap();
+        all
+    }
+
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+    #[tokio::test]
+    async fn a_connection_on_which_no_request_begins_ends_whatever_version_it_may_become() {
+        let settings = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
+        for first in [b"".as_slice(), b"PRI * HT", PREFACE, &settings, b"GET /slow HT"] {
+            told(first).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_takes_longer_than_a_head_may_is_answered() {
+        let answered = told(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(answered.ends_with(b"\r\n\r\ndone"), "{}", String::from_utf8_lossy(&answered));
+        // of HTTP/2: GET, http, an indexed name with the path, an authority; RFC 7541, appendix A
+        let head = [&[0x82, 0x86, 0x04, 0x05][..], b"/slow", &[0x41, 0x01], b"x"].concat();
+        let frame = [&[0, 0, head.len() as u8, 1, 5, 0, 0, 0, 1], head.as_slice()].concat();
+        let answered = told(&[PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &frame].concat()).await;
+        assert!(answered.windows(4).any(|part| part == b"done"), "{answered:?}");
+    }
+
+    #[test]
+    fn an_address_has_so_many_places_and_one_that_is_left_is_free_again() {
+        let addresses = Addresses::default();
+        let [one, other] = [1, 2].map(|last| IpAddr::from([10, 0, 0, last]));
+        let first = addresses.enter(one, 2);
+        let second = addresses.enter(one, 2);
+        assert!(first.is_some() && second.is_some() && addresses.enter(one, 2).is_none());
+        assert!(addresses.enter(other, 2).is_some());
+        drop(first);
+        assert!(addresses.enter(one, 2).is_some());
+        drop(second);
+        assert!(addresses.0.lock().is_empty(), "nothing is kept of who left");
+    }
 
     #[test]
     fn of_all_that_is_said_of_whose_request_it_is_the_last_counts() {

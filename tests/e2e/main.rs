@@ -4,6 +4,7 @@ mod bad_input; // each kind of bad input: its problem, its code, and the process
 mod cached; // what was read before, in memory and in Redis
 mod chain; // metrics over metrics, live, in history and after a restart
 mod command; // the commands of the binary against a real server
+mod crowded; // more connections than the process has descriptors for
 #[path = "../support/database.rs"]
 mod database; // a PostgreSQL of its own
 mod edge; // nodes that serve clients for the one with the engine

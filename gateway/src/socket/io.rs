@@ -29,7 +29,7 @@ pub(super) fn split(upgraded: Upgraded, send_buffer: usize, reader: &mut Reader)
     let other: Box<dyn Stream> = match hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<Counted>>(upgraded) {
         Ok(parts) => {
             reader.feed(&parts.read_buf);
-            let stream = parts.io.into_inner();
+            let stream = parts.io.into_inner().upgraded();
             stream.bound_send_buffer(send_buffer);
             match stream.into_plain() {
                 Ok((stream, permit)) => {
