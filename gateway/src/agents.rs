@@ -2,14 +2,13 @@
 
 use crate::AppState;
 use crate::agui::{self, Asker, Dialect, InputError};
-use crate::extract::{Listing, Member, Path};
+use crate::extract::{Listing, Member, Path, Plain};
 use crate::permission::Permission;
 use crate::problem::{Item, PROBLEM_JSON, Problem};
 use actors::agent::{AgentInfo, RunHandle};
 use actors::rows::rfc3339;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
@@ -79,11 +78,11 @@ async fn run(
     member: Member,
     Path((_, name)): Path<(String, String)>,
     headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
+    body: Result<Plain<INPUT_BYTES_MAX>, Problem>,
 ) -> Result<Response, Problem> {
     member.may_run_agents()?;
     let name: ItemName = name.parse().map_err(|_| unknown_agent(&name))?;
-    let request = agui::parse_input(asker(&member, name), &body?)?;
+    let request = agui::parse_input(asker(&member, name), &body?.0)?;
     let dialect = Dialect::of(request.legacy);
     member.count_run(&state).await?;
     let thread = request.thread.clone();

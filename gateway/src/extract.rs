@@ -1,20 +1,20 @@
 //! What handlers take from a request. Each refuses with a problem.
 
-use crate::AppState;
 use crate::auth::{By, Caller};
 use crate::edge::Told;
 use crate::hub::Topic;
 use crate::permission::{Access, Permission, Role};
 use crate::problem::Problem;
 use crate::quota::{Of, Rate};
+use crate::{AppState, BODY_BYTES};
 use ::streams::table::positions;
 use actors::Fault;
 use actors::agent::AGENT_EVENTS;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams, Request};
-use axum::http::Method;
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, Method};
 use bytes::Bytes;
 use engine::event::{METRICS, Micros, StreamName, WorkspaceId};
 use engine::reference::TABLES;
@@ -43,7 +43,27 @@ async fn json<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, Prob
     if essence != "application/json" && !(essence.starts_with("application/") && essence.ends_with("+json")) {
         return Err(Problem::unsupported_type("send the body with `content-type: application/json`"));
     }
-    Ok(Bytes::from_request(request, state).await?)
+    let body: Plain = Plain::from_request(request, state).await?;
+    Ok(body.0)
+}
+
+/// The bytes of a body that are no events: `MOST` at most, which is also what the route's `DefaultBodyLimit` says.
+pub(crate) struct Plain<const MOST: usize = BODY_BYTES>(pub(crate) Bytes);
+
+impl<const MOST: usize, S: Send + Sync> FromRequest<S> for Plain<MOST> {
+    type Rejection = Problem;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        // before it has come: a client that says how much it is may never send it
+        if announced(request.headers()).is_some_and(|bytes| bytes > MOST as u64) {
+            return Err(Problem::too_large(format!("the body is larger than {MOST} bytes; send less at a time")));
+        }
+        Ok(Plain(Bytes::from_request(request, state).await?))
+    }
+}
+
+/// Bytes that a body has by its `Content-Length`.
+pub(crate) fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for AnyJson<T> {

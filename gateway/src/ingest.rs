@@ -3,14 +3,14 @@
 use crate::AppState;
 use crate::config::Limits;
 use crate::edge::Told;
-use crate::extract::Member;
+use crate::extract::{Member, announced};
 use crate::problem::Problem;
 use crate::quota::Tier;
 use actors::Ingested;
 use actors::agent::AGENT_EVENTS;
 use actors::background::{Background, pause};
 use axum::body::Body;
-use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
 use engine::event::{StreamName, WorkspaceId};
@@ -232,8 +232,7 @@ impl Intake {
     ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Problem> {
         let over =
             || Problem::too_large(format!("the body is larger than limits.body_bytes = {most}; send less at a time"));
-        let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|bytes| bytes > most as u64) {
+        if announced(headers).is_some_and(|bytes| bytes > most as u64) {
             return Err(over());
         }
         let mut parts: Vec<Bytes> = Vec::new();
@@ -328,6 +327,7 @@ fn answer(done: &Ingested) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::http::header::CONTENT_LENGTH;
     use std::io::Write;
 
     fn limits(decompressed_bytes: usize) -> Limits {

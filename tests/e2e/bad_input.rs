@@ -3,6 +3,7 @@
 use crate::harness::{PASSWORD, Server};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -173,6 +174,31 @@ async fn who_sends_more_than_is_taken_still_gets_the_answer() {
         assert!(answers.starts_with(&format!("HTTP/1.1 {status} ")) && answers.contains(code), "{answers}");
         assert!(answers.contains("HTTP/1.1 200 OK"), "{answers}");
     }
+}
+
+#[tokio::test]
+async fn a_body_that_says_that_it_is_too_large_is_refused_before_it_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::with_workspace(directory.path()).await;
+    let run = "/api/v1/workspaces/acme/agents/analyst/run";
+    for (path, size) in [
+        ("/api/v1/auth/login", 100_000_000_u64),
+        ("/api/v1/auth/login", u64::MAX / 2),
+        ("/api/v1/auth/logout", 2_000_000),
+        ("/api/v1/workspaces/acme/query", 2_000_000),
+        (run, 100_000_000),
+        (EVENTS, 100_000_000),
+    ] {
+        let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+        let head = format!("authorization: Bearer {}\r\ncontent-type: application/json", server.token);
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\ncontent-length: {size}\r\n\r\n{{");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = [0; 12];
+        let told = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut answer)).await;
+        told.unwrap_or_else(|_| panic!("{path} {size}: no answer in time")).unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 413", "{path} {size}");
+    }
+    server.stop().await;
 }
 
 #[tokio::test]

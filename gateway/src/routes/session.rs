@@ -2,7 +2,7 @@
 
 use crate::AppState;
 use crate::auth::{By, Caller, Refreshed, Tokens};
-use crate::extract::{Address, Json, Path, Query, Seen, Sent};
+use crate::extract::{Address, Json, Path, Plain, Query, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::{Access, Role};
 use crate::problem::Problem;
@@ -14,7 +14,6 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Router};
-use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::net::IpAddr;
@@ -160,7 +159,7 @@ struct Logout {
 async fn logout(
     State(state): State<AppState>,
     caller: Result<Caller, Problem>,
-    body: Bytes,
+    Plain(body): Plain,
 ) -> Result<StatusCode, Problem> {
     let logout = match body.as_ref() {
         b"" => Logout { refresh_token: None, everywhere: false },
