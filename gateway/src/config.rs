@@ -172,6 +172,8 @@ pub struct Limits {
     pub feed_bytes: usize,
     /// Bytes of messages to one WebSocket client that the kernel may hold: `SO_SNDBUF`, which Linux doubles.
     pub send_buffer_bytes: usize,
+    /// Workspaces that one user owns; an admin of the installation may have any number.
+    pub workspaces_per_user: usize,
     /// HTTP requests a minute of one user or API key, whatever the workspace; a minute's worth may come at once.
     pub user_requests_per_minute: u32,
 }
@@ -193,6 +195,7 @@ impl Default for Limits {
             queue_bytes: 1 << 20,
             feed_bytes: 64 << 20,
             send_buffer_bytes: 64 << 10,
+            workspaces_per_user: 100,
             user_requests_per_minute: 600_000,
         }
     }

@@ -73,6 +73,8 @@ pub struct AppState {
     pub(crate) intake: Arc<Intake>,
     pub(crate) quotas: Arc<Quotas>,
     pub(crate) unaudited: Arc<Unaudited>,
+    /// Held by who makes a workspace, so that what is counted before holds.
+    pub(crate) founding: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl AppState {
@@ -96,6 +98,7 @@ impl AppState {
             intake: Arc::new(Intake::start()?),
             quotas: Arc::default(),
             unaudited: Arc::default(),
+            founding: Arc::default(),
         })
     }
 

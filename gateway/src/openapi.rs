@@ -132,7 +132,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/api/v1/workspaces", "workspaces", "Mine; admins of the installation see all.")
         .query(&[LIMIT, ("after", "The `next` of the page before.")])
         .gives(200, "Workspaces"),
-    Operation::new("post", "/api/v1/workspaces", "workspaces", "A new workspace; its creator is its owner.")
+    Operation::new("post", "/api/v1/workspaces", "workspaces", "A new workspace; its creator is its owner, of `limits.workspaces_per_user` at most (409 `limit_reached`) unless they administer the installation.")
         .takes("NewWorkspace")
         .gives(201, "Workspace"),
     Operation::new("get", "/api/v1/workspaces/{ws}", "workspaces", "One workspace.").gives(200, "Workspace"),

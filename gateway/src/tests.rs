@@ -2,7 +2,7 @@
 
 mod again; // what clients get that come back
 mod chat; // the sockets of chat clients
-mod crowded; // more connections than there may be
+mod crowded; // more connections and workspaces than there may be
 mod kept; // what is kept of answers, and who gets it
 mod refused; // what is refused, and what the audit log tells of it
 mod rights; // who may follow and send what

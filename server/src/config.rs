@@ -217,6 +217,7 @@ pub struct Limits {
     pub queue_bytes: usize,
     pub feed_bytes: usize,
     pub send_buffer_bytes: usize,
+    pub workspaces_per_user: usize,
     pub user_requests_per_minute: u32,
     pub queries: usize,
     /// What the workspaces of each tier may ask for.
@@ -259,6 +260,7 @@ impl Default for Limits {
             queue_bytes: wire.queue_bytes,
             feed_bytes: wire.feed_bytes,
             send_buffer_bytes: wire.send_buffer_bytes,
+            workspaces_per_user: wire.workspaces_per_user,
             user_requests_per_minute: wire.user_requests_per_minute,
             queries: system.queries,
             tiers: gateway::default_tiers().into_iter().map(|(name, tier)| (name.to_owned(), tier)).collect(),
@@ -306,6 +308,7 @@ impl Limits {
             queue_bytes: self.queue_bytes,
             feed_bytes: self.feed_bytes,
             send_buffer_bytes: self.send_buffer_bytes,
+            workspaces_per_user: self.workspaces_per_user,
             user_requests_per_minute: self.user_requests_per_minute,
         }
     }

@@ -1,4 +1,4 @@
-//! More connections than there may be.
+//! More connections and workspaces than there may be.
 
 use super::*;
 use tokio::io::AsyncReadExt;
@@ -30,4 +30,34 @@ async fn an_address_has_so_many_connections_and_those_that_became_websockets_are
         }
     }
     panic!("no place became free");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_owns_so_many_workspaces_however_many_are_asked_for_at_once() {
+    let server = Server::with(Limits { workspaces_per_user: 3, ..Limits::default() }).await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    let make =
+        async |token: &str, id: String| server.call("POST", "/api/v1/workspaces", token, json!({"id": id})).await;
+    let all = futures::future::join_all((0..12).map(|n| make(&ann, format!("ann{n}")))).await;
+    let (made, refused): (Vec<_>, Vec<_>) = all.iter().partition(|answer| answer.status == 201);
+    assert_eq!((made.len(), refused.len()), (3, 9));
+    for answer in refused {
+        assert_eq!((answer.status, answer.code()), (409, "limit_reached"), "{}", answer.body);
+        assert!(answer.body["detail"].as_str().unwrap().contains("limits.workspaces_per_user = 3"), "{}", answer.body);
+    }
+    // where somebody is only a member they own nothing
+    let first = made[0].body["id"].as_str().unwrap();
+    let member = json!({"email": "bob@example.com", "role": "admin"});
+    assert_eq!(server.call("PUT", &format!("/api/v1/workspaces/{first}/members"), &root, member).await.status, 200);
+    for n in 0..3 {
+        assert_eq!(make(&bob, format!("bob{n}")).await.status, 201);
+    }
+    assert_eq!(make(&bob, "bob3".into()).await.code(), "limit_reached");
+    for n in 0..5 {
+        assert_eq!(make(&root, format!("root{n}")).await.status, 201);
+    }
+    let gone = server.call("DELETE", &format!("/api/v1/workspaces/{first}"), &ann, Value::Null).await;
+    assert_eq!(gone.status, 204);
+    assert_eq!(make(&ann, "another".into()).await.status, 201);
 }
