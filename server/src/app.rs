@@ -1,6 +1,7 @@
 //! The parts put together: log, store, system and gateway; served until asked to stop, then drained.
 
 use crate::config::{Backend, Config};
+use crate::private;
 use actors::clock::{Clock, SystemClock};
 use actors::pack::Packs;
 use actors::{Parts, System};
@@ -42,6 +43,7 @@ impl App {
         let starting = Starting::serve(listener, &wire);
         std::fs::create_dir_all(&config.data_dir)
             .with_context(|| format!("cannot make data_dir {}", config.data_dir.display()))?;
+        private::tighten(&config.data_dir);
         let metrics = recorded()?;
         let log = EmbeddedLog::open(&config.data_dir.join("log"), &config.log.embedded())?;
         let dedup = Arc::new(Dedup::open(&config.data_dir.join("ids"), &config.dedup)?);

@@ -9,6 +9,7 @@ pub mod client; // the commands that talk to a running server
 mod config; // where settings come from, and what they may be
 pub mod demo; // sample workspaces fed by simulators or by an exchange
 pub mod measure; // how fast is this machine
+pub mod private; // data that nobody else reads
 mod report; // what was measured, as a table, JSON and plots
 
 pub use app::{App, serve_edge, shutdown_signal};

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use server::client::{self, Backtest, Query, Replay};
 use server::demo::Speed;
-use server::{App, Config, admin, backup, check, measure};
+use server::{App, Config, admin, backup, check, measure, private};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use streams::feed::Feed;
@@ -125,8 +125,24 @@ enum Command {
 /// Of each thread of the runtime: code without optimization takes more than the default. Memory only where it is used.
 const STACK_BYTES: usize = 16 << 20;
 
+impl Command {
+    /// Whether it writes what only the server's own user is to read.
+    fn writes_data(&self) -> bool {
+        match self {
+            Self::Demo { .. } | Self::Serve { .. } | Self::Migrate { .. } | Self::Backup { .. } => true,
+            Self::Restore { .. } | Self::Workspace(_) | Self::User(_) | Self::Key(_) => true,
+            Self::Token(_) | Self::Audit(_) => true,
+            Self::Edge { .. } | Self::Replay(_) | Self::Query(_) | Self::Backtest(_) => false,
+            Self::Check { .. } | Self::Bench(_) => false,
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.command.writes_data() {
+        private::by_default();
+    }
     server::choose_tls();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

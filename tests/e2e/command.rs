@@ -5,7 +5,8 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 const HEADER: &str = "ts,symbol,price,qty,side\n";
@@ -69,6 +70,30 @@ async fn replay_sends_csv_and_ndjson_plain_and_packed_and_a_repeat_counts_once()
     assert!(said.starts_with("accepted 0, duplicates 4000, "), "{said}");
     assert_eq!(count(&server, "B").await.0, 4_000);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_command_keeps_is_for_its_own_user_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().join("data");
+    let mut command = Command::new(BINARY);
+    command.args(["user", "create", "ada@example.com"]).env("TIDEWATCH__DATA_DIR", &data);
+    command.env("TIDEWATCH__AUTH__SECRET", "a secret of the tests, long enough for them");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"correct horse battery staple\n").await.unwrap();
+    assert!(child.wait().await.unwrap().success());
+    let (mut left, mut seen) = (vec![data], 0);
+    while let Some(path) = left.pop() {
+        let found = std::fs::metadata(&path).unwrap();
+        let expected = if found.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(found.permissions().mode() & 0o777, expected, "{}", path.display());
+        if found.is_dir() {
+            left.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+        seen += 1;
+    }
+    assert!(seen > 1, "{seen}");
 }
 
 #[tokio::test]
