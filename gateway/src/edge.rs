@@ -193,9 +193,10 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     }
     // a workspace that has ended has no log of its own, nor has a later one of the same name this entry
     let has_ended = method == Method::DELETE && route == "/api/v1/workspaces/{ws}" && code.is_none();
+    let workspace = workspace_of(&path).or_else(|| seen.founded().cloned());
     let entry = AuditEntry {
         at: state.system.now(),
-        workspace: if has_ended { None } else { known(&state, workspace_of(&path)).await },
+        workspace: if has_ended { None } else { known(&state, workspace).await },
         actor: seen.name().unwrap_or_default().to_owned(),
         action: format!("{method} {route}"),
         target: (path + &seen.what()).chars().take(TARGET_CHARS).collect(),

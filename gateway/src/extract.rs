@@ -103,6 +103,7 @@ pub(crate) struct Query<T>(pub(crate) T);
 pub(crate) struct Seen {
     name: Arc<OnceLock<String>>,
     what: Arc<Mutex<String>>,
+    founded: Arc<OnceLock<WorkspaceId>>,
 }
 
 impl Seen {
@@ -124,6 +125,15 @@ impl Seen {
 
     pub(crate) fn what(&self) -> String {
         self.what.lock().clone()
+    }
+
+    /// Tells which workspace there is since the request; its log begins with that.
+    pub(crate) fn found(&self, workspace: WorkspaceId) {
+        _ = self.founded.set(workspace); // a request makes one at most
+    }
+
+    pub(crate) fn founded(&self) -> Option<&WorkspaceId> {
+        self.founded.get()
     }
 }
 

@@ -4,7 +4,7 @@ use super::session::workspace as shown;
 use super::streams::is_built_in;
 use crate::AppState;
 use crate::auth::Caller;
-use crate::extract::{Json, Listing, Member, Sent};
+use crate::extract::{Json, Listing, Member, Seen, Sent};
 use crate::hub::Group;
 use crate::permission::{Permission, Role};
 use crate::problem::Problem;
@@ -65,10 +65,16 @@ struct New {
     tier: Option<String>,
 }
 
-async fn create(State(state): State<AppState>, caller: Caller, new: Sent<New>) -> Result<Response, Problem> {
+async fn create(
+    State(state): State<AppState>,
+    caller: Caller,
+    seen: Seen,
+    new: Sent<New>,
+) -> Result<Response, Problem> {
     let caller = caller.user()?;
     let Json(new) = new?;
     let id: WorkspaceId = new.id.parse()?;
+    seen.note(format_args!("`{id}`"));
     let pack = new.pack.as_deref().map(|name| known_pack(&state, name)).transpose()?;
     let workspace = Workspace {
         name: label("name", new.name.as_deref().unwrap_or(id.as_str()))?,
@@ -105,6 +111,7 @@ async fn create(State(state): State<AppState>, caller: Caller, new: Sent<New>) -
         return Err(fault.into());
     }
     state.auth.forget();
+    seen.found(id);
     Ok((StatusCode::CREATED, axum::Json(answer)).into_response())
 }
 

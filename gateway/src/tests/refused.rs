@@ -127,6 +127,19 @@ async fn the_audit_log_says_what_an_alert_rule_became_before_the_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_workspace_begins_with_who_made_it() {
+    let server = Server::start().await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    assert_eq!(server.call("POST", "/api/v1/workspaces", &ann, json!({"id": "acme"})).await.status, 201);
+    assert_eq!(server.call("POST", "/api/v1/workspaces", &bob, json!({"id": "acme"})).await.status, 409);
+    let log = server.get("/api/v1/workspaces/acme/audit", &ann).await.body;
+    let [made] = log["entries"].as_array().unwrap().as_slice() else { panic!("{log}") };
+    let said = ["actor", "action", "target", "outcome"].map(|field| made[field].as_str().unwrap());
+    assert_eq!(said, ["ann@example.com", "POST /api/v1/workspaces", "/api/v1/workspaces `acme`", "ok"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_makes_a_workspace_does_not_read_who_looked_for_it_before() {
     let listening = Listening::start(Limits::default()).await;
     let (_, root) = listening.signed_in().await;
