@@ -489,6 +489,27 @@ async fn the_same_messages_come_as_messagepack_where_that_is_asked_for() {
     assert_eq!((&answer["type"], &answer["ref"]), (&json!("ok"), &json!(1)));
     server.ingest("chat.messages", &chat(7)).await;
     assert_eq!(numbers(&next().await), [7]);
+    // what JSON would not pass is refused under the same code: a name that stands twice, and what follows the message
+    let (ping, mut twice) = (rmp_serde::to_vec(&json!({"type": "ping"})).unwrap(), vec![0x82]);
+    let pair = &ping[1..];
+    twice.extend([pair, pair].concat());
+    for (bad, why) in [(twice, "duplicate field `type`"), ([ping.as_slice(), &[0xc0]].concat(), "1 bytes follow")] {
+        socket.send(Message::Binary(bad.into())).await.unwrap();
+        let refused = loop {
+            match socket.next().await.unwrap().unwrap() {
+                Message::Binary(bytes) => {
+                    let message = rmp_serde::from_slice::<Value>(&bytes).unwrap();
+                    if message["type"] == "error" {
+                        break message;
+                    }
+                }
+                Message::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(refused["code"], "bad_frame", "{refused}");
+        assert!(refused["detail"].as_str().unwrap().contains(why), "{refused}");
+    }
     server.stop().await;
 }
 

@@ -4,6 +4,8 @@
 use crate::socket::frame::{self, Opcode};
 use bytes::{Bytes, BytesMut};
 use flate2::{Compress, Compression, FlushCompress};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -44,9 +46,95 @@ impl Form {
     }
 
     /// A binary message of a client as the JSON it stands for; nothing where only text is spoken.
-    pub(crate) fn read(self, bytes: &[u8]) -> Option<Result<String, rmp_serde::decode::Error>> {
-        let document = || rmp_serde::from_slice::<Value>(bytes).map(|document| document.to_string());
-        (self == Form::Packed).then(document)
+    pub(crate) fn read(self, bytes: &[u8]) -> Option<Result<String, String>> {
+        (self == Form::Packed).then(|| unpacked(bytes))
+    }
+}
+
+/// The JSON that MessagePack stands for. Names that stand twice do so there too, for whoever reads it to refuse them.
+fn unpacked(mut bytes: &[u8]) -> Result<String, String> {
+    let document = Document::deserialize(&mut rmp_serde::Deserializer::new(&mut bytes));
+    let document = document.map_err(|error| error.to_string())?;
+    match bytes.len() {
+        0 => serde_json::to_string(&document).map_err(|error| error.to_string()),
+        rest => Err(format!("{rest} bytes follow the document")),
+    }
+}
+
+/// A JSON document in which a name may stand more than once.
+enum Document {
+    Object(Vec<(String, Document)>),
+    Array(Vec<Document>),
+    Plain(Value),
+}
+
+impl Serialize for Document {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Document::Object(members) => serializer.collect_map(members.iter().map(|(name, value)| (name, value))),
+            Document::Array(values) => serializer.collect_seq(values),
+            Document::Plain(value) => value.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Document {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Document, D::Error> {
+        deserializer.deserialize_any(Reader)
+    }
+}
+
+struct Reader;
+
+impl<'de> Visitor<'de> for Reader {
+    type Value = Document;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("what JSON can hold")
+    }
+
+    fn visit_unit<E>(self) -> Result<Document, E> {
+        Ok(Document::Plain(Value::Null))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Document, E> {
+        Ok(Document::Plain(value.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<Document, A::Error> {
+        let mut all = Vec::new();
+        while let Some(value) = values.next_element()? {
+            all.push(value);
+        }
+        Ok(Document::Array(all))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Document, A::Error> {
+        let mut all = Vec::new();
+        while let Some(member) = members.next_entry()? {
+            all.push(member);
+        }
+        Ok(Document::Object(all))
     }
 }
 
