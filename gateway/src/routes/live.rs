@@ -194,7 +194,9 @@ impl Follower {
         loop {
             let now = Instant::now();
             if self.ends.is_some_and(|end| end <= now) {
-                return None;
+                self.is_over = true;
+                let expired = Problem::unauthorized("the token has expired; come again with a new one");
+                return Some(data(&withdrawn(None, None, &expired).to_string()));
             }
             if self.outbox.is_to_look() || self.check_at <= now {
                 self.check_at = now + KEEP_ALIVE;

@@ -525,10 +525,18 @@ async fn a_connection_ends_with_its_credentials_however_busy_it_is() {
             assert_eq!(server.clone().oneshot(request).await.unwrap().status(), 200);
         }
     });
-    let ended = async { while events.next().await.is_some() {} };
+    let ended = async {
+        let mut last = Value::Null;
+        while let Some(message) = events.next().await {
+            last = message;
+        }
+        last
+    };
     let all = async { tokio::join!(closed(&mut idle), closed(&mut busy), ended) };
-    let codes = tokio::time::timeout(Duration::from_secs(20), all).await.expect("all end");
-    assert_eq!(codes, (4002, 4002, ()));
+    let (idle, busy, last) = tokio::time::timeout(Duration::from_secs(20), all).await.expect("all end");
+    assert_eq!((idle, busy), (4002, 4002));
+    assert_eq!((&last["type"], &last["code"]), (&json!("error"), &json!("unauthorized")), "{last}");
+    assert!(last["detail"].as_str().unwrap().contains("expired"), "{last}");
     load.abort();
     let refused = Events::follow(&listening, &short, "alerts").await.err();
     assert_eq!(refused, Some((401, "unauthorized".to_owned())));
