@@ -12,7 +12,7 @@ use actors::Fault;
 use actors::agent::AGENT_EVENTS;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, RawPathParams, Request};
-use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method};
 use bytes::Bytes;
@@ -53,6 +53,10 @@ pub(crate) struct Plain<const MOST: usize = BODY_BYTES>(pub(crate) Bytes);
 impl<const MOST: usize, S: Send + Sync> FromRequest<S> for Plain<MOST> {
     type Rejection = Problem;
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let encoding = request.headers().get(CONTENT_ENCODING).map(|encoding| encoding.as_bytes().trim_ascii());
+        if encoding.is_some_and(|encoding| !encoding.is_empty() && !encoding.eq_ignore_ascii_case(b"identity")) {
+            return Err(Problem::unsupported_type("send the body without content-encoding; events may be compressed"));
+        }
         // before it has come: a client that says how much it is may never send it
         if announced(request.headers()).is_some_and(|bytes| bytes > MOST as u64) {
             return Err(Problem::too_large(format!("the body is larger than {MOST} bytes; send less at a time")));

@@ -180,6 +180,13 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
     assert_eq!(code("POST", at, json, Body::from("{}")).await, (400, "bad_body".into()));
     assert_eq!(code("POST", at, json, Body::from(r#"{"id":"a","owner":"me"}"#)).await, (400, "bad_body".into()));
     assert_eq!(code("POST", at, "text/plain", Body::from("{}")).await, (415, "unsupported_media_type".into()));
+    for (encoding, status) in [("gzip", 415), ("br", 415), ("identity", 400), ("", 400)] {
+        let request = Request::builder().method("POST").uri(at).header("content-type", json);
+        let request = request.header("content-encoding", encoding).header("authorization", format!("Bearer {root}"));
+        let answer = server.send(request.body(Body::from("{}")).unwrap()).await;
+        let code = if status == 415 { "unsupported_media_type" } else { "bad_body" };
+        assert_eq!((answer.status, answer.code()), (status, code), "{encoding}");
+    }
     let large = Body::from(format!(r#"{{"id":"{}"}}"#, "x".repeat(2 << 20)));
     assert_eq!(code("POST", at, json, large).await, (413, "body_too_large".into()));
     assert_eq!(code("GET", "/api/v1/workspaces?limit=0", json, Body::empty()).await, (400, "bad_parameter".into()));
