@@ -40,9 +40,9 @@ use actors::pack::Packs;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
-use axum::http::{HeaderName, HeaderValue, Method};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::routing::get;
+use axum::routing::{any, get};
 use edge::Unaudited;
 use engine::event::WorkspaceId;
 use hub::Group;
@@ -125,9 +125,11 @@ const COMPRESSED_FROM: u16 = 1024;
 pub(crate) fn router(state: AppState) -> Router {
     let mut router = Router::new().merge(routes::routes()).merge(agents::routes()).merge(socket::routes());
     router = router.merge(openapi::routes());
-    if state.config.metrics_listen.is_none() {
-        router = router.route("/metrics", get(routes::prometheus));
-    }
+    router = match state.config.metrics_listen {
+        None => router.route("/metrics", get(routes::prometheus)),
+        // no page of the console either
+        Some(_) => router.route("/metrics", any(async || StatusCode::NOT_FOUND)),
+    };
     let compressed = SizeAbove::new(COMPRESSED_FROM).and(DefaultPredicate::new());
     // the last layer is the outermost
     router

@@ -200,6 +200,14 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
 }
 
 #[tokio::test]
+async fn figures_that_are_served_elsewhere_are_not_here() {
+    let elsewhere = Config { metrics_listen: Some(([127, 0, 0, 1], 0).into()), ..Config::default() };
+    let answer = Server::of(elsewhere, actors::Limits::default()).await.get("/metrics", "").await;
+    assert_eq!((answer.status, answer.code()), (404, "not_found"), "{}", answer.body);
+    assert_eq!(Server::start().await.get("/metrics", "").await.status, 200);
+}
+
+#[tokio::test]
 async fn a_panic_of_a_handler_is_a_problem_without_its_words() {
     let boom = Router::new().route("/", get(async || -> StatusCode { panic!("secret") }));
     let router = boom.layer(CatchPanicLayer::custom(problem::of_panic)).layer(from_fn(problem::document_errors));
