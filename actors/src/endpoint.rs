@@ -110,6 +110,12 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     }
 }
 
+/// Whether a name is this machine's by itself, whatever who is asked for it says (RFC 6761, section 6.3).
+fn is_local(host: &str) -> bool {
+    let name = host.strip_suffix('.').unwrap_or(host);
+    name.rsplit('.').next().is_some_and(|last| last.eq_ignore_ascii_case("localhost"))
+}
+
 /// Why a webhook cannot be where it is said to be.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BadUrl {
@@ -124,6 +130,8 @@ pub(crate) enum BadUrl {
     /// Where the name leads is not said: it may be the business of a network inside.
     #[error("`{0}` has an address that is not public; only webhooks.allow_private lets those be called")]
     Private(String),
+    #[error("nothing listens on port 0")]
+    Port,
     #[error("`{0}` has no address")]
     Nowhere(String),
 }
@@ -163,6 +171,12 @@ impl Guard {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = bare.parse::<IpAddr>() {
             self.check(host, &[SocketAddr::new(address, 0)])?;
+        }
+        if !self.allow_private && is_local(host) {
+            return Err(BadUrl::Private(host.to_owned()));
+        }
+        if url.port() == Some(0) {
+            return Err(BadUrl::Port);
         }
         Ok(url)
     }
@@ -355,9 +369,15 @@ mod tests {
             "https://[::1]/",
             "https://[::ffff:127.0.0.1]/",
             "https://169.254.169.254/latest/meta-data",
+            "https://localhost/",
+            "https://LocalHost./",
+            "https://db.localhost:8443/",
+            "https://example.com:0/",
         ] {
             assert!(guard.read(bad).is_err(), "{bad}");
         }
+        assert!(open.read("http://localhost.:8080/").is_ok() && open.read("http://localhost:0/").is_err());
+        assert!(guard.read("https://localhost.example.com/").is_ok());
         assert!(open.read("http://127.0.0.1:8080/").is_ok() && open.read("file:///etc/passwd").is_err());
         let long = format!("https://example.com/{}", "a".repeat(URL_BYTES_MAX));
         assert!(matches!(guard.read(&long), Err(BadUrl::TooLong)));
@@ -374,6 +394,8 @@ mod tests {
         assert!(refused.contains("`localhost` has an address that is not public"), "{refused}");
         let dialled = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
         assert!(dialled.is_err(), "nothing may have connected");
+        let resolved = Guard { allow_private: false }.resolve("localhost".parse().unwrap()).await;
+        assert!(resolved.is_err(), "nor is a name that leads there only now");
         // one private address among public ones is enough
         let both = ["1.1.1.1:0", "10.0.0.1:0"].map(|address| address.parse().unwrap());
         let guard = Guard { allow_private: false };
