@@ -14,10 +14,11 @@ use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use engine::event::WorkspaceId;
+use engine::event::{Micros, Span, WorkspaceId};
 use parking_lot::Mutex;
 use sql::store::AuditEntry;
-use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -160,7 +161,7 @@ pub(crate) async fn tell_quota(mut request: Request, next: Next) -> Response {
 /// and chats are many and change no settings; a refused sign-in is kept, one that came too soon is not.
 fn is_notable(method: &Method, route: &str, status: StatusCode, code: Option<&str>, known: bool) -> bool {
     const BUSY: [&str; 5] = ["/events", "/rows", "/query", "/run", "/auth/refresh"];
-    if route.ends_with("/auth/login") || route.ends_with("/callback") {
+    if is_sign_in(route) {
         return matches!(
             status,
             StatusCode::OK | StatusCode::SEE_OTHER | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
@@ -168,9 +169,16 @@ fn is_notable(method: &Method, route: &str, status: StatusCode, code: Option<&st
     }
     let is_change = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
     let is_busy = BUSY.iter().any(|end| route.ends_with(end));
-    // a workspace of others answers as one that is missing
-    let is_denied = status == StatusCode::FORBIDDEN || code == Some("workspace_not_found");
-    known && (is_denied || (is_change && !is_busy))
+    known && (is_denial(status, code) || (is_change && !is_busy))
+}
+
+fn is_sign_in(route: &str) -> bool {
+    route.ends_with("/auth/login") || route.ends_with("/callback")
+}
+
+/// Whether something was refused for want of a right. A workspace of others answers as one that is missing.
+fn is_denial(status: StatusCode, code: Option<&str>) -> bool {
+    status == StatusCode::FORBIDDEN || code == Some("workspace_not_found")
 }
 
 /// Of what something was done to, so much is kept.
@@ -194,6 +202,7 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
     // a workspace that has ended has no log of its own, nor has a later one of the same name this entry
     let has_ended = method == Method::DELETE && route == "/api/v1/workspaces/{ws}" && code.is_none();
     let workspace = workspace_of(&path).or_else(|| seen.founded().cloned());
+    let is_denied = is_denial(response.status(), code) && !is_sign_in(&route);
     let entry = AuditEntry {
         at: state.system.now(),
         workspace: if has_ended { None } else { known(&state, workspace).await },
@@ -204,7 +213,7 @@ pub(crate) async fn audit(State(state): State<AppState>, mut request: Request, n
         from: origin.shown(),
         request_id: origin.request_id.into(),
     };
-    keep(&state, entry).await;
+    keep(&state, entry, is_denied).await;
     response
 }
 
@@ -215,7 +224,14 @@ async fn known(state: &AppState, id: Option<WorkspaceId>) -> Option<WorkspaceId>
     state.system.workspace_exists(&id).await.then_some(id)
 }
 
-async fn keep(state: &AppState, entry: AuditEntry) {
+/// Denials that are many are folded; nothing else is.
+async fn keep(state: &AppState, mut entry: AuditEntry, is_denied: bool) {
+    if is_denied {
+        let Some(left_out) = state.denials.count(&entry) else { return };
+        if left_out > 0 {
+            entry.target.push_str(&format!(" and {left_out} more since the entry before"));
+        }
+    }
     let Some(entry) = state.unaudited.behind_others(entry) else { return };
     match state.system.store().audit(&entry).await {
         Ok(()) => {}
@@ -225,6 +241,56 @@ async fn keep(state: &AppState, entry: AuditEntry) {
             }
         }
         Err(error) => tracing::error!(%error, ?entry, "an audit entry could not be stored"),
+    }
+}
+
+/// Of the denials that are alike one is kept in so long.
+const ALIKE_FOR: Span = Span::seconds(60);
+/// Kinds of denials that are told apart in that time; beyond it one of each workspace is kept.
+const KINDS_MAX: usize = 10_000;
+
+/// The denials of the last minute: whoever asks for what they may not have as fast as they can fills no log.
+#[derive(Default)]
+pub(crate) struct Denials(Mutex<HashMap<Kind, Alike>>);
+
+/// What is alike: who was denied what where, and why; or, where there is too much of it, only where.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Kind {
+    workspace: Option<WorkspaceId>,
+    who_and_what: Option<[String; 3]>,
+}
+
+/// When one of a kind was kept last, and how many were not since.
+struct Alike {
+    kept: Micros,
+    left_out: u64,
+}
+
+impl Denials {
+    /// How many were left out before this one; nothing where it is left out too.
+    fn count(&self, entry: &AuditEntry) -> Option<u64> {
+        let who_and_what = [&entry.actor, &entry.action, &entry.outcome].map(String::clone);
+        let mut kind = Kind { workspace: entry.workspace.clone(), who_and_what: Some(who_and_what) };
+        let mut all = self.0.lock();
+        if all.len() >= KINDS_MAX && !all.contains_key(&kind) {
+            all.retain(|_, alike| entry.at.since(alike.kept) < ALIKE_FOR);
+            if all.len() >= KINDS_MAX {
+                kind.who_and_what = None;
+            }
+        }
+        match all.entry(kind) {
+            Entry::Vacant(none) => {
+                none.insert(Alike { kept: entry.at, left_out: 0 });
+                Some(0)
+            }
+            Entry::Occupied(mut alike) if entry.at.since(alike.get().kept) >= ALIKE_FOR => {
+                Some(alike.insert(Alike { kept: entry.at, left_out: 0 }).left_out)
+            }
+            Entry::Occupied(mut alike) => {
+                alike.get_mut().left_out += 1;
+                None
+            }
+        }
     }
 }
 
@@ -308,7 +374,7 @@ pub(crate) async fn audit_frame(
         from: origin.shown(),
         request_id: origin.request_id.to_string(),
     };
-    keep(state, entry).await;
+    keep(state, entry, true).await;
 }
 
 /// The workspace that a path names.
@@ -333,6 +399,43 @@ mod tests {
         assert!(is_notable(&Method::POST, "/api/v1/workspaces/{ws}/streams/{stream}/events", no, None, true));
         let foreign = Some("workspace_not_found");
         assert!(is_notable(&Method::GET, metric, StatusCode::NOT_FOUND, foreign, true));
+    }
+
+    fn denial(workspace: &str, actor: &str, action: &str, at: i64) -> AuditEntry {
+        AuditEntry {
+            at: Micros(at * 1_000_000),
+            workspace: Some(workspace.parse().unwrap()),
+            actor: actor.into(),
+            action: action.into(),
+            target: "/x".into(),
+            outcome: "forbidden".into(),
+            from: String::new(),
+            request_id: String::new(),
+        }
+    }
+
+    #[test]
+    fn of_denials_that_are_alike_one_a_minute_is_kept_and_tells_of_the_others() {
+        let denials = Denials::default();
+        let count = |actor: &str, action: &str, at| denials.count(&denial("acme", actor, action, at));
+        assert_eq!(count("ann", "GET /a", 0), Some(0));
+        for second in 1..60 {
+            assert_eq!(count("ann", "GET /a", second), None);
+        }
+        assert_eq!((count("bob", "GET /a", 30), count("ann", "GET /b", 30)), (Some(0), Some(0)));
+        assert_eq!(denials.count(&denial("other", "ann", "GET /a", 30)), Some(0));
+        assert_eq!((count("ann", "GET /a", 60), count("ann", "GET /a", 61)), (Some(59), None));
+        assert_eq!(count("ann", "GET /a", 300), Some(1));
+    }
+
+    #[test]
+    fn denials_of_too_many_kinds_are_alike_where_they_are_of_one_workspace() {
+        let denials = Denials::default();
+        let count = |n: usize, at| denials.count(&denial("acme", &format!("user{n}"), "GET /a", at));
+        assert!((0..KINDS_MAX).all(|n| count(n, 0) == Some(0)));
+        assert_eq!((count(KINDS_MAX, 1), count(KINDS_MAX + 1, 1), count(KINDS_MAX + 2, 1)), (Some(0), None, None));
+        assert_eq!(denials.0.lock().len(), KINDS_MAX + 1);
+        assert_eq!((count(KINDS_MAX + 3, 100), denials.0.lock().len()), (Some(0), 1), "those of before are forgotten");
     }
 
     #[test]

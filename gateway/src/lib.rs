@@ -43,7 +43,7 @@ use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{any, get};
-use edge::Unaudited;
+use edge::{Denials, Unaudited};
 use engine::event::WorkspaceId;
 use hub::Group;
 use ingest::Intake;
@@ -73,6 +73,7 @@ pub struct AppState {
     pub(crate) intake: Arc<Intake>,
     pub(crate) quotas: Arc<Quotas>,
     pub(crate) unaudited: Arc<Unaudited>,
+    pub(crate) denials: Arc<Denials>,
     /// Held by who makes a workspace, so that what is counted before holds.
     pub(crate) founding: Arc<tokio::sync::Mutex<()>>,
 }
@@ -98,6 +99,7 @@ impl AppState {
             intake: Arc::new(Intake::start()?),
             quotas: Arc::default(),
             unaudited: Arc::default(),
+            denials: Arc::default(),
             founding: Arc::default(),
         })
     }

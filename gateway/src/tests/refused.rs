@@ -23,10 +23,11 @@ async fn whoever_may_not_is_told_so_whatever_they_send() {
         for body in ["{", "[]", "{\"no\":1}"] {
             let answer = raw(&server, &method.to_uppercase(), &named(path), &bob, body).await;
             assert_eq!((answer.status, answer.code()), (403, "forbidden"), "{method} {path} {body}: {}", answer.body);
-            denied += 1;
         }
+        denied += 1;
     }
-    assert!(denied > 30, "{denied}");
+    // those of a minute that are alike are one entry
+    assert!(denied > 10, "{denied}");
     let log = server.get("/api/v1/workspaces/acme/audit?limit=1000", &ann).await.body;
     let refusals = log["entries"].as_array().unwrap().iter().filter(|entry| entry["outcome"] == "forbidden");
     assert_eq!(refusals.count(), denied);
