@@ -187,7 +187,7 @@ impl Default for Limits {
             frame_bytes: 1 << 20,
             subscriptions: 256,
             connections: 50_000,
-            http_connections_per_address: 2_000,
+            http_connections_per_address: 12_000,
             connections_per_address: 10_000,
             connections_per_user: 1_000,
             connections_per_workspace: 10_000,
