@@ -5,7 +5,7 @@ use super::db::{Builder, Scope, Tx, query, query_scalar};
 use super::record::Columns;
 use super::{
     Alert, DeadLetter, FinalRow, Notice, RuleChange, Store, StoreError, alerts, bulk, dead_letters, definitions,
-    failed, rows, state, stored, webhooks,
+    failed, rows, samples, state, stored, webhooks,
 };
 use engine::checkpoint::{Changes, State};
 use engine::event::WorkspaceId;
@@ -146,6 +146,9 @@ impl Store {
             let commits = commits.iter().filter(|commit| commit.repeats == repeats);
             let closed = commits.flat_map(|c| c.rows.iter().map(|row| (&c.workspace, row))).collect();
             rows::write(&mut tx, closed, repeats).await?;
+        }
+        if self.rollups {
+            samples::note_late(&mut tx, commits).await?;
         }
         let raised: Vec<_> = commits.iter().flat_map(|c| c.alerts.iter().map(|alert| (&c.workspace, alert))).collect();
         alerts::write(&mut tx, &raised).await?;

@@ -270,11 +270,6 @@ impl Store {
 
     /// Deletes all final rows of a metric.
     async fn forget_rows(&self, tx: &mut Tx, workspace: &WorkspaceId, name: &ItemName) -> Result<(), sqlx::Error> {
-        query("DELETE FROM final_rows WHERE workspace = $1 AND metric = $2")
-            .bind(workspace.as_str())
-            .bind(name.as_str())
-            .execute(&mut *tx)
-            .await?;
         if self.rollups {
             query("SELECT forget_samples($1, $2, 'infinity')")
                 .bind(workspace.as_str())
@@ -282,6 +277,11 @@ impl Store {
                 .execute(&mut *tx)
                 .await?;
         }
+        query("DELETE FROM final_rows WHERE workspace = $1 AND metric = $2")
+            .bind(workspace.as_str())
+            .bind(name.as_str())
+            .execute(&mut *tx)
+            .await?;
         Ok(())
     }
 

@@ -363,11 +363,19 @@ mod testing {
             if !self.rollups {
                 return;
             }
-            let Db::Postgres(server) = &self.db else { return };
-            for rollup in ["final_rows_1h", "final_rows_1d"] {
-                let sql = format!("CALL refresh_continuous_aggregate('{rollup}', NULL, NULL)");
-                sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(server.pool()).await.unwrap();
-            }
+            let job: i64 = query_scalar(
+                "SELECT job_id::bigint FROM timescaledb_information.jobs WHERE proc_name = 'refresh_samples'",
+            )
+            .fetch_one(self.read(Scope::Installation))
+            .await
+            .unwrap();
+            self.run_sql(&format!("CALL run_job({job})")).await;
+        }
+
+        /// SQL of PostgreSQL alone.
+        pub(super) async fn run_sql(&self, sql: &str) {
+            let Db::Postgres(server) = &self.db else { panic!("this is {}", self.mode) };
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(server.pool()).await.unwrap();
         }
     }
 

@@ -168,23 +168,22 @@ impl Store {
         async {
             let mut tx = self.db.begin(workspace.into()).await?;
             // The start adds nothing to the condition; it is what the primary key can seek.
-            let pruned = query(
-                "DELETE FROM final_rows \
-                 WHERE workspace = $1 AND metric = $2 AND window_start <= $3 AND window_end <= $3",
-            )
-            .bind(workspace.as_str())
-            .bind(metric.as_str())
-            .bind(before)
-            .execute(&mut tx)
-            .await?;
-            if self.rollups && pruned > 0 {
-                query("SELECT forget_samples($1, $2, $3)")
+            const PRUNED: &str =
+                "FROM final_rows WHERE workspace = $1 AND metric = $2 AND window_start <= $3 AND window_end <= $3";
+            if self.rollups {
+                query(format!("SELECT forget_samples($1, $2, $3) WHERE EXISTS (SELECT {PRUNED})"))
                     .bind(workspace.as_str())
                     .bind(metric.as_str())
                     .bind(before)
                     .execute(&mut tx)
                     .await?;
             }
+            let pruned = query(format!("DELETE {PRUNED}"))
+                .bind(workspace.as_str())
+                .bind(metric.as_str())
+                .bind(before)
+                .execute(&mut tx)
+                .await?;
             tx.commit().await?;
             Ok(pruned)
         }

@@ -55,6 +55,7 @@ pub(super) async fn prepare(dir: &TempDir) {
             "ROLLBACK; DO $$ DECLARE t REGCLASS; BEGIN \
                FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') \
                LOOP EXECUTE format('DROP TABLE %s CASCADE', t); END LOOP; \
+               PERFORM delete_job(job_id) FROM timescaledb_information.jobs WHERE proc_name = 'refresh_samples'; \
                DROP DOMAIN IF EXISTS finite_numeric; DROP FUNCTION IF EXISTS wall_off, forget_samples, keep_audit; END $$; DEALLOCATE ALL; RESET ALL; SET search_path TO public"
                 .to_owned(),
         ),
@@ -91,11 +92,18 @@ fn on_postgresql_every_promise_of_the_store_holds() {
 }
 
 /// Tables that become hypertables: rows and alerts. The server is WebAssembly, which ends after some twenty schemas made
-/// anew, and on commits into many chunks; so history by the hour is not tried here.
+/// anew; so history by the hour has one of its own.
 #[test]
 fn on_timescaledb_rows_and_alerts_hold() {
     let tests = ["store::rows", "store::alerts", "store::suite::the_store", "--test-threads=1"];
     run_on(Database::timescale(), |server| format!("one:{}", server.url), &tests, 12);
+}
+
+/// But for the test that commits thousands of rows at once, which ends this server.
+#[test]
+fn on_timescaledb_hours_and_days_are_what_the_rows_say() {
+    let tests = ["store::samples", "--skip", "in_pages_of_any_size", "--test-threads=1"];
+    run_on(Database::timescale(), |server| format!("one:{}", server.url), &tests, 8);
 }
 
 #[tokio::test]

@@ -138,10 +138,10 @@ impl Store {
             // follow by cascade.
             let deleted = query("DELETE FROM workspaces WHERE id = $1").bind(id.as_str()).execute(&mut tx).await?;
             audit::empty(&mut tx, id).await?;
-            query("DELETE FROM final_rows WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
             if self.rollups {
                 query("SELECT forget_samples($1, NULL, 'infinity')").bind(id.as_str()).execute(&mut tx).await?;
             }
+            query("DELETE FROM final_rows WHERE workspace = $1").bind(id.as_str()).execute(&mut tx).await?;
             tx.commit().await?;
             self.reached.forget(id);
             Ok(deleted > 0)
