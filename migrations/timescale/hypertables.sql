@@ -96,7 +96,8 @@ BEGIN
                  SELECT workspace, metric, time_bucket(%4$L, %3$I) AS bucket, key_json,
                         last(window_start, window_end) AS window_start, max(window_end) AS window_end,
                         last(revision, window_end) AS revision, last(row_json, window_end) AS row_json
-                 FROM %2$I GROUP BY workspace, metric, time_bucket(%4$L, %3$I), key_json WITH NO DATA',
+                 FROM %2$I WHERE row_json <> ''null'' -- withdrawn
+                 GROUP BY workspace, metric, time_bucket(%4$L, %3$I), key_json WITH NO DATA',
                 r[1], r[2], r[3], r[4]);
             EXECUTE format('CREATE INDEX ON %I (workspace, metric, bucket, key_json)', r[1]);
         END IF;

@@ -3,7 +3,7 @@
 
 use super::db::{Builder, Dialect, FromRow, Row, Tx};
 use super::record::Columns;
-use super::rows::{FinalRow, RowQuery, push_key_equals};
+use super::rows::{FinalRow, RowQuery, WITHDRAWN, push_key_equals};
 use super::{Commit, Store, StoreError, bulk, failed, page};
 use engine::event::{ItemName, Micros, Span, WorkspaceId};
 use sqlx::types::chrono::Utc;
@@ -142,6 +142,7 @@ impl<'q> Page<'q> {
         ));
         self.push_range(&mut sql, "window_start");
         self.push_keys(&mut sql, dialect);
+        push_is_not_withdrawn(&mut sql);
         sql.push(") AS placed WHERE place = 1");
         self.push_rest(&mut sql);
         sql
@@ -173,6 +174,7 @@ impl<'q> Page<'q> {
         ));
         self.push_range(&mut sql, "window_start");
         self.push_keys(&mut sql, dialect);
+        push_is_not_withdrawn(&mut sql);
         sql.push(" ORDER BY key_json, window_end DESC, window_start DESC) AS ended_last WHERE TRUE");
         self.push_rest(&mut sql);
         sql.push(")) AS samples WHERE TRUE");
@@ -206,6 +208,11 @@ impl<'q> Page<'q> {
         }
         sql.push(" ORDER BY bucket, key_json LIMIT ").push_bind(self.rows);
     }
+}
+
+/// A session that became a part of a longer one, which began before it, ended when that did.
+fn push_is_not_withdrawn(sql: &mut Builder<'_>) {
+    sql.push(&format!(" AND row_json <> '{WITHDRAWN}'"));
 }
 
 /// An hour is late when this much has passed since its end. It is kept two hours after that at the earliest, and a commit
@@ -397,6 +404,27 @@ mod tests {
         assert_eq!(minutes(&store, &old, &RowQuery::first(9), Step::Hour).await, []);
         store.roll_up().await;
         check(&store, &both).await;
+    }
+
+    #[tokio::test]
+    async fn a_row_that_was_withdrawn_is_no_sample() {
+        let (store, _dir) = store().await;
+        let acme = add_workspace(&store, "acme").await;
+        let longer = minute_row(0, "A");
+        let withdrawn = FinalRow {
+            window_start: Micros(longer.window_start.0 + MINUTE / 2),
+            row: WITHDRAWN.into(),
+            revision: 1,
+            ..longer.clone()
+        };
+        let alone = FinalRow { row: WITHDRAWN.into(), ..minute_row(90, "A") };
+        let rows = vec![withdrawn, longer.clone(), alone];
+        store.commit(&[Commit { rows, ..commit(&acme, 1) }]).await.unwrap();
+        for step in [Step::Hour, Step::Day] {
+            let (samples, _) = store.samples(&acme, &name("vwap"), &RowQuery::first(9), step).await.unwrap();
+            assert_eq!(samples, std::slice::from_ref(&longer));
+            store.roll_up().await;
+        }
     }
 
     #[tokio::test]
