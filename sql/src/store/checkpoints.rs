@@ -399,8 +399,9 @@ mod tests {
             store.commit(&[commit(&acme, 4), commit(&acme, 5)]).await.unwrap();
         }
         // a workspace of the same name is another one
+        let again = store.workspace(&acme).await.unwrap().unwrap();
         store.delete_workspace(&acme).await.unwrap();
-        add_workspace(&store, "acme").await;
+        store.create_workspace(&again, "acme").await.unwrap();
         store.commit(&[commit(&acme, 1)]).await.unwrap();
     }
 
