@@ -38,7 +38,8 @@ async fn server(limits: Limits) -> (Listening, String) {
 /// Sends a question and waits until its answer has begun.
 async fn begin(socket: &mut Socket) {
     tell(socket, json!({"query": "Write a long and very detailed analysis, at least forty sentences"})).await;
-    assert_eq!(hear(socket).await["type"], "RUN_STARTED");
+    let begun = hear(socket).await;
+    assert_eq!(begun["type"], "RUN_STARTED", "{begun}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
