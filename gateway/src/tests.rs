@@ -665,9 +665,16 @@ async fn a_query_that_runs_away_is_stopped_at_its_limit_and_a_workspace_runs_few
     // 100 ms on an idle machine; tests share theirs
     println!("a query with 500 ms was stopped after {slowest:?}");
     assert!(slowest < Duration::from_millis(1_500), "{slowest:?}");
-    let three = [asked(1), asked(2), asked(3)];
-    let answers = futures::future::join_all(three).await;
-    let refused = answers.iter().filter(|answer| answer.as_ref().unwrap().1.code() == "too_many_queries").count();
+    let mut refused = 0;
+    for _ in 0..20 {
+        let answers = join_all([asked(1), asked(2), asked(3)]).await;
+        refused = answers.iter().filter(|answer| answer.as_ref().unwrap().1.code() == "too_many_queries").count();
+        if refused == 1 {
+            break;
+        }
+        // one that was answered as stopped counts until its thread has seen that
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     assert_eq!(refused, 1);
 }
 
