@@ -30,7 +30,7 @@ pub use hub::Hub;
 pub use oidc::OidcConfig;
 pub use quota::{Tier, default_tiers};
 pub use relay::{EdgeError, serve_edge};
-pub use serve::{Starting, serve};
+pub use serve::{Starting, listen, serve};
 #[cfg(fuzzing)]
 pub use socket::frame::fuzz;
 pub use tls::TlsConfig;

@@ -30,7 +30,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio_rustls::server::TlsStream;
@@ -74,6 +74,18 @@ pub async fn serve(
     serve_router(listener, router, config, &state.closing, shutdown).await
 }
 
+/// Connections that wait to be accepted: where the system allows fewer, so many. Of those beyond, which the usual 128 are
+/// when some hundred come at once, each comes again after a second.
+const BACKLOG: u32 = 4_096;
+
+/// Takes connections at `address`.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// Serves `router` on `listener` and `listen_tls` until `shutdown`, then drains.
 pub(crate) async fn serve_router(
     listener: TcpListener,
@@ -87,7 +99,7 @@ pub(crate) async fn serve_router(
         Some(address) => {
             let tls = Arc::new(Tls::load(&config.tls).map_err(io::Error::other)?);
             tokio::spawn(tls.clone().watch());
-            Some((TcpListener::bind(address).await?, tls))
+            Some((listen(address)?, tls))
         }
     };
     let open = answer(&listener, tls.as_ref(), router, config, shutdown).await;

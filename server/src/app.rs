@@ -37,8 +37,7 @@ impl App {
     pub async fn build(config: Config) -> Result<App> {
         let auth = checked(&config)?;
         let wire = Arc::new(config.gateway());
-        let listener = TcpListener::bind(config.listen)
-            .await
+        let listener = gateway::listen(config.listen)
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
         let starting = Starting::serve(listener, &wire);
         std::fs::create_dir_all(&config.data_dir)
@@ -144,8 +143,7 @@ pub async fn serve_edge(config: Config, stop: impl Future<Output = ()> + Send + 
     if config.listen_tls.is_some() {
         config.tls.check()?;
     }
-    let listener = TcpListener::bind(config.listen)
-        .await
+    let listener = gateway::listen(config.listen)
         .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
     tracing::info!(address = %listener.local_addr()?, core = config.edge.core, "serving clients for another node");
     gateway::serve_edge(listener, config.gateway(), &config.redis, recorded()?, stop).await?;
