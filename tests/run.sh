@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 passed=0 failed=0 skipped=0
 export RUST_BACKTRACE=0 # some tests make things panic on purpose
-say() { printf '\n== %s\n' "$1"; }
+say() { printf '\n== %s (after %d min)\n' "$1" $((SECONDS / 60)); }
 
 # Adds a runner's own counts to ours: count PASSED FAILED SKIPPED.
 count() { passed=$((passed + $1)); failed=$((failed + $2)); skipped=$((skipped + $3)); }
@@ -35,6 +35,7 @@ skips=$(grep -cE '^skipped: ' "$log")
 rust_failed=$(sum failed)
 [ "$status" != 0 ] && [ "$rust_failed" = 0 ] && rust_failed=1 # it did not compile
 count "$(($(sum passed) - skips))" "$rust_failed" "$skips"
+broken=$(grep -E '^test .* FAILED$|^error(\[|:)' "$log") # said again at the end
 rm -f "$log"
 
 say "fuzz: with coverage"
@@ -145,5 +146,6 @@ else
   echo "FAIL SIGTERM did not end the server cleanly within 12 s"; count 0 1 0
 fi
 
+[ -z "$broken" ] || printf '\nof Rust:\n%s\n' "$broken"
 printf '\n%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
 [ "$failed" = 0 ]

@@ -34,7 +34,7 @@ use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, Super
 use serde_json::{Map, Value, json};
 use sql::store::{Alert, Commit, DeadLetter, FinalRow, RuleChange, StoreError};
 use std::any::Any;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -310,9 +310,7 @@ pub(crate) struct State {
     firing: HashMap<Episode, Alert>,
     arrivals: BTreeMap<StreamName, Arrival>,
     unsaved: Unsaved,
-    in_store: Arc<[FinalRow]>, // rows of the commit under way
-    /// Metrics whose rows of the commit under way mean nothing any more.
-    emptied: BTreeSet<ItemName>,
+    in_store: Arc<[FinalRow]>,                  // rows of the commit under way
     dirty: bool,                                // the state differs from the stored one
     saving: Option<oneshot::Receiver<Written>>, // a commit under way
     /// The store does not have the state that this one came of.
@@ -397,7 +395,6 @@ impl Actor for WorkspaceActor {
             arrivals: BTreeMap::new(),
             unsaved: Unsaved::default(),
             in_store: Arc::new([]),
-            emptied: BTreeSet::new(),
             dirty: false,
             saving: None,
             outrun: None,
@@ -479,7 +476,7 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::Define { name, definition, program, reply } => {
                 _ = reply.send(state.define(&myself, name, definition, program).await); // the caller may have left
             }
-            WorkspaceMsg::Remove { name, reply } => _ = reply.send(state.remove(&name).await),
+            WorkspaceMsg::Remove { name, reply } => _ = reply.send(state.remove(&myself, &name).await),
             WorkspaceMsg::Watch { name, definition, reply } => {
                 _ = reply.send(state.watch(&myself, name, definition).await);
             }
@@ -1465,7 +1462,6 @@ impl State {
             }
         }
         self.in_store = Arc::new([]);
-        let emptied = std::mem::take(&mut self.emptied);
         match result {
             Ok(offset) => {
                 self.tenant.counters.saved.fetch_max(offset, Relaxed);
@@ -1475,11 +1471,10 @@ impl State {
                     tokio::spawn(retained);
                 }
             }
-            Err((mut unsaved, error)) => {
+            Err((unsaved, error)) => {
                 if matches!(*error, StoreError::Older { .. } | StoreError::Stale { .. }) {
                     self.outrun = Some(error);
                 }
-                unsaved.rows.retain(|row| !emptied.contains(&row.metric));
                 self.unsaved.put_back(unsaved);
                 self.dirty = true;
                 self.failed_saves += 1;
@@ -1566,8 +1561,7 @@ impl State {
         let past = past.map_err(|error| self.not_backfilled(&name, error))?;
         let row = match is_known && !is_again {
             true => {
-                let tenant = self.tenant.clone();
-                let _none_under_way = tenant.committing.acquire().await.map_err(Fault::internal)?;
+                self.saved(myself).await?;
                 let row = store.redefine_metric(&workspace, &name, &stored, since, now).await?;
                 self.forget_rows(&name);
                 row
@@ -1642,14 +1636,13 @@ impl State {
         Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail))
     }
 
-    async fn remove(&mut self, name: &ItemName) -> Result<bool, Fault> {
+    async fn remove(&mut self, myself: &ActorRef<WorkspaceMsg>, name: &ItemName) -> Result<bool, Fault> {
         if let Some(rule) = self.rules.iter().find(|(_, rule)| rule.definition.metric == *name) {
             let detail = format!("alert rule `{}` reads metric `{name}`; delete the rule first", rule.0);
             return Err(Fault::new(FaultKind::Conflict, "metric_in_use", detail));
         }
         self.check_unread(name, "delete them first")?;
-        let tenant = self.tenant.clone();
-        let _none_under_way = tenant.committing.acquire().await.map_err(Fault::internal)?;
+        self.saved(myself).await?;
         let existed = self.deps.store.delete_metric(&self.tenant.id, name).await?;
         self.engine.remove(name);
         self.metrics.remove(name);
@@ -1660,13 +1653,9 @@ impl State {
         Ok(existed)
     }
 
-    /// The store has no rows of this metric any more, and gets none of those that there are.
+    /// The store has no rows of this metric any more, and gets none of those that there are. None are on their way.
     fn forget_rows(&mut self, name: &ItemName) {
         self.unsaved.rows.retain(|row| row.metric != *name);
-        self.in_store = self.in_store.iter().filter(|row| row.metric != *name).cloned().collect();
-        if self.saving.is_some() {
-            self.emptied.insert(name.clone());
-        }
         blocks::forget(&self.deps.cache, &self.tenant.id, name);
     }
 

@@ -2,9 +2,10 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::{env, fs, process, thread};
+use streams::foreign::is_ours;
 
 thread_local! {
     /// The last panic that was left to whoever called for it.
@@ -42,9 +43,4 @@ pub fn run(target: impl FnOnce()) {
         eprintln!("{}", PANIC.take());
         process::abort();
     })
-}
-
-/// Cargo builds the crates of a workspace from its root, all others by absolute paths.
-fn is_ours(panic: &PanicHookInfo) -> bool {
-    panic.location().is_some_and(|location| Path::new(location.file()).is_relative())
 }

@@ -184,7 +184,7 @@ const LOG: &str = "log";
 async fn belong_together(store: &Store, log: &EmbeddedLog, data_dir: &Path) -> Result<()> {
     let records = log.tail().0;
     // one that an earlier version wrote does not say
-    if store.meta(LOG).await?.is_none() && records > 0 && store.all_workspaces().await?.is_empty() {
+    if records > 0 && store.meta(LOG).await?.is_none() && store.all_workspaces().await?.is_empty() {
         bail!(
             "the log in `{}` holds {records} records and the store knows nothing of them: it was lost, or store.url names \
              another one; restore both from one backup, or name an empty data_dir to begin anew",
@@ -207,14 +207,7 @@ const INSTALLATION: &str = "installation";
 
 /// What the nodes of one store have in common, and no others: neither another store, nor a copy of this one elsewhere.
 async fn installation(store: &Store, url: &str) -> Result<String> {
-    let name = match store.meta(INSTALLATION).await? {
-        Some(name) => name,
-        None => {
-            let name = uuid::Uuid::new_v4().simple().to_string();
-            store.put_meta(INSTALLATION, &name).await?;
-            name
-        }
-    };
+    let name = store.claim_meta(INSTALLATION, &uuid::Uuid::new_v4().simple().to_string()).await?;
     let digest = Sha256::digest(format!("{name} {url}"));
     Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
 }

@@ -2,6 +2,7 @@
 //! Knows no SQL, no actor and no HTTP.
 
 mod durable; // files that are whole or not there
+pub mod foreign; // crates that panic on bytes that lie
 pub mod span; // durations as people write them
 pub mod schema; // columns of a stream, and the streams every workspace has
 pub mod decode; // events as clients send them become Arrow columns

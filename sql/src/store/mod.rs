@@ -278,6 +278,9 @@ impl Store {
 
     /// Keeps a small value unless there is one: the one that there is now.
     pub async fn claim_meta(&self, key: &str, value: &str) -> Result<String, StoreError> {
+        if let Some(known) = self.meta(key).await? {
+            return Ok(known);
+        }
         query("INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING")
             .bind(key)
             .bind(value)

@@ -1,6 +1,7 @@
 //! Events that come as Arrow columns. Columns are cast whole; what one cell breaks costs its row alone.
 
 use super::{Bounds, DEPTH_MAX, DecodeError, Decoded, EventError, PAYLOAD_BYTES, TsUnit, check_ts, depth_of, short};
+use crate::foreign::caught;
 use crate::schema::{Column, ColumnType, RESERVED, StreamSchema, UnknownFields, timestamp_type};
 use arrow::array::{
     Array, ArrayData, ArrayRef, AsArray, BooleanArray, Float64Array, RecordBatch, StringArray,
@@ -18,7 +19,6 @@ use engine::event::Micros;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// A cell that cannot be cast becomes NULL, and is told from one that was NULL.
@@ -36,8 +36,7 @@ pub(super) fn decode(
     now: Micros,
 ) -> Result<Decoded, DecodeError> {
     // the crate's reader panics on a body that lies about its buffers; a fuzzer found it
-    let decoded = || decode_whole(schema, body, unit, bounds, now);
-    catch_unwind(AssertUnwindSafe(decoded)).unwrap_or_else(|_| {
+    caught(|| decode_whole(schema, body, unit, bounds, now)).unwrap_or_else(|| {
         Err(DecodeError::Unreadable("the lengths in the Arrow stream do not fit its buffers".to_owned()))
     })
 }

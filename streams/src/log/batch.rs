@@ -4,6 +4,7 @@
 //! batch: for one trade that is most of the message. Here the lengths are variable-width integers, positions
 //! follow from the lengths, and the message is put together again when a batch is read.
 
+use crate::foreign::caught;
 use arrow::array::ArrayRef;
 use arrow::buffer::Buffer;
 use arrow::datatypes::{DataType, Schema, SchemaRef};
@@ -15,7 +16,6 @@ use arrow::ipc::{self, DictionaryBatchBuilder, FieldNode, MetadataVersion, Recor
 use arrow::record_batch::RecordBatch;
 use flatbuffers::{FlatBufferBuilder, WIPOffset};
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Buffers of a body start at multiples of this, so that columns are read in place.
@@ -40,12 +40,12 @@ impl EncodedSchema {
 /// Reads back what [`EncodedSchema`] holds.
 pub(super) fn decode_schema(ipc: &[u8]) -> Result<SchemaRef, ArrowError> {
     // flatbuffers are read in place and must be aligned
-    caught(|| Ok(Arc::new(try_schema_from_flatbuffer_bytes(&Buffer::from(ipc))?)))
+    read_back(|| Ok(Arc::new(try_schema_from_flatbuffer_bytes(&Buffer::from(ipc))?)))
 }
 
 /// The crate's readers panic on types and lengths that do not fit each other, and a checksum says only who wrote them.
-fn caught<T>(read: impl FnOnce() -> Result<T, ArrowError>) -> Result<T, ArrowError> {
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(malformed("its parts do not fit each other")))
+fn read_back<T>(read: impl FnOnce() -> Result<T, ArrowError>) -> Result<T, ArrowError> {
+    caught(read).unwrap_or_else(|| Err(malformed("its parts do not fit each other")))
 }
 
 /// Encodes the schema, which gives each of its dictionaries an id in `tracker`.
@@ -79,7 +79,7 @@ pub(super) fn encode(batch: &RecordBatch, schema: &EncodedSchema, out: &mut Vec<
 
 /// Reads back what [`encode`] appended: all of `bytes`.
 pub(super) fn decode(bytes: &[u8], schema: SchemaRef) -> Result<RecordBatch, ArrowError> {
-    caught(|| decode_whole(bytes, schema))
+    read_back(|| decode_whole(bytes, schema))
 }
 
 fn decode_whole(mut bytes: &[u8], schema: SchemaRef) -> Result<RecordBatch, ArrowError> {
@@ -275,7 +275,7 @@ mod tests {
                 caught += usize::from(read.is_err_and(|error| error.to_string().contains("do not fit")));
             }
         }
-        assert!(caught > 0, "the crate's readers panic no more: `caught` can go");
+        assert!(caught > 0, "the crate's readers panic no more: `read_back` can go");
     }
 
     #[test]

@@ -5,11 +5,11 @@ use super::row::{Field, Layout, RowFault, Value};
 use super::source::Source;
 use super::time::instant_of_text;
 use super::{Chunk, Context, Failure, ReadError, Rows};
+use crate::foreign::caught;
 use calamine::{DataRef, ExcelDateTime, Reader, SheetType, Xlsx};
 use engine::event::Micros;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufReader, Read, Seek};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The most that a workbook may unpack to, and the most that its events may take: 256 MiB each. A small file
 /// can unpack to thousands of times its size, and one long string can stand in a million cells.
@@ -33,9 +33,8 @@ enum Row {
 impl XlsxRows {
     pub fn open(source: Source, context: &Context) -> Result<XlsxRows, ReadError> {
         // The libraries that read zip and XML meet hostile files here: a panic of theirs is a broken file.
-        let made = catch_unwind(AssertUnwindSafe(|| make(&source, context)));
-        let broken = || broken(&source, "it cannot be read");
-        let (chunk, faults) = made.unwrap_or_else(|_| Err(broken()))?;
+        let made = caught(|| make(&source, context));
+        let (chunk, faults) = made.unwrap_or_else(|| Err(broken(&source, "it cannot be read")))?;
         let mut rows: VecDeque<Row> = VecDeque::with_capacity(chunk.events.len() + faults.len());
         let mut faults = faults.into_iter().peekable();
         for (i, mark) in chunk.events.into_iter().enumerate() {
