@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::Semaphore;
+use tokio::sync::{MutexGuard, Semaphore};
 
 const ISSUER: &str = "tidewatch";
 const AUDIENCE: &str = "tidewatch-api";
@@ -90,6 +90,8 @@ pub struct Auth {
     callers: Remembered<[u8; 32], Caller>,
     accesses: Remembered<(WorkspaceId, String), Option<Access>>,
     tiers: Remembered<WorkspaceId, String>,
+    /// Held while somebody comes to own a workspace, so that what was counted before holds.
+    owning: tokio::sync::Mutex<()>,
 }
 
 /// Somebody with good credentials.
@@ -219,6 +221,7 @@ impl Auth {
             callers: Remembered::default(),
             accesses: Remembered::default(),
             tiers: Remembered::default(),
+            owning: tokio::sync::Mutex::default(),
         })
     }
 
@@ -626,6 +629,7 @@ impl Auth {
         store: &Store,
         caller: &Caller,
         workspace: &WorkspaceId,
+        own_most: usize,
         now: Micros,
     ) -> Result<Access, Problem> {
         let access = match &caller.by {
@@ -636,7 +640,7 @@ impl Auth {
                     Some(access) => access,
                     None => {
                         let since = self.accesses.changes();
-                        match self.stored_access(store, caller, workspace, now).await {
+                        match self.stored_access(store, caller, workspace, own_most, now).await {
                             Ok(access) => {
                                 self.accesses.put(key, access.clone(), since, now);
                                 access
@@ -671,10 +675,15 @@ impl Auth {
         store: &Store,
         caller: &Caller,
         workspace: &WorkspaceId,
+        own_most: usize,
         now: Micros,
     ) -> Result<Option<Access>, Problem> {
         let mut role = store.role(workspace, &caller.id).await?;
-        if role.is_none() && store.invitation(workspace, &caller.name).await?.is_some() {
+        if role.is_none()
+            && let Some(invitation) = store.invitation(workspace, &caller.name).await?
+        {
+            let is_bounded = invitation.role == Role::Owner.as_str() && !caller.admin;
+            let _turn = if is_bounded { Some(self.may_own_another(store, &caller.id, own_most).await?) } else { None };
             self.accept(store, caller, workspace, now).await?;
             role = store.role(workspace, &caller.id).await?;
         }
@@ -684,6 +693,27 @@ impl Auth {
         }
         let exists = caller.admin && store.workspace(workspace).await?.is_some();
         Ok(exists.then(|| Access::of_user(Role::Admin, Vec::new())))
+    }
+
+    /// Refuses a user who owns as many workspaces as one may: what a tier allows, it allows each of them. Nobody comes to
+    /// own another one until the answer is dropped.
+    pub(crate) async fn may_own_another(
+        &self,
+        store: &Store,
+        user: &str,
+        most: usize,
+    ) -> Result<MutexGuard<'_, ()>, Problem> {
+        let turn = self.owning.lock().await;
+        let all = store.workspaces_of(user).await?;
+        let owned = all.iter().filter(|(_, role)| role == Role::Owner.as_str()).count();
+        if owned < most {
+            return Ok(turn);
+        }
+        let detail = format!(
+            "{owned} workspaces of one owner are as many as limits.workspaces_per_user = {most} allows; delete one, take \
+             another role, or ask an admin of this installation"
+        );
+        Err(Problem::conflict("limit_reached", detail))
     }
 
     /// Whoever comes to a workspace that they are invited to accepts.

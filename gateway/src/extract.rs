@@ -242,7 +242,7 @@ impl Member {
     /// `caller` in `workspace`; the problem is the same for a foreign workspace and a missing one.
     pub(crate) async fn of(state: &AppState, caller: &Caller, workspace: &str) -> Result<Member, Problem> {
         let id: WorkspaceId = workspace.parse().map_err(|_| Problem::workspace_not_found(workspace))?;
-        let access = state.auth.access(state.system.store(), caller, &id, state.system.now()).await?;
+        let access = state.access(caller, &id).await?;
         let (user, name) = (caller.id.clone(), caller.name.clone());
         Ok(Member { user, name, workspace: id, access, admin: caller.admin })
     }

@@ -37,6 +37,7 @@ pub use tls::TlsConfig;
 
 use actors::System;
 use actors::pack::Packs;
+use auth::Caller;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::header::{ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE};
@@ -48,10 +49,12 @@ use engine::event::WorkspaceId;
 use hub::Group;
 use ingest::Intake;
 use metrics_exporter_prometheus::PrometheusHandle;
+use permission::Access;
 use problem::Problem;
 use quota::Quotas;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::MutexGuard;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
@@ -74,8 +77,6 @@ pub struct AppState {
     pub(crate) quotas: Arc<Quotas>,
     pub(crate) unaudited: Arc<Unaudited>,
     pub(crate) denials: Arc<Denials>,
-    /// Held by who makes a workspace, so that what is counted before holds.
-    pub(crate) founding: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl AppState {
@@ -100,7 +101,6 @@ impl AppState {
             quotas: Arc::default(),
             unaudited: Arc::default(),
             denials: Arc::default(),
-            founding: Arc::default(),
         })
     }
 
@@ -109,6 +109,17 @@ impl AppState {
     pub(crate) fn took_from(&self, group: &Group) {
         self.auth.forget();
         self.hub.crowd.look_again(group);
+    }
+
+    /// What the caller may do in a workspace; the problem is the same for a foreign workspace and a missing one.
+    pub(crate) async fn access(&self, caller: &Caller, workspace: &WorkspaceId) -> Result<Access, Problem> {
+        let (store, most) = (self.system.store(), self.config.limits.workspaces_per_user);
+        self.auth.access(store, caller, workspace, most, self.system.now()).await
+    }
+
+    /// Refuses a user who owns as many workspaces as one may; nobody else comes to own one until the answer is dropped.
+    pub(crate) async fn may_own_another(&self, user: &str) -> Result<MutexGuard<'_, ()>, Problem> {
+        self.auth.may_own_another(self.system.store(), user, self.config.limits.workspaces_per_user).await
     }
 
     /// What a workspace may ask for.

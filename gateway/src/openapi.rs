@@ -141,7 +141,7 @@ const OPERATIONS: &[Operation] = &[
         .gives(200, "Workspace"),
     Operation::new("delete", "/api/v1/workspaces/{ws}", "workspaces", "Deletes the workspace with all that is in it.").needs(Permission::WorkspaceDelete),
     Operation::new("get", "/api/v1/workspaces/{ws}/members", "workspaces", "Members and their roles, and who is invited (`invited`), who goes by the address as `user`.").gives(200, "Members"),
-    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a member a role here, and so does an admin of the installation any user. Anybody else is invited: the answer is the same whether or not somebody has the address, and whoever has it, now or later, becomes a member with their first request to the workspace.").needs(Permission::WorkspaceManage)
+    Operation::new("put", "/api/v1/workspaces/{ws}/members", "workspaces", "Gives a member a role here, and so does an admin of the installation any user. Anybody else is invited: the answer is the same whether or not somebody has the address, and whoever has it, now or later, becomes a member with their first request to the workspace. An owner of `limits.workspaces_per_user` workspaces gets no other that way (409 `limit_reached`).").needs(Permission::WorkspaceManage)
         .takes("Assignment")
         .gives(200, "Member"),
     Operation::new("delete", "/api/v1/workspaces/{ws}/members/{user}", "workspaces", "Ends a membership or an invitation, by user id or e-mail address. Everybody may leave.").needs(Permission::WorkspaceManage),
@@ -596,6 +596,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "bad_parameter",
             "bad_name",
             "bad_path",
+            "bad_host",
             "bad_cursor",
             "bad_sql",
             "bad_schema",

@@ -20,7 +20,7 @@ use axum::http::header::{HOST, ORIGIN};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get};
+use axum::routing::get;
 use cache::{CacheError, Listener, RedisConfig};
 use metrics_exporter_prometheus::PrometheusHandle;
 use reqwest::Url;
@@ -119,7 +119,7 @@ pub async fn serve_edge(
         }
     });
     let router = Router::new()
-        .route("/api/v1/ws", any(upgrade))
+        .route("/api/v1/ws", get(upgrade))
         .route("/health", get(routes::health))
         .route("/metrics", get(|State(node): State<Arc<Node>>| std::future::ready(node.metrics.render())))
         .route_layer(from_fn(problem::document_errors))

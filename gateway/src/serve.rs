@@ -7,9 +7,10 @@ use crate::{AppState, edge, routes};
 use actors::Part;
 use axum::Router;
 use axum::extract::ConnectInfo;
-use axum::http::header::EXPECT;
+use axum::http::header::{EXPECT, HOST};
 use axum::http::{HeaderMap, HeaderName, StatusCode, Version};
 use axum::middleware::from_fn;
+use axum::response::IntoResponse;
 use axum::routing::get;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -463,9 +464,27 @@ fn service(
                 request.extensions_mut().insert(FromNode);
             }
         }
+        let refused = has_its_host(&request).err();
         let answer = router.clone().oneshot(request);
-        async move { Ok(answer.await?.map(|body| Answer { body, _in_use: in_use })) }
+        async move {
+            let answer = match refused {
+                None => answer.await?,
+                Some(problem) => problem.into_response(),
+            };
+            Ok(answer.map(|body| Answer { body, _in_use: in_use }))
+        }
     })
+}
+
+/// Who reads another host than the one that the client meant answers another question: RFC 9112, section 3.2.
+fn has_its_host<B>(request: &Request<B>) -> Result<(), Problem> {
+    let hosts = request.headers().get_all(HOST).iter().count();
+    match request.version() {
+        Version::HTTP_11 if hosts == 0 => Err("HTTP/1.1 asks for a `host` header"),
+        _ if hosts > 1 => Err("send one `host` header"),
+        _ => Ok(()),
+    }
+    .map_err(|detail| Problem::invalid("bad_host", detail))
 }
 
 /// What a client still sends once it is answered is read for so long and so far. Otherwise the connection would end
@@ -655,6 +674,17 @@ mod tests {
         let frame = [&[0, 0, head.len() as u8, 1, 5, 0, 0, 0, 1], head.as_slice()].concat();
         let answered = told(&[PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &frame].concat()).await;
         assert!(answered.windows(4).any(|part| part == b"done"), "{answered:?}");
+    }
+
+    #[tokio::test]
+    async fn a_request_names_one_host() {
+        for hosts in ["", "host: x\r\nhost: y\r\n"] {
+            let head = format!("GET /slow HTTP/1.1\r\n{hosts}connection: close\r\n\r\n");
+            let answered = String::from_utf8(told(head.as_bytes()).await).unwrap();
+            assert!(answered.starts_with("HTTP/1.1 400 ") && answered.contains("bad_host"), "{answered}");
+        }
+        let older = told(b"GET /slow HTTP/1.0\r\n\r\n").await;
+        assert!(older.ends_with(b"done"), "{}", String::from_utf8_lossy(&older));
     }
 
     #[test]

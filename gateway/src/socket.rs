@@ -19,7 +19,7 @@ use crate::problem::Problem;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use axum::routing::any;
+use axum::routing::get;
 use frame::Reader;
 use handshake::Agreed;
 use hyper::upgrade::OnUpgrade;
@@ -28,7 +28,7 @@ use session::Session;
 use std::sync::Arc;
 
 pub(crate) fn routes() -> Router<AppState> {
-    Router::new().route("/api/v1/ws", any(upgrade)).merge(chat::routes())
+    Router::new().route("/api/v1/ws", get(upgrade)).merge(chat::routes())
 }
 
 async fn upgrade(State(state): State<AppState>, mut request: Request) -> Result<Response, Problem> {

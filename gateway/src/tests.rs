@@ -196,6 +196,7 @@ async fn what_the_router_itself_refuses_is_a_problem_too() {
         (400, "bad_parameter".into())
     );
     assert_eq!(code("GET", "/api/v1/ws", json, Body::empty()).await, (426, "upgrade_required".into()));
+    assert_eq!(code("POST", "/api/v1/ws", json, Body::empty()).await, (405, "method_not_allowed".into()));
     assert_eq!(code("GET", "/api/v1/workspaces/%ff", json, Body::empty()).await, (400, "bad_path".into()));
 }
 

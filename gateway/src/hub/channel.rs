@@ -1,6 +1,7 @@
 //! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
 //! keeps what its messages add up to.
 
+use super::fanout::Listeners;
 use super::feed::{Feeds, Parcel, Sent};
 use super::name::{ChannelName, Topic};
 use super::outbox::{Cut, Outbox};
@@ -143,9 +144,9 @@ pub(super) struct Inner {
     ring: Ring,
     subscribers: HashMap<u64, Subscriber>,
     /// Subscribers that have everything: who is told when there is more.
-    waiting: Vec<(u64, Arc<Outbox>)>,
+    waiting: Listeners,
     /// Subscribers of a state that do not get its changes before their time: who is told of an event only.
-    delayed: Vec<(u64, Arc<Outbox>)>,
+    delayed: Listeners,
     pub(super) body: Body,
     /// Of the last message that counts by itself.
     last_event: u64,
@@ -229,8 +230,8 @@ impl Channel {
             repeats: VecDeque::new(),
             ring: Ring::new(bounds, offset, now),
             subscribers: HashMap::new(),
-            waiting: Vec::new(),
-            delayed: Vec::new(),
+            waiting: Listeners::default(),
+            delayed: Listeners::default(),
             body,
             last_event: 0,
             snapshot: None,
@@ -398,9 +399,7 @@ impl Channel {
     fn tell(&self, mut inner: MutexGuard<'_, Inner>) {
         let waiting = std::mem::take(&mut inner.waiting);
         drop(inner);
-        for (id, outbox) in waiting {
-            outbox.has_something(id);
-        }
+        waiting.tell();
     }
 
     /// Adds a subscriber and queues what it gets first: the answer, then what it missed or a snapshot. `None` when the
@@ -512,8 +511,7 @@ impl Channel {
         subscriber.behind.push_back(Behind { frames, has_more, base: Some(base), asks });
         subscriber.at = At::After(*offset);
         // whoever does not wait is being given something already, and comes to this
-        if let Some(at) = waiting.iter().position(|(other, _)| *other == id) {
-            waiting.swap_remove(at);
+        if waiting.remove(id) {
             subscriber.outbox.has_something(id);
         }
     }
@@ -583,8 +581,7 @@ impl Channel {
             *published = *offset;
         }
         fed.insert(id);
-        if let Some(at) = waiting.iter().position(|(other, _)| *other == id) {
-            waiting.swap_remove(at);
+        if waiting.remove(id) {
             subscriber.outbox.has_something(id);
         }
         true
@@ -651,7 +648,7 @@ impl Channel {
     pub(super) fn send_back(&self) {
         let inner = &mut *self.inner.lock();
         inner.is_closed = true;
-        inner.waiting.clear();
+        inner.waiting = Listeners::default();
         for (id, Subscriber { at, back, .. }) in inner.subscribers.drain() {
             if let (At::After(offset), Some(back)) = (at, back) {
                 _ = back.send(Back { id, offset }); // whoever is gone needs nothing
@@ -663,8 +660,8 @@ impl Channel {
         let mut inner = self.inner.lock();
         inner.fed.remove(&id);
         inner.subscribers.remove(&id);
-        inner.waiting.retain(|(other, _)| *other != id);
-        inner.delayed.retain(|(other, _)| *other != id);
+        inner.waiting.remove(id);
+        inner.delayed.remove(id);
         if inner.subscribers.is_empty() && inner.idle_since.is_none() {
             inner.idle_since = Some(now);
         }
@@ -688,7 +685,7 @@ impl Channel {
         let inner = &mut *guard;
         let Some(subscriber) = inner.subscribers.get_mut(&id) else { return Turn::Done };
         if subscriber.due.is_some() {
-            inner.delayed.retain(|(other, _)| *other != id);
+            inner.delayed.remove(id);
         }
         if let Some(turn) = subscriber.catch_up(&inner.ring, room, out) {
             return turn;
@@ -728,7 +725,7 @@ impl Channel {
                         subscriber.ahead = Some(inner.offset);
                         *room = room.saturating_sub(out[before..].iter().map(Bytes::len).sum());
                     }
-                    inner.delayed.push((id, subscriber.outbox.clone()));
+                    inner.delayed.add(id, subscriber.outbox.clone());
                     return Turn::Due(due);
                 }
                 let missed = match at {
@@ -773,7 +770,7 @@ impl Channel {
             return Turn::Done;
         }
         let outbox = subscriber.outbox.clone();
-        inner.waiting.push((id, outbox));
+        inner.waiting.add(id, outbox);
         Turn::Done
     }
 

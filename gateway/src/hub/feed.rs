@@ -108,6 +108,15 @@ impl Feeds {
     }
 }
 
+/// Adds a message that follows the offset `before`. What was lost between two messages is between two parcels, where it
+/// is seen.
+fn pack(parcels: &mut Vec<Parcel>, before: u64, sent: Sent) {
+    match parcels.last_mut().filter(|parcel| parcel.messages.last().is_some_and(|last| last.offset == before)) {
+        Some(parcel) => parcel.messages.push(sent),
+        None => parcels.push(Parcel { before, messages: vec![sent] }),
+    }
+}
+
 async fn publish(
     publisher: Publisher,
     mut leaves: mpsc::UnboundedReceiver<Leaving>,
@@ -133,12 +142,7 @@ async fn publish(
         };
         while let Some(Leaving { topic, before, sent }) = next {
             bytes += sent.event.len();
-            let parcels = parcels.entry(topic).or_default();
-            // what was lost between two messages is between two parcels, where it is seen
-            match parcels.last_mut().filter(|parcel| parcel.messages.last().is_some_and(|last| last.offset == before)) {
-                Some(parcel) => parcel.messages.push(sent),
-                None => parcels.push(Parcel { before, messages: vec![sent] }),
-            }
+            pack(parcels.entry(topic).or_default(), before, sent);
             next = if bytes < PARCEL_BYTES { leaves.try_recv().ok() } else { None };
         }
         queued.fetch_sub(bytes, Ordering::Relaxed);
@@ -159,6 +163,19 @@ async fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_that_was_lost_is_between_two_parcels() {
+        let mut parcels = Vec::new();
+        for (before, offset) in [(7, 9), (9, 10), (12, 13), (13, 14)] {
+            pack(&mut parcels, before, Sent { offset, is_event: false, event: String::new() });
+        }
+        let shown: Vec<(u64, Vec<u64>)> = parcels
+            .iter()
+            .map(|parcel| (parcel.before, parcel.messages.iter().map(|sent| sent.offset).collect()))
+            .collect();
+        assert_eq!(shown, [(7, vec![9, 10]), (12, vec![13, 14])]);
+    }
 
     #[test]
     fn a_parcel_is_read_as_it_was_written_and_nothing_else_passes_for_one() {

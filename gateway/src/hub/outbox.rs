@@ -2,6 +2,7 @@
 //! stay in their channels, shared by all clients, so that a client that reads slowly takes no room.
 
 use super::channel::{Channel, Turn};
+use super::fanout::Round;
 use super::ring::Form;
 use crate::socket::wire::{Passed, Wire};
 use bytes::Bytes;
@@ -13,7 +14,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
 use tokio::sync::Notify;
-use tokio::sync::mpsc::UnboundedSender;
 
 /// A client takes so many bytes at a time, so that what it gets next is as new as can be.
 const WRITE_BYTES: usize = 64 << 10;
@@ -41,9 +41,6 @@ pub(crate) enum Cut {
     /// The node that the connection is for ended it, with this code and reason.
     Ended(u16, String),
 }
-
-/// The clients who have something, for the task that writes to them.
-pub(super) type Round = UnboundedSender<Arc<Outbox>>;
 
 /// What waits for one client.
 pub(crate) struct Outbox {
@@ -96,11 +93,21 @@ impl Outbox {
         }
     }
 
+    /// Who writes to it in passing, if somebody does.
+    pub(super) fn round(&self) -> Option<&Round> {
+        self.passing.get().map(|(_, round)| round)
+    }
+
+    /// Takes a place in that round; false when it has one.
+    pub(super) fn queue(&self) -> bool {
+        !self.is_queued.swap(true, Ordering::SeqCst)
+    }
+
     /// Sees to it that what waits is written.
     fn tell(self: &Arc<Self>) {
         match self.passing.get() {
             Some((_, round)) => {
-                if !self.is_queued.swap(true, Ordering::SeqCst) && round.send(self.clone()).is_err() {
+                if self.queue() && !round.tell(self.clone()) {
                     self.is_queued.store(false, Ordering::SeqCst);
                     self.waker.wake(); // there is no round any more
                 }
@@ -207,8 +214,13 @@ impl Outbox {
 
     /// Tells that a subscription has something.
     pub(super) fn has_something(self: &Arc<Self>, id: u64) {
-        self.waiting.lock().ready.push_back(id);
+        self.note(id);
         self.tell();
+    }
+
+    /// The same, from who sees to it that it is written.
+    pub(super) fn note(&self, id: u64) {
+        self.waiting.lock().ready.push_back(id);
     }
 
     /// Cuts the client off, and drops what waits for it.

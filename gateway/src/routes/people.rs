@@ -90,9 +90,14 @@ async fn set_member(
     if role != Role::Owner {
         another_owner(&state, &member, &user.id).await?;
     }
+    let is_bounded = role == Role::Owner
+        && !user.admin
+        && store.role(&member.workspace, &user.id).await?.as_deref() != Some(Role::Owner.as_str());
+    let turn = if is_bounded { Some(state.may_own_another(&user.id).await?) } else { None };
     let now = state.system.now();
     store.accept_invitation(&member.workspace, &user.email, &user.id, now).await?; // none is left behind
     store.set_member(&member.workspace, &user.id, role.as_str(), now).await?;
+    drop(turn);
     state.took_from(&Group::User(user.id.as_str().into()));
     let members = store.members(&member.workspace).await?;
     let set = members.iter().find(|other| other.user == user.id).map(member_json);

@@ -199,7 +199,7 @@ async fn me(State(state): State<AppState>, caller: Caller) -> Result<axum::Json<
     };
     let mut shown = Vec::new();
     for (workspace, role) in &workspaces {
-        let access = state.auth.access(store, &caller, &workspace.id, state.system.now()).await?;
+        let access = state.access(&caller, &workspace.id).await?;
         shown.push(json!({
             "id": workspace.id, "name": workspace.name, "role": role, "tier": workspace.tier,
             "permissions": access.names(), "invited": false,

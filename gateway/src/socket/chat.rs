@@ -16,7 +16,7 @@ use actors::agent::RunRequest;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use axum::routing::any;
+use axum::routing::get;
 use engine::event::ItemName;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -31,8 +31,8 @@ const WAITING_MAX: usize = 16;
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
-        .route("/ai/agents/{agent}/stream", any(agent_socket))
-        .route("/api/v1/ai/chat/{session}", any(chat_socket))
+        .route("/ai/agents/{agent}/stream", get(agent_socket))
+        .route("/api/v1/ai/chat/{session}", get(chat_socket))
 }
 
 type Parameters = HashMap<String, String>;

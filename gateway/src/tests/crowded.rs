@@ -65,6 +65,22 @@ async fn a_user_owns_so_many_workspaces_however_many_are_asked_for_at_once() {
     for n in 0..5 {
         assert_eq!(make(&root, format!("root{n}")).await.status, 201);
     }
+    // nor does anybody come to own one more by what others do
+    let members = |id: &str| format!("/api/v1/workspaces/{id}/members");
+    let owner = json!({"email": "bob@example.com", "role": "owner"});
+    for (member, of) in [(&ann, first), (&root, "root0")] {
+        let answer = server.call("PUT", &members(of), member, owner.clone()).await;
+        assert_eq!((answer.status, answer.code()), (409, "limit_reached"), "{}", answer.body);
+    }
+    let second = made[1].body["id"].as_str().unwrap();
+    assert_eq!(server.call("PUT", &members(second), &ann, owner).await.status, 200, "asked, who is no member yet");
+    let second = format!("/api/v1/workspaces/{second}");
+    let refused = server.call("GET", &second, &bob, Value::Null).await;
+    assert_eq!((refused.status, refused.code()), (409, "limit_reached"), "{}", refused.body);
+    let gone = server.call("DELETE", "/api/v1/workspaces/bob0", &bob, Value::Null).await;
+    assert_eq!(gone.status, 204);
+    assert_eq!(server.call("GET", &second, &bob, Value::Null).await.status, 200);
+    assert_eq!(make(&bob, "bob4".into()).await.code(), "limit_reached");
     let gone = server.call("DELETE", &format!("/api/v1/workspaces/{first}"), &ann, Value::Null).await;
     assert_eq!(gone.status, 204);
     assert_eq!(make(&ann, "another".into()).await.status, 201);
