@@ -1,7 +1,7 @@
 //! Who is asking: passwords, access and refresh tokens, API keys.
 
 use crate::config::AuthConfig;
-use crate::oidc::{Identity, Oidc};
+use crate::oidc::{self, Identity, Oidc};
 use crate::permission::{Access, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use crate::throttle::{Throttle, Try};
@@ -169,6 +169,9 @@ fn long_enough(key: &'static str, secret: &str) -> Result<(), AuthError> {
     }
 }
 
+/// The code where an address is taken.
+const USER_EXISTS: &str = "user_exists";
+
 /// The name of a signing secret: the `kid` of what it signed. Says nothing about the secret.
 fn key_id(secret: &str) -> String {
     let digest = Sha256::new().chain_update(b"tidewatch kid\0").chain_update(secret).finalize();
@@ -205,13 +208,14 @@ impl Auth {
         validation.validate_exp = false; // checked against the time that is handed in
         let dummy_hash = hash_password("nobody has this password").map_err(|e| AuthError::Bootstrap(e.to_string()))?;
         let secrets = [&secret].into_iter().chain(&config.previous_secrets);
+        let sealer = Arc::new(Sealer::new(sealing.into_iter()));
         Ok(Auth {
             signing: EncodingKey::from_secret(secret.as_bytes()),
             signing_id: key_id(&secret),
             checking: secrets.map(|key| (key_id(key), DecodingKey::from_secret(key.as_bytes()))).collect(),
             validation,
-            sealer: Arc::new(Sealer::new(sealing.into_iter())),
-            oidc: Oidc::new(&config.oidc).map_err(AuthError::Refused)?,
+            oidc: Oidc::new(&config.oidc, sealer.clone()).map_err(AuthError::Refused)?,
+            sealer,
             access: Span::seconds(i64::from(config.access_minutes) * 60),
             refresh: Span::seconds(i64::from(config.refresh_days) * 86_400),
             bootstrap,
@@ -255,7 +259,7 @@ impl Auth {
         match store.create_user(&user).await {
             Ok(()) => Ok(user),
             Err(StoreError::Exists { .. }) => {
-                Err(Problem::conflict("user_exists", format!("there is a user `{}` already", user.email)))
+                Err(Problem::conflict(USER_EXISTS, format!("there is a user `{}` already", user.email)))
             }
             Err(error) => Err(error.into()),
         }
@@ -322,21 +326,47 @@ impl Auth {
             return Ok(user);
         }
         let nobody = |detail: &str| Problem::forbidden(detail).code("unknown_user");
-        let email = email.ok_or_else(|| nobody("the issuer gives no e-mail address that it has checked"))?;
+        let unchecked = "the issuer gives no e-mail address, of ASCII characters, that it has checked";
+        let email = email.ok_or_else(|| nobody(unchecked))?;
         let user = match store.user_by_email(&email).await? {
             Some(user) => user,
             // a password that nobody knows
-            None if create => self.create_user(store, &email, &random_token(""), false, now).await?,
+            None if create => match self.create_user(store, &email, &random_token(""), false, now).await {
+                // by another sign-in at the same time
+                Err(made) if made.code == USER_EXISTS => store.user_by_email(&email).await?.ok_or(made)?,
+                made => made?,
+            },
             None => return Err(nobody("there is no user with this e-mail address; ask an admin to add one")),
         };
-        store.put_identity(&issuer, &subject, &user.id, now).await?;
+        if !store.put_identity(&issuer, &subject, &user.id, now).await? {
+            let detail = "the issuer knows the user with this e-mail address as somebody else; an admin gives one of the \
+                          two another address at the issuer, or takes the user's row out of the store's `identities`";
+            return Err(nobody(detail));
+        }
         Ok(user)
     }
 
-    /// A sign-in for a user whom an issuer has named.
-    pub(crate) async fn fetch(&self, store: &Store, code: &str, now: Micros) -> Result<Tokens, Problem> {
-        let user = self.oidc.fetch(code, now)?;
-        self.issue(store, &user, uuid::Uuid::new_v4().to_string(), now).await
+    /// Begins the sign-in of a user whom an issuer has named: a code for the page to fetch its tokens with. What ends the
+    /// user's sign-ins ends this one too, fetched or not.
+    pub(crate) async fn hand_over(
+        &self,
+        store: &Store,
+        user: &User,
+        state: &str,
+        ticket: &str,
+        now: Micros,
+    ) -> Result<String, Problem> {
+        let tokens = self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), now).await?;
+        Ok(self.oidc.hand_over(state, ticket, tokens.refresh_token, now))
+    }
+
+    /// The tokens for a code, once, in the browser that has the ticket.
+    pub(crate) async fn fetch(&self, store: &Store, code: &str, ticket: &str, now: Micros) -> Result<Tokens, Problem> {
+        let refresh_token = self.oidc.fetch(code, ticket, now)?;
+        match store.spend_refresh(&digest_text(&refresh_token), now).await? {
+            Spent::Ok(token) => self.issue(store, &token.user, token.family, now).await,
+            Spent::Reused { .. } | Spent::Expired | Spent::Unknown => Err(oidc::unknown_code()),
+        }
     }
 
     /// Whether `password` is the caller's. Wrong ones count and wait as those of sign-ins do.

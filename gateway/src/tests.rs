@@ -3,6 +3,7 @@
 mod again; // what clients get that come back
 mod chat; // the sockets of chat clients
 mod crowded; // more connections and workspaces than there may be
+mod issuer; // browsers that sign in by an OpenID Connect issuer
 mod kept; // what is kept of answers, and who gets it
 mod refused; // what is refused, and what the audit log tells of it
 mod rights; // who may follow and send what
@@ -1079,43 +1080,6 @@ async fn https_is_served_beside_http_with_the_certificate_of_the_settings() {
     drop(socket);
     stop.cancel();
     serving.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn a_browser_signs_in_by_an_issuer_and_the_page_fetches_its_tokens() {
-    let issuer = oidc::testing::Issuer::start().await;
-    let one = OidcConfig {
-        issuer: issuer.url.clone(),
-        client_id: "tidewatch".into(),
-        client_secret: Some("client secret".into()),
-        redirect_url: "http://127.0.0.1:1/api/v1/auth/oidc/local/callback".into(),
-        ..OidcConfig::default()
-    };
-    let oidc = std::collections::BTreeMap::from([("local".to_owned(), one)]);
-    let auth = AuthConfig { oidc, ..AuthConfig::default() };
-    let server = Server::of(Config { auth, ..Config::default() }, actors::Limits::default()).await;
-    let root = server.token("root@example.com").await;
-    assert_eq!(server.get("/api/v1/auth/oidc", "").await.body, json!({"issuers": ["local"]}));
-    let go = async || {
-        let away = server.get("/api/v1/auth/oidc/local/start", "").await;
-        assert_eq!(away.status, 303);
-        let cookie = away.headers["set-cookie"].to_str().unwrap().to_owned();
-        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Lax"));
-        let (state, code) = issuer.sign_in(away.headers["location"].to_str().unwrap());
-        let back = format!("/api/v1/auth/oidc/local/callback?state={state}&code={code}&session_state=more");
-        let request = Request::builder().uri(back).header("cookie", cookie.split(';').next().unwrap());
-        server.send(request.body(Body::empty()).unwrap()).await
-    };
-    let stranger = go().await;
-    assert_eq!((stranger.status, stranger.code()), (403, "unknown_user"), "users are not made unless settings say so");
-    server.user(&root, "ann@example.com").await;
-    let back = go().await;
-    let code = back.headers["location"].to_str().unwrap().strip_prefix("/#sign_in=").unwrap().to_owned();
-    let fetch = async || server.call("POST", "/api/v1/auth/oidc/token", "", json!({"code": code})).await;
-    let tokens = fetch().await;
-    let me = server.get("/api/v1/me", tokens.body["access_token"].as_str().unwrap()).await;
-    assert_eq!(me.body["user"]["email"], "ann@example.com");
-    assert_eq!(fetch().await.code(), "sign_in_refused");
 }
 
 type Socket = tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>;

@@ -4,6 +4,7 @@ use crate::AppState;
 use crate::auth::{By, Caller, Refreshed, Tokens};
 use crate::extract::{Address, Json, Path, Plain, Query, Seen, Sent};
 use crate::hub::Group;
+use crate::oidc;
 use crate::permission::{Access, Role};
 use crate::problem::Problem;
 use crate::throttle::Try;
@@ -11,7 +12,7 @@ use actors::rows::rfc3339;
 use axum::extract::State;
 use axum::http::header::{COOKIE as COOKIE_HEADER, LOCATION, SET_COOKIE};
 use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
+use axum::response::{AppendHeaders, IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Extension, Router};
 use serde::Deserialize;
@@ -67,17 +68,42 @@ async fn issuers(State(state): State<AppState>) -> axum::Json<Value> {
     axum::Json(json!({"issuers": state.auth.oidc.names()}))
 }
 
-/// Names the browser that begins a sign-in elsewhere.
-const COOKIE: &str = "tidewatch_oidc";
+/// The cookie of a sign-in elsewhere: this and the sign-in's label, since other tabs may have theirs.
+const COOKIE: &str = "tidewatch_oidc_";
+/// Sign-ins that a browser has under way at a time; the oldest are given up.
+const TABS_MAX: usize = 4;
+
+/// The sign-ins elsewhere that this browser has under way: label and ticket, the oldest first (RFC 6265, section 5.4).
+fn under_way(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    let cookies = headers.get_all(COOKIE_HEADER).into_iter().filter_map(|value| value.to_str().ok());
+    let pairs = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.filter_map(|(name, ticket)| Some((name.strip_prefix(COOKIE)?, ticket)))
+}
+
+/// The ticket of the sign-in whose state, or code of ours, this is; empty where this browser has none.
+fn ticket<'a>(headers: &'a HeaderMap, of: &str) -> &'a str {
+    under_way(headers).find(|(label, _)| *label == oidc::label(of)).map_or("", |(_, ticket)| ticket)
+}
+
+/// Lax: the way back is a navigation that begins at the issuer.
+fn cookie(label: &str, ticket: &str, seconds: i64) -> String {
+    format!("{COOKIE}{label}={ticket}; Path=/api/v1/auth/oidc; HttpOnly; SameSite=Lax; Max-Age={seconds}")
+}
 
 /// Sends the browser to the issuer.
-async fn depart(State(state): State<AppState>, Path(issuer): Path<String>) -> Result<Response, Problem> {
+async fn depart(
+    State(state): State<AppState>,
+    Path(issuer): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     let departure = state.auth.oidc.depart(&issuer, state.system.now()).await?;
     let secure = if departure.is_secure { "; Secure" } else { "" };
-    let browser = departure.browser;
-    // Lax: the way back is a navigation that begins at the issuer
-    let cookie = format!("{COOKIE}={browser}; Path=/api/v1/auth/oidc; HttpOnly; SameSite=Lax; Max-Age=600{secure}");
-    Ok((StatusCode::SEE_OTHER, [(LOCATION, departure.to), (SET_COOKIE, cookie)]).into_response())
+    let seconds = oidc::ABROAD_MAX.0 / 1_000_000;
+    let set = cookie(oidc::label(&departure.state), &departure.ticket, seconds) + secure;
+    let surplus = (under_way(&headers).count() + 1).saturating_sub(TABS_MAX);
+    let given_up = under_way(&headers).take(surplus).map(|(label, _)| cookie(label, "", 0));
+    let cookies: Vec<_> = given_up.chain([set]).map(|cookie| (SET_COOKIE, cookie)).collect();
+    Ok((StatusCode::SEE_OTHER, [(LOCATION, departure.to)], AppendHeaders(cookies)).into_response())
 }
 
 /// What the issuer sends the browser back with (RFC 6749, section 4.1.2); it may say more.
@@ -97,26 +123,20 @@ async fn arrive(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     if let Some(error) = arrival.error {
-        let error: String = error.chars().filter(char::is_ascii_graphic).take(60).collect();
-        let detail = format!("the issuer refused the sign-in: {error}");
-        return Err(Problem::unauthorized(detail).code("sign_in_refused"));
+        return Err(oidc::refused_by_issuer(&error));
     }
     let (Some(from), Some(code)) = (arrival.state, arrival.code) else {
         return Err(Problem::invalid("bad_parameter", "`state` and `code` are missing; begin at …/start"));
     };
-    let cookies = headers.get_all(COOKIE_HEADER).into_iter().filter_map(|value| value.to_str().ok());
-    let mut cookies = cookies.flat_map(|value| value.split(';')).filter_map(|pair| pair.trim().split_once('='));
-    let browser = cookies.find(|(name, _)| *name == COOKIE).map(|(_, value)| value);
-    let (store, now) = (state.system.store(), state.system.now());
-    let identity = state.auth.oidc.arrive(&issuer, &from, &code, browser, now).await?;
+    let (ticket, store, now) = (ticket(&headers, &from), state.system.store(), state.system.now());
+    let identity = state.auth.oidc.arrive(&issuer, &from, &code, ticket, now).await?;
     if let Some(Extension(seen)) = seen {
         seen.tell(identity.email.clone().unwrap_or_else(|| format!("{issuer}:{}", identity.subject)));
     }
     let user = state.auth.user_of(store, identity, now).await?;
-    let code = state.auth.oidc.hand_over(user.id, now);
+    let code = state.auth.hand_over(store, &user, &from, ticket, now).await?;
     // behind `#`, so that no log of a server or proxy gets it
-    let cookie = format!("{COOKIE}=; Path=/api/v1/auth/oidc; HttpOnly; SameSite=Lax; Max-Age=0");
-    Ok((StatusCode::SEE_OTHER, [(LOCATION, format!("/#sign_in={code}")), (SET_COOKIE, cookie)]).into_response())
+    Ok((StatusCode::SEE_OTHER, [(LOCATION, format!("/#sign_in={code}"))]).into_response())
 }
 
 #[derive(Deserialize)]
@@ -125,8 +145,15 @@ struct Fetch {
     code: String,
 }
 
-async fn fetch(State(state): State<AppState>, Json(body): Json<Fetch>) -> Result<axum::Json<Tokens>, Problem> {
-    Ok(axum::Json(state.auth.fetch(state.system.store(), &body.code, state.system.now()).await?))
+/// The tokens for the code, in the browser that signed in: it brings the ticket, which is of no use any more.
+async fn fetch(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    Json(body): Json<Fetch>,
+) -> Result<impl IntoResponse, Problem> {
+    let (store, now) = (state.system.store(), state.system.now());
+    let tokens = state.auth.fetch(store, &body.code, ticket(&headers, &body.code), now).await?;
+    Ok(([(SET_COOKIE, cookie(oidc::label(&body.code), "", 0))], axum::Json(tokens)))
 }
 
 #[derive(Deserialize)]

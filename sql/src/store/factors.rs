@@ -1,6 +1,6 @@
 //! Second factors, and users as other issuers know them. Secrets come sealed and stay so.
 
-use super::db::{FromRow, Row, Scope, query, query_as};
+use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
 use super::{Store, StoreError, User, failed};
 use engine::event::Micros;
 
@@ -114,20 +114,31 @@ impl Store {
             .map_err(failed("read identity"))
     }
 
-    /// Remembers whom `issuer` knows as `subject`; the first time stands.
-    pub async fn put_identity(&self, issuer: &str, subject: &str, user: &str, at: Micros) -> Result<(), StoreError> {
-        query(
-            "INSERT INTO identities (issuer, subject, user_id, created_at) VALUES ($1, $2, $3, $4) \
-             ON CONFLICT (issuer, subject) DO NOTHING",
-        )
-        .bind(issuer)
-        .bind(subject)
-        .bind(user)
-        .bind(at)
-        .execute(self.write(Scope::Installation))
+    /// Remembers `user` as whom `issuer` knows as `subject`: whether that holds now. The first time stands, for the
+    /// subject and for the user: an issuer knows nobody as two.
+    pub async fn put_identity(&self, issuer: &str, subject: &str, user: &str, at: Micros) -> Result<bool, StoreError> {
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            // one at a time for a user: on PostgreSQL two that do not see each other yet would both be the first
+            query("UPDATE users SET email = email WHERE id = $1").bind(user).execute(&mut tx).await?;
+            let known: Vec<String> = query_scalar("SELECT subject FROM identities WHERE issuer = $1 AND user_id = $2")
+                .bind(issuer)
+                .bind(user)
+                .fetch_all(&mut tx)
+                .await?;
+            if !known.is_empty() {
+                return Ok(known.iter().any(|known| known == subject));
+            }
+            let put = query(
+                "INSERT INTO identities (issuer, subject, user_id, created_at) VALUES ($1, $2, $3, $4) \
+                 ON CONFLICT (issuer, subject) DO NOTHING",
+            );
+            let put = put.bind(issuer).bind(subject).bind(user).bind(at).execute(&mut tx).await?;
+            tx.commit().await?;
+            Ok(put > 0)
+        }
         .await
-        .map_err(failed("put identity"))?;
-        Ok(())
+        .map_err(failed("put identity"))
     }
 }
 
@@ -158,14 +169,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_identity_is_one_user_for_good() {
+    async fn an_identity_is_one_user_for_good_and_an_issuer_knows_a_user_as_one() {
         let (store, _dir) = store().await;
         add_user(&store, "ann").await;
         add_user(&store, "bob").await;
         let who = async || store.user_by_identity("https://id", "42").await.unwrap().map(|user| user.id);
         assert_eq!(who().await, None);
-        store.put_identity("https://id", "42", "ann", Micros(1)).await.unwrap();
-        store.put_identity("https://id", "42", "bob", Micros(2)).await.unwrap();
+        let put = async |issuer, subject, user| store.put_identity(issuer, subject, user, Micros(1)).await.unwrap();
+        assert!(put("https://id", "42", "ann").await && put("https://id", "42", "ann").await);
+        assert!(!put("https://id", "42", "bob").await, "the subject is somebody else");
+        assert!(!put("https://id", "43", "ann").await, "the user is another subject");
+        assert!(put("https://elsewhere", "43", "ann").await);
         assert_eq!(who().await.as_deref(), Some("ann"));
     }
 }
