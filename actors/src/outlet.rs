@@ -54,6 +54,10 @@ pub enum What {
         id: ItemName,
         summary: Arc<PortfolioSummary>,
     },
+    /// A portfolio is gone.
+    PortfolioRemoved {
+        id: ItemName,
+    },
     /// Events as they were accepted; durable.
     Events {
         stream: StreamName,

@@ -50,9 +50,13 @@ impl State {
         let next = value(&self.start, &self.prices);
         if next.summary != self.current.summary {
             self.current = Arc::new(next);
-            let what = What::Portfolio { id: self.start.id.clone(), summary: self.current.clone() };
-            self.start.outlet.publish(Update { workspace: self.start.workspace.clone(), what });
+            self.publish();
         }
+    }
+
+    fn publish(&self) {
+        let what = What::Portfolio { id: self.start.id.clone(), summary: self.current.clone() };
+        self.start.outlet.publish(Update { workspace: self.start.workspace.clone(), what });
     }
 }
 
@@ -72,7 +76,9 @@ impl Actor for PortfolioActor {
     type Arguments = Start;
 
     async fn pre_start(&self, _: ActorRef<PortfolioMsg>, start: Start) -> Result<State, ActorProcessingErr> {
-        Ok(State::new(start))
+        let state = State::new(start);
+        state.publish(); // another one of its name may have been shown before
+        Ok(state)
     }
 
     async fn handle(

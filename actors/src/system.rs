@@ -1249,8 +1249,13 @@ impl System {
     }
 
     pub async fn ack_alert(&self, id: &WorkspaceId, alert: &str, by: &str) -> Result<Alert, Fault> {
-        let acked = self.store().ack_alert(id, alert, by, self.now()).await?;
+        let now = self.now();
+        let acked = self.store().ack_alert(id, alert, by, now).await?;
         let alert = acked.ok_or_else(|| unknown("alert", "unknown_alert", alert))?;
+        if alert.acked_at != Some(now) {
+            return Ok(alert); // it was before, and is told already
+        }
+        self.ask(id, |reply| WorkspaceMsg::Ack { alert: Box::new(alert.clone()), reply }).await?;
         if !self.tenant(id)?.is_silenced(&alert) {
             let what = What::Alert { phase: AlertPhase::Acked, alert: alert.clone() };
             self.outlet().publish(Update { workspace: id.clone(), what });

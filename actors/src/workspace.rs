@@ -116,6 +116,11 @@ pub(crate) enum WorkspaceMsg {
         reply: Reply<Option<RecordBatch>>,
     },
     TableSizes(RpcReplyPort<BTreeMap<StreamName, TableSize>>),
+    /// Somebody has seen an alert, and the store knows.
+    Ack {
+        alert: Box<Alert>,
+        reply: Reply<()>,
+    },
     /// A portfolio or its positions changed in the store.
     Hold {
         id: ItemName,
@@ -503,6 +508,10 @@ impl Actor for WorkspaceActor {
             WorkspaceMsg::TableSizes(reply) => {
                 let tables = state.engine.tables();
                 _ = reply.send(state.tables.keys().map(|name| (name.clone(), tables.size(name))).collect());
+            }
+            WorkspaceMsg::Ack { alert, reply } => {
+                state.ack(&alert);
+                _ = reply.send(Ok(())); // the caller may have left
             }
             WorkspaceMsg::Hold { id, reply } => _ = reply.send(state.hold(&myself, id).await),
             WorkspaceMsg::HoldAgain(id) => {
@@ -1138,6 +1147,15 @@ impl State {
         alert.resolved_at = Some(self.deps.clock.now());
         self.unsaved.alerts.push((AlertPhase::Resolved, alert));
         self.dirty = true; // the state knows where the rule stands
+    }
+
+    /// Somebody has seen an alert; whoever is told that it ends is told so too.
+    fn ack(&mut self, acked: &Alert) {
+        let unsaved = self.unsaved.alerts.iter_mut().map(|(_, alert)| alert);
+        for alert in self.firing.values_mut().chain(unsaved).filter(|alert| alert.id == acked.id) {
+            alert.acked_at = acked.acked_at;
+            alert.acked_by.clone_from(&acked.acked_by);
+        }
     }
 
     /// Resolves the alerts for which no rule fires any more, since the rule or its metric is gone or another one now.
@@ -1794,6 +1812,7 @@ impl State {
         let Some(portfolio) = store.portfolio(workspace, id.as_str()).await? else {
             if let Some(held) = self.portfolios.remove(id) {
                 held.actor.stop(Some("deleted".to_owned()));
+                self.publish(What::PortfolioRemoved { id: id.clone() });
             }
             self.unheld.remove(id);
             return Ok(Vec::new());

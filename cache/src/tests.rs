@@ -305,7 +305,7 @@ async fn nodes_count_tries_together_and_who_failed_too_often_waits_ever_longer()
     let (a, b) = (node(&server, "i", &dir.path().join("a")).await, node(&server, "i", &dir.path().join("b")).await);
     let patience = Patience { longest: Duration::from_secs(60), forget: Duration::from_secs(900) };
     let count = async |node: &Cache, account: &str| {
-        node.count_try([(account, 3), ("address", 7)], patience).await.map(|wait| wait.as_secs_f64())
+        node.count_try(&[(account, 3), ("address", 7)], patience).await.map(|wait| wait.as_secs_f64())
     };
     for node in [&a, &b, &a] {
         assert_eq!(count(node, "ann").await, Some(0.0));
@@ -313,7 +313,7 @@ async fn nodes_count_tries_together_and_who_failed_too_often_waits_ever_longer()
     let wait = count(&b, "ann").await.unwrap();
     assert!((0.5..=1.0).contains(&wait), "{wait}");
     // what was no failure is taken back on whatever node
-    b.take_back_try(["ann", "address"]).await;
+    b.take_back_try(&["ann", "address"]).await;
     assert_eq!(count(&a, "ann").await, Some(0.0));
     tokio::time::sleep(Duration::from_millis(1_050)).await;
     assert_eq!(count(&a, "ann").await, Some(0.0));

@@ -55,11 +55,11 @@ static TAKE_BACK: LazyLock<Script> = LazyLock::new(|| {
 impl Cache {
     /// Counts a try as failed in each of `of`, unless one of them must wait since it has failed as often as the number
     /// beside it, or more: for how long, zero if it was counted. Nothing where there is no Redis, or it is gone.
-    pub async fn count_try(&self, of: [(&str, u32); 2], patience: Patience) -> Option<Duration> {
+    pub async fn count_try(&self, of: &[(&str, u32)], patience: Patience) -> Option<Duration> {
         let inner = &self.link.as_ref()?.inner;
         let mut script = COUNT.prepare_invoke();
         for (name, free) in of {
-            script.key(inner.key(&["tries", name])).arg(free);
+            script.key(inner.key(&["tries", name])).arg(*free);
         }
         script.arg(patience.longest.as_secs_f64()).arg(patience.forget.as_secs_f64());
         let asked = inner.ask(|mut connection| async move { script.invoke_async(&mut connection).await });
@@ -68,7 +68,7 @@ impl Cache {
     }
 
     /// A try that was counted in each of `of` was no failure.
-    pub async fn take_back_try(&self, of: [&str; 2]) {
+    pub async fn take_back_try(&self, of: &[&str]) {
         let Some(link) = &self.link else { return };
         let mut script = TAKE_BACK.prepare_invoke();
         for name in of {

@@ -90,8 +90,8 @@ pub struct Auth {
     callers: Remembered<[u8; 32], Caller>,
     accesses: Remembered<(WorkspaceId, String), Option<Access>>,
     tiers: Remembered<WorkspaceId, String>,
-    /// Held while somebody comes to own a workspace, so that what was counted before holds.
-    owning: tokio::sync::Mutex<()>,
+    /// Held by whoever changes who may do what.
+    turn: tokio::sync::Mutex<()>,
 }
 
 /// Somebody with good credentials.
@@ -225,7 +225,7 @@ impl Auth {
             callers: Remembered::default(),
             accesses: Remembered::default(),
             tiers: Remembered::default(),
-            owning: tokio::sync::Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
         })
     }
 
@@ -276,7 +276,7 @@ impl Auth {
     ) -> Result<Tokens, Problem> {
         let email: String = email.to_lowercase().chars().take(320).collect();
         self.throttle.count(&email, at).await?;
-        let user = match self.check_sign_in(store, &email, password, otp, at.now).await {
+        let user = match self.check_sign_in(store, &email, password, otp, at).await {
             Ok(user) => user,
             Err(problem) => {
                 if !is_wrong_guess(&problem) {
@@ -286,7 +286,11 @@ impl Auth {
             }
         };
         self.throttle.succeeded(&email, at).await;
-        self.issue(store, &user.id, uuid::Uuid::new_v4().to_string(), at.now).await
+        let (tokens, kept) = self.tokens(&user.id, uuid::Uuid::new_v4().to_string(), at.now)?;
+        match store.begin_sign_in(&kept, &user.password_hash).await? {
+            true => Ok(tokens),
+            false => Err(wrong_password()),
+        }
     }
 
     async fn check_sign_in(
@@ -295,22 +299,21 @@ impl Auth {
         email: &str,
         password: String,
         otp: Option<&str>,
-        now: Micros,
+        at: Try<'_>,
     ) -> Result<User, Problem> {
         let user = store.user_by_email(email).await?;
         let known: Arc<str> =
             user.as_ref().map_or_else(|| self.dummy_hash.clone(), |u| u.password_hash.as_str().into());
         let too_long = password.len() > PASSWORD_BYTES_MAX;
         let good = self.hashing(move || !too_long && verify(&password, &known)).await?;
-        let wrong = || Problem::unauthorized("e-mail address or password is wrong").code(WRONG_PASSWORD);
-        let user = user.filter(|_| good).ok_or_else(wrong)?;
+        let user = user.filter(|_| good).ok_or_else(wrong_password)?;
         let totp = store.totp(&user.id).await?;
         if let Some(sealed) = &totp.secret {
             let Some(otp) = otp else {
                 let detail = "this account has a second factor: send the code of your authenticator as `otp`";
                 return Err(Problem::unauthorized(detail).code("otp_required"));
             };
-            if !self.spend_code(store, &user, sealed, otp, now).await? {
+            if !self.try_code(store, &user, sealed, otp, at).await? {
                 let detail = "the code is wrong or was used before; wait for the next one";
                 return Err(Problem::unauthorized(detail).code(WRONG_CODE));
             }
@@ -387,7 +390,7 @@ impl Auth {
         }
         match checked? {
             true => Ok(user),
-            false => Err(Problem::forbidden("`password` is not your password").code(WRONG_PASSWORD)),
+            false => Err(not_your_password()),
         }
     }
 
@@ -403,12 +406,7 @@ impl Auth {
         let Some(sealed) = store.totp(&user.id).await?.secret else { return Ok(()) };
         let missing = "this account has a second factor: send a code of your authenticator as `code`";
         let code = code.ok_or_else(|| Problem::forbidden(missing).code("otp_required"))?;
-        self.throttle.count(&user.email, at).await?;
-        let spent = self.spend_code(store, user, &sealed, code, at.now).await;
-        if !matches!(spent, Ok(false)) {
-            self.throttle.take_back(&user.email, at).await;
-        }
-        match spent? {
+        match self.try_code(store, user, &sealed, code, at).await? {
             true => Ok(()),
             false => {
                 let detail = "`code` is wrong or was used before; wait for the next one";
@@ -417,12 +415,13 @@ impl Auth {
         }
     }
 
-    /// Gives a user another password and ends every sign-in.
+    /// Gives a user another password in place of the one they were asked for, and ends every sign-in.
     pub(crate) async fn change_password(&self, store: &Store, user: &User, password: String) -> Result<(), Problem> {
         check_password(&password)?;
         let hash = self.hashing(move || hash_password(&password)).await?.map_err(Problem::internal)?;
-        store.set_password(&user.id, &hash).await?;
-        self.revoke_all(store, &user.id).await
+        let is_changed = store.set_password(&user.id, Some(&user.password_hash), &hash).await?;
+        self.forget();
+        if is_changed { Ok(()) } else { Err(not_your_password()) }
     }
 
     /// Ends every sign-in of a user.
@@ -462,6 +461,24 @@ impl Auth {
             return Err(nothing());
         }
         Ok(())
+    }
+
+    /// Whether `otp` is a good code, which it is once. Wrong ones count wherever they come from: whoever tries one knows
+    /// the password.
+    async fn try_code(
+        &self,
+        store: &Store,
+        user: &User,
+        sealed: &str,
+        otp: &str,
+        at: Try<'_>,
+    ) -> Result<bool, Problem> {
+        self.throttle.count_code(&user.id, at).await?;
+        let spent = self.spend_code(store, user, sealed, otp, at.now).await;
+        if !matches!(spent, Ok(false)) {
+            self.throttle.take_back_code(&user.id, at).await;
+        }
+        spent
     }
 
     /// Whether `otp` is a good code, which it is once.
@@ -555,17 +572,24 @@ impl Auth {
     }
 
     async fn issue(&self, store: &Store, user: &str, family: String, now: Micros) -> Result<Tokens, Problem> {
+        let (tokens, kept) = self.tokens(user, family, now)?;
+        store.insert_refresh(&kept).await?;
+        Ok(tokens)
+    }
+
+    /// A pair of tokens, and what is to be kept of it.
+    fn tokens(&self, user: &str, family: String, now: Micros) -> Result<(Tokens, RefreshToken), Problem> {
         let refresh_token = random_token("");
+        let access_token = self.sign(user, &family, now)?;
         let token = RefreshToken {
             token_hash: digest_text(&refresh_token),
-            family: family.clone(),
+            family,
             user: user.to_owned(),
             issued_at: now,
             expires_at: now.plus(self.refresh),
         };
-        store.insert_refresh(&token).await?;
-        let access_token = self.sign(user, &family, now)?;
-        Ok(Tokens { access_token, refresh_token, token_type: "Bearer", expires_in: self.access.0 / 1_000_000 })
+        let expires_in = self.access.0 / 1_000_000;
+        Ok((Tokens { access_token, refresh_token, token_type: "Bearer", expires_in }, token))
     }
 
     fn sign(&self, user: &str, family: &str, now: Micros) -> Result<String, Problem> {
@@ -712,8 +736,10 @@ impl Auth {
         if role.is_none()
             && let Some(invitation) = store.invitation(workspace, &caller.name).await?
         {
-            let is_bounded = invitation.role == Role::Owner.as_str() && !caller.admin;
-            let _turn = if is_bounded { Some(self.may_own_another(store, &caller.id, own_most).await?) } else { None };
+            let _turn = self.turn().await;
+            if invitation.role == Role::Owner.as_str() && !caller.admin {
+                self.may_own_another(store, &caller.id, own_most).await?;
+            }
             self.accept(store, caller, workspace, now).await?;
             role = store.role(workspace, &caller.id).await?;
         }
@@ -725,19 +751,17 @@ impl Auth {
         Ok(exists.then(|| Access::of_user(Role::Admin, Vec::new())))
     }
 
-    /// Refuses a user who owns as many workspaces as one may: what a tier allows, it allows each of them. Nobody comes to
-    /// own another one until the answer is dropped.
-    pub(crate) async fn may_own_another(
-        &self,
-        store: &Store,
-        user: &str,
-        most: usize,
-    ) -> Result<MutexGuard<'_, ()>, Problem> {
-        let turn = self.owning.lock().await;
+    /// Until it is dropped nobody else changes who may do what: what was looked at before a change holds.
+    pub(crate) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Refuses a user who owns as many workspaces as one may: what a tier allows, it allows each of them.
+    pub(crate) async fn may_own_another(&self, store: &Store, user: &str, most: usize) -> Result<(), Problem> {
         let all = store.workspaces_of(user).await?;
         let owned = all.iter().filter(|(_, role)| role == Role::Owner.as_str()).count();
         if owned < most {
-            return Ok(turn);
+            return Ok(());
         }
         let detail = format!(
             "{owned} workspaces of one owner are as many as limits.workspaces_per_user = {most} allows; delete one, take \
@@ -855,6 +879,14 @@ fn check_password(password: &str) -> Result<(), Problem> {
     let detail =
         format!("a password has at least {PASSWORD_CHARS_MIN} characters and at most {PASSWORD_BYTES_MAX} bytes");
     Err(Problem::invalid("bad_password", detail))
+}
+
+fn wrong_password() -> Problem {
+    Problem::unauthorized("e-mail address or password is wrong").code(WRONG_PASSWORD)
+}
+
+fn not_your_password() -> Problem {
+    Problem::forbidden("`password` is not your password").code(WRONG_PASSWORD)
 }
 
 fn unauthenticated() -> Problem {

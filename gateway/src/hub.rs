@@ -53,6 +53,8 @@ const LINGER: Duration = Duration::from_secs(60);
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// Events of a stream are sent in messages of about this many bytes.
 const EVENTS_BYTES: usize = 64 << 10;
+/// Who finds no place for a live query may find one after this.
+const LIVE_WAIT: Duration = Duration::from_secs(10);
 /// Updates kept while a channel's state is read.
 const MEANWHILE_MAX: usize = 256;
 
@@ -88,6 +90,17 @@ pub struct Hub {
 struct Live {
     /// Whoever holds it may ask; of what changes by itself not before this instant.
     turn: tokio::sync::Mutex<Instant>,
+    /// How many there are.
+    open: AtomicUsize,
+}
+
+/// One of them, for as long as its channel is open.
+struct LivePlace(Arc<Live>);
+
+impl Drop for LivePlace {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A subscription of one client.
@@ -197,15 +210,21 @@ impl Hub {
         }
         self.sweep(Instant::now());
         let live = match (&name.topic, &workspace) {
-            (Topic::Query { .. }, Some(workspace)) => Some(self.live(workspace)?),
-            _ => None,
+            (Topic::Query { .. }, Some(workspace)) => Mutex::new(Some(self.live(workspace)?)),
+            _ => Mutex::default(),
         };
         loop {
             let channel = self.channel(system, workspace.as_ref(), &name).await?;
-            let load = || load::load(self, system, &channel, sql.as_deref().zip(live.clone()), rate);
+            let load = || load::load(self, system, &channel, sql.as_deref().zip(live.lock().take()), rate);
             if let Err(problem) = channel.loaded.get_or_try_init(load).await {
                 self.close(&channel);
                 return Err(problem);
+            }
+            // what is there no more, or takes another filter now, is known to be so once its channel says nothing
+            if channel.is_empty()
+                && let Some(workspace) = &workspace
+            {
+                load::check(system, workspace, &name).await?;
             }
             // what is not held any more is in the log or the store; what comes while it is read is held
             if let Some((since, until)) = channel.not_held(wish.since.as_ref()) {
@@ -241,23 +260,26 @@ impl Hub {
     }
 
     /// A place among the live queries of a workspace.
-    fn live(&self, workspace: &WorkspaceId) -> Result<Arc<Live>, Problem> {
+    fn live(&self, workspace: &WorkspaceId) -> Result<LivePlace, Problem> {
         let mut all = self.live.lock();
         all.retain(|_, live| live.strong_count() > 0);
         let live = match all.get(workspace).and_then(Weak::upgrade) {
             Some(live) => live,
             None => {
-                let live = Arc::new(Live { turn: tokio::sync::Mutex::new(Instant::now()) });
+                let live = Arc::new(Live::new());
                 all.insert(workspace.clone(), Arc::downgrade(&live));
                 live
             }
         };
         let most = self.limits.live_queries;
-        if Arc::strong_count(&live) > most {
+        // `all` is locked: nobody else counts meanwhile
+        if live.open.load(Ordering::Acquire) >= most {
             let detail = format!("the workspace has limits.live_queries = {most} live queries; end some of them");
-            return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_live_queries", detail));
+            let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_live_queries", detail);
+            return Err(problem.retry_after(LIVE_WAIT));
         }
-        Ok(live)
+        live.open.fetch_add(1, Ordering::AcqRel);
+        Ok(LivePlace(live))
     }
 
     /// Ends a subscription: nothing more is queued for it.
@@ -378,6 +400,7 @@ impl Hub {
 
     /// Sees to it that the offsets of a closed channel do not come again.
     fn ended(&self, channel: &Channel, end: u64) {
+        channel.asked.lock().take();
         if !matches!(channel.name.topic, Topic::Stream(_)) {
             self.floor.fetch_max(end, Ordering::AcqRel);
         }
@@ -508,11 +531,11 @@ impl Outlet for Hub {
                 channels.iter().for_each(|channel| channel.event(&event));
             }
             What::MetricRemoved { metric } => {
-                for channel in self.listening(&workspace, Topic::Metric(metric.clone())) {
-                    if !set_aside(&channel, &what) {
-                        channel.reset();
-                        self.close(&channel); // without listeners: the next one reads what there is by then
-                    }
+                self.void(&self.listening(&workspace, Topic::Metric(metric.clone())), &what);
+            }
+            What::PortfolioRemoved { id } => {
+                for topic in [Topic::Portfolio(id.clone()), Topic::Value(id.clone())] {
+                    self.void(&self.listening(&workspace, topic), &what);
                 }
             }
             What::Alert { phase, alert } => {
@@ -565,6 +588,16 @@ impl Outlet for Hub {
 }
 
 impl Hub {
+    /// What these channels showed is there no more.
+    fn void(&self, channels: &[Arc<Channel>], what: &What) {
+        for channel in channels {
+            if !set_aside(channel, what) {
+                channel.reset();
+                self.close(channel); // without listeners: the next one reads what there is by then
+            }
+        }
+    }
+
     fn rows(&self, channels: &[Arc<Channel>], program: &Program, rows: &Rows, what: &What) {
         let channels: Vec<&Arc<Channel>> = channels.iter().filter(|channel| !set_aside(channel, what)).collect();
         if channels.is_empty() {

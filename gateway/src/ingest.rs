@@ -122,7 +122,7 @@ pub(crate) async fn take_body(
     Ok(answer)
 }
 
-/// Takes in events that were decoded, and counts them: the answer, once the good ones are durable.
+/// Counts events that were decoded, and takes them in: the answer, once the good ones are durable.
 pub(crate) async fn take(
     state: &AppState,
     workspace: &WorkspaceId,
@@ -130,14 +130,41 @@ pub(crate) async fn take(
     tier: &Tier,
     decoded: Decoded,
 ) -> Result<Value, Problem> {
+    let counted = Counted::new(state, workspace, tier, &decoded)?;
     let done = state.system.ingest(workspace, stream, decoded).await?;
-    Ok(count(state, workspace, tier, &done))
+    Ok(counted.taken(&done))
 }
 
-fn count(state: &AppState, workspace: &WorkspaceId, tier: &Tier, done: &Ingested) -> Value {
-    let events = done.accepted + done.duplicates + done.rejected;
-    state.quotas.ingested(workspace, tier, events, state.system.now());
-    answer(done)
+/// Events that count against the rate of their workspace unless they are not taken in.
+struct Counted<'a> {
+    state: &'a AppState,
+    workspace: &'a WorkspaceId,
+    tier: &'a Tier,
+    events: usize,
+}
+
+impl<'a> Counted<'a> {
+    fn new(
+        state: &'a AppState,
+        workspace: &'a WorkspaceId,
+        tier: &'a Tier,
+        decoded: &Decoded,
+    ) -> Result<Counted<'a>, Problem> {
+        let events = decoded.batch.num_rows() + decoded.rejected;
+        state.quotas.ingest(workspace, tier, events, state.system.now())?;
+        Ok(Counted { state, workspace, tier, events })
+    }
+
+    fn taken(mut self, done: &Ingested) -> Value {
+        self.events = 0;
+        answer(done)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.state.quotas.give_back(self.workspace, self.tier, self.events);
+    }
 }
 
 /// Whether a body is to be decoded elsewhere. Zstandard, which buffers of Arrow may be packed with too, makes a hundred
@@ -181,8 +208,9 @@ pub(crate) async fn take_rows(
         Ok(decoder.decode(&body, format, unit, &bounds, now)?)
     };
     let decoded = if large { state.intake.decode(work).await } else { work() }?;
+    let counted = Counted::new(state, &member.workspace, &tier, &decoded)?;
     let done = state.system.change_rows(&member.workspace, table.name(), decoded).await?;
-    Ok(count(state, &member.workspace, &tier, &done))
+    Ok(counted.taken(&done))
 }
 
 /// Decodes events that came in a frame: one JSON object or an array of them.

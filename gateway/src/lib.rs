@@ -54,7 +54,6 @@ use problem::Problem;
 use quota::Quotas;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::MutexGuard;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
@@ -117,8 +116,8 @@ impl AppState {
         self.auth.access(store, caller, workspace, most, self.system.now()).await
     }
 
-    /// Refuses a user who owns as many workspaces as one may; nobody else comes to own one until the answer is dropped.
-    pub(crate) async fn may_own_another(&self, user: &str) -> Result<MutexGuard<'_, ()>, Problem> {
+    /// Refuses a user who owns as many workspaces as one may.
+    pub(crate) async fn may_own_another(&self, user: &str) -> Result<(), Problem> {
         self.auth.may_own_another(self.system.store(), user, self.config.limits.workspaces_per_user).await
     }
 

@@ -245,22 +245,32 @@ impl Quotas {
     /// Whether events may come now; asked before they are read.
     pub(crate) fn may_ingest(&self, id: &WorkspaceId, tier: &Tier, now: Micros) -> Result<(), Problem> {
         let Some((most, standing)) = tier.events_per_second.zip(self.events(id, tier, now)) else { return Ok(()) };
-        if standing.wait.is_zero() {
-            return Ok(());
-        }
-        let detail = format!(
-            "this workspace sends more than events_per_second = {most} of its tier, and {EVENTS_WINDOW} s of that at \
-             once; wait, or ask for another tier"
-        );
-        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "ingest_rate", detail).retry_after(standing.wait))
+        if standing.wait.is_zero() { Ok(()) } else { Err(too_fast(most, standing)) }
     }
 
-    /// Counts events that were taken in.
-    pub(crate) fn ingested(&self, id: &WorkspaceId, tier: &Tier, events: u64, now: Micros) {
-        if let Some(most) = tier.events_per_second {
-            _ = self.take(Of::Events(id.clone()), Rate::of_events(most), events as f64, now); // asked for before
+    /// Counts events before they are taken in: of many that come at once those are refused that come when others have
+    /// used up what there was.
+    pub(crate) fn ingest(&self, id: &WorkspaceId, tier: &Tier, events: usize, now: Micros) -> Result<(), Problem> {
+        let Some(most) = tier.events_per_second else { return Ok(()) };
+        let taken = self.take(Of::Events(id.clone()), Rate::of_events(most), events as f64, now);
+        taken.map(drop).map_err(|standing| too_fast(most, standing))
+    }
+
+    /// Events that were counted were not taken in.
+    pub(crate) fn give_back(&self, id: &WorkspaceId, tier: &Tier, events: usize) {
+        let mut buckets = self.buckets.lock();
+        if let (Some(_), Some((bucket, rate))) = (tier.events_per_second, buckets.get_mut(&Of::Events(id.clone()))) {
+            bucket.tokens = (bucket.tokens + events as f64).min(rate.burst);
         }
     }
+}
+
+fn too_fast(most: u32, standing: Standing) -> Problem {
+    let detail = format!(
+        "this workspace sends more than events_per_second = {most} of its tier, and {EVENTS_WINDOW} s of that at once; \
+         wait, or ask for another tier"
+    );
+    Problem::new(StatusCode::TOO_MANY_REQUESTS, "ingest_rate", detail).retry_after(standing.wait)
 }
 
 /// A request over its quota.
@@ -340,12 +350,16 @@ mod tests {
         let quotas = Quotas::default();
         let tier = Tier { events_per_second: Some(100), ..Tier::default() };
         assert!(quotas.may_ingest(&ws(), &tier, NOW).is_ok());
-        quotas.ingested(&ws(), &tier, 3_000, NOW);
-        let refused = quotas.may_ingest(&ws(), &tier, NOW).unwrap_err();
-        assert_eq!((refused.status(), refused.code), (StatusCode::TOO_MANY_REQUESTS, "ingest_rate"));
+        quotas.ingest(&ws(), &tier, 3_000, NOW).unwrap();
+        for refused in [quotas.may_ingest(&ws(), &tier, NOW), quotas.ingest(&ws(), &tier, 3_000, NOW)] {
+            let refused = refused.unwrap_err();
+            assert_eq!((refused.status(), refused.code), (StatusCode::TOO_MANY_REQUESTS, "ingest_rate"));
+        }
         assert!(quotas.may_ingest(&ws(), &tier, NOW.plus(Span::seconds(20))).is_err());
         assert!(quotas.may_ingest(&ws(), &tier, NOW.plus(Span::seconds(21))).is_ok());
         assert!(quotas.may_ingest(&ws(), &Tier::default(), NOW).is_ok());
+        quotas.give_back(&ws(), &tier, 3_000);
+        assert!(quotas.may_ingest(&ws(), &tier, NOW).is_ok());
     }
 
     #[test]

@@ -153,6 +153,8 @@ BEGIN
         END IF;
         FOREACH span IN ARRAY ARRAY(SELECT unnest(wanted)) LOOP
             CALL refresh_continuous_aggregate(rollup::regclass, lower(span), upper(span));
+            -- What it changed is told to the days when it is committed, which it leaves to whoever called it.
+            COMMIT;
         END LOOP;
     END LOOP;
 

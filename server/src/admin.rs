@@ -205,8 +205,7 @@ pub async fn user(command: UserCommand) -> Result<()> {
         UserCommand::Password { email, config } => {
             let store = store(config).await?;
             let user = user_of(&store, &email).await?;
-            store.set_password(&user.id, &gateway::hash_password(&read_password()?)?).await?;
-            store.revoke_families_of(&user.id).await?;
+            store.set_password(&user.id, None, &gateway::hash_password(&read_password()?)?).await?;
             note(&store, None, "user password", &email).await?;
             println!("changed the password of {email}; every sign-in has ended");
         }

@@ -174,7 +174,9 @@ async fn an_alert_fires_is_acknowledged_resolves_and_is_kept() {
     }
     assert!(acked["acked_at"].is_string(), "{acked}");
     server.ingest("market.trades", &trade(2, "A", 10.0, 9.0)).await;
-    socket.until(|frame| frame["event"]["name"] == "alert.resolved").await;
+    let resolved = socket.until(|frame| frame["event"]["name"] == "alert.resolved").await;
+    let alert = &resolved["event"]["value"]["alert"];
+    assert_eq!((&alert["acked_at"], &alert["acked_by"]), (&acked["acked_at"], &acked["acked_by"]));
     server.stop().await;
 
     let server = Server::start(directory.path()).await;

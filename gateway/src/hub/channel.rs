@@ -3,6 +3,7 @@
 
 use super::fanout::Listeners;
 use super::feed::{Feeds, Parcel, Sent};
+use super::load::Asked;
 use super::name::{ChannelName, Topic};
 use super::outbox::{Cut, Outbox};
 use super::place;
@@ -124,6 +125,8 @@ pub(super) struct Channel {
     pub(super) json_columns: Vec<String>,
     /// Set once the state it starts from is there.
     pub(super) loaded: OnceCell<()>,
+    /// The live query that it shows, while it is open.
+    pub(super) asked: Mutex<Option<Asked>>,
     epoch: Arc<str>,
     /// All of a message up to its offset.
     head: String,
@@ -240,8 +243,8 @@ impl Channel {
             idle_since: Some(now),
             is_closed: false,
         };
-        let (loaded, inner) = (OnceCell::new(), Mutex::new(inner));
-        Channel { workspace, name, json_columns, loaded, epoch, head, queue_bytes, histories, feed, inner }
+        let (loaded, asked, inner) = (OnceCell::new(), Mutex::default(), Mutex::new(inner));
+        Channel { workspace, name, json_columns, loaded, asked, epoch, head, queue_bytes, histories, feed, inner }
     }
 
     /// The channel's name in a few bytes, for the reason of a close.
@@ -319,6 +322,11 @@ impl Channel {
             self.push(inner, &delta_event(&delta), false);
         }
         self.tell(guard);
+    }
+
+    /// Whether it is a state, and an empty one.
+    pub(super) fn is_empty(&self) -> bool {
+        matches!(&self.inner.lock().body, Body::State(state) if state.is_empty())
     }
 
     /// Empties the state: what it said is void.

@@ -4,7 +4,7 @@
 use super::channel::{Body, Channel, Meanwhile, Missed, Page};
 use super::name::{ChannelName, Topic};
 use super::state::{Place, State};
-use super::{Hub, Live, RowChange, members, place, portfolio_members, stream_events};
+use super::{Hub, Live, LivePlace, RowChange, members, place, portfolio_members, stream_events};
 use crate::agui::{self, Dialect};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
@@ -15,11 +15,13 @@ use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
 use serde_json::json;
 use sql::store::StoreError;
 use std::collections::HashMap;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use streams::log::{self, Body as Logged, Offset, ReadError};
 use streams::schema::ColumnType;
 use tokio::sync::{MutexGuard, mpsc};
+use tokio_util::task::AbortOnDropHandle;
 
 /// Times a state is read before the channel gives up because too much happens meanwhile.
 const ATTEMPTS: usize = 5;
@@ -45,12 +47,13 @@ const FIRING_AGAIN: Duration = Duration::from_secs(1);
 /// Where the store keeps the epoch of the log.
 const LOG_EPOCH: &str = "log_epoch";
 
-/// Makes the channel ready for its first subscriber. `query`: what a live query asks, and those of its workspace.
+/// Makes the channel ready for its first subscriber. `query`: what a live query asks, and its place among those of its
+/// workspace.
 pub(super) async fn load(
     hub: &Arc<Hub>,
     system: &System,
     channel: &Arc<Channel>,
-    query: Option<(&str, Arc<Live>)>,
+    query: Option<(&str, LivePlace)>,
     rate: Option<Duration>,
 ) -> Result<(), Problem> {
     let (name, workspace) = (&channel.name, channel.workspace.as_ref());
@@ -65,13 +68,15 @@ pub(super) async fn load(
         }
         (Topic::Query { .. }, Some(workspace)) => {
             let missing = || Problem::invalid("bad_request", "a `query/…` channel needs the query in `sql`");
-            let (sql, live) = query.ok_or_else(missing)?;
+            let (sql, place) = query.ok_or_else(missing)?;
+            let live = place.0.clone();
             let turn = live.turn.lock().await; // who has just come waits for no rest
             let found = spend(turn, ask(system, workspace, sql)).await?;
             channel.update(|state| state.replace(found));
             let every = rate.unwrap_or(QUERY_EVERY).max(QUERY_EVERY_MIN);
-            let (channel, system) = (Arc::downgrade(channel), system.clone());
-            tokio::spawn(poll_query(channel, system, workspace.clone(), sql.to_owned(), every, live));
+            let (weak, system) = (Arc::downgrade(channel), system.clone());
+            let asks = poll_query(weak, system, workspace.clone(), sql.to_owned(), every, live.clone());
+            *channel.asked.lock() = Some(Asked { _place: place, _asks: AbortOnDropHandle::new(tokio::spawn(asks)) });
             Ok(())
         }
         (Topic::Throughput | Topic::Actors, _) => {
@@ -81,6 +86,26 @@ pub(super) async fn load(
         }
         _ => Ok(()),
     }
+}
+
+/// A live query, which is asked again and again until this is dropped.
+pub(super) struct Asked {
+    _place: LivePlace,
+    _asks: AbortOnDropHandle<()>,
+}
+
+/// Refuses a channel whose metric or portfolio is not there, or takes no such filter.
+pub(super) async fn check(system: &System, workspace: &WorkspaceId, name: &ChannelName) -> Result<(), Problem> {
+    match &name.topic {
+        Topic::Metric(metric) => {
+            system.live_rows(workspace, metric).await?;
+        }
+        Topic::Portfolio(id) | Topic::Value(id) => {
+            system.portfolio_summary(workspace, id).await?;
+        }
+        _ => return Ok(()),
+    }
+    typed_filter(system, workspace, name).await.map(drop)
 }
 
 /// Reads the state, applies what happened meanwhile, and makes the channel live.
@@ -142,7 +167,7 @@ fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
             }
         },
         What::Portfolio { summary, .. } => state.replace(portfolio_members(&name.topic, summary)),
-        What::MetricRemoved { .. } => {
+        What::MetricRemoved { .. } | What::PortfolioRemoved { .. } => {
             state.clear(0);
             Vec::new()
         }
@@ -256,6 +281,10 @@ async fn ask(system: &System, workspace: &WorkspaceId, sql: &str) -> Result<Vec<
 }
 
 impl Live {
+    pub(super) fn new() -> Live {
+        Live { turn: tokio::sync::Mutex::new(Instant::now()), open: AtomicUsize::new(0) }
+    }
+
     /// A turn, once the workspace has rested.
     async fn rested_turn(&self) -> MutexGuard<'_, Instant> {
         loop {
@@ -298,7 +327,9 @@ async fn poll_query(
         let Some(channel) = channel.upgrade() else { return };
         match found {
             Ok(rows) => {
-                failed = false;
+                if std::mem::take(&mut failed) {
+                    channel.event(&super::custom("query.recovered", "{}"));
+                }
                 channel.update(|state| state.replace(rows));
             }
             Err(problem) if !failed => {
@@ -507,7 +538,7 @@ mod tests {
 
     #[tokio::test]
     async fn after_a_live_query_all_of_the_workspace_rest_but_who_comes_new() {
-        let live = Live { turn: tokio::sync::Mutex::new(Instant::now()) };
+        let live = Live::new();
         let work = Duration::from_millis(20);
         let asked = spend(live.rested_turn().await, async {
             tokio::time::sleep(work).await;

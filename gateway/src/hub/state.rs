@@ -77,6 +77,10 @@ impl State {
         self.removed = offset;
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
     /// Bytes of the document, about.
     pub(super) fn bytes(&self) -> usize {
         self.bytes

@@ -5,7 +5,7 @@ use crate::AppState;
 use crate::auth::{check_email, new_key};
 use crate::extract::{Json, Member, Path, Query, Seen, Sent};
 use crate::hub::Group;
-use crate::permission::{PERMISSIONS, Permission, ROLES, Role, Scope, parse_scopes};
+use crate::permission::{Access, PERMISSIONS, Permission, ROLES, Role, Scope, parse_scopes};
 use crate::problem::Problem;
 use actors::rows::rfc3339;
 use axum::Router;
@@ -13,6 +13,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
+use engine::event::{Span, WorkspaceId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sql::store::{ApiKey, Grant, Invitation, User};
@@ -83,22 +84,31 @@ async fn set_member(
     covers(&member, role)?;
     check_email(&new.email)?;
     let store = state.system.store();
+    let turn = state.auth.turn().await;
     let Some(user) = known(&state, &member, &new.email).await? else {
         let invitation = invite(&state, &member, &new.email, Some(role), &[]).await?;
         return Ok(axum::Json(invited_json(&invitation)));
     };
+    let before = store.role(&member.workspace, &user.id).await?.map(|role| role.parse::<Role>()).transpose()?;
+    if user.id != member.user
+        && let Some(before) = before
+    {
+        covers(&member, before)?;
+    }
     if role != Role::Owner {
         another_owner(&state, &member, &user.id).await?;
     }
-    let is_bounded = role == Role::Owner
-        && !user.admin
-        && store.role(&member.workspace, &user.id).await?.as_deref() != Some(Role::Owner.as_str());
-    let turn = if is_bounded { Some(state.may_own_another(&user.id).await?) } else { None };
+    let is_bounded = role == Role::Owner && before != Some(Role::Owner) && !user.admin;
+    if is_bounded {
+        state.may_own_another(&user.id).await?;
+    }
     let now = state.system.now();
     store.accept_invitation(&member.workspace, &user.email, &user.id, now).await?; // none is left behind
     store.set_member(&member.workspace, &user.id, role.as_str(), now).await?;
     drop(turn);
     state.took_from(&Group::User(user.id.as_str().into()));
+    let grants = parse_scopes(&store.granted(&member.workspace, &user.id).await?)?;
+    end_keys_of(&state, &seen, &member.workspace, &user.id, Some(Access::of_user(role, grants))).await?;
     let members = store.members(&member.workspace).await?;
     let set = members.iter().find(|other| other.user == user.id).map(member_json);
     Ok(axum::Json(set.unwrap_or(Value::Null)))
@@ -154,6 +164,7 @@ async fn invite(
 async fn remove_member(
     State(state): State<AppState>,
     member: Member,
+    seen: Seen,
     Path((_, user)): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
     // everybody may leave
@@ -161,15 +172,21 @@ async fn remove_member(
         member.may(Permission::WorkspaceManage)?;
     }
     let store = state.system.store();
+    let turn = state.auth.turn().await;
     let members = store.members(&member.workspace).await?;
     let found = members.iter().find(|other| other.user == user || other.email == user.to_lowercase());
     if found.is_none() && store.delete_invitation(&member.workspace, &user.to_lowercase()).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
     let found = found.ok_or_else(|| Problem::not_found("unknown_member", format!("`{user}` is no member here")))?;
+    if member.user != found.user {
+        covers(&member, found.role.parse()?)?;
+    }
     another_owner(&state, &member, &found.user).await?;
     store.remove_member(&member.workspace, &found.user).await?;
+    drop(turn);
     state.took_from(&Group::User(found.user.as_str().into()));
+    end_keys_of(&state, &seen, &member.workspace, &found.user, None).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -177,7 +194,35 @@ fn covers(member: &Member, role: Role) -> Result<(), Problem> {
     if member.access.covers(role, None) {
         return Ok(());
     }
-    Err(Problem::forbidden(format!("your role `{}` may not give the role `{role}`", member.access.role)))
+    Err(Problem::forbidden(format!("you may not give or take the role `{role}`, which may do more than you may")))
+}
+
+/// Revokes the API keys that somebody made, and those that were made with these, which may do more than is `left` to
+/// whoever made them.
+async fn end_keys_of(
+    state: &AppState,
+    seen: &Seen,
+    workspace: &WorkspaceId,
+    user: &str,
+    left: Option<Access>,
+) -> Result<(), Problem> {
+    let (store, now) = (state.system.store(), state.system.now());
+    let all = store.list_api_keys(workspace).await?;
+    let mut makers = vec![user.to_owned()];
+    while let Some(maker) = makers.pop() {
+        for key in all.iter().filter(|key| key.created_by == maker) {
+            let name = format!("key:{}", key.id);
+            let scopes = key.scopes.as_deref().map(parse_scopes).transpose()?;
+            let role = key.role.parse()?;
+            let is_covered = left.as_ref().is_some_and(|left| left.covers(role, scopes.as_deref()));
+            if !is_covered && store.revoke_api_key(workspace, &key.id, now).await? {
+                state.took_from(&Group::User(name.as_str().into()));
+                seen.note(format_args!("and its API key {}", key.id));
+            }
+            makers.push(name);
+        }
+    }
+    Ok(())
 }
 
 /// Refuses to take the last owner of a workspace away.
@@ -260,6 +305,7 @@ async fn put_grant(
     }
     check_email(&new.email)?;
     let (store, now) = (state.system.store(), state.system.now());
+    let _turn = state.auth.turn().await;
     let Some(user) = known(&state, &member, &new.email).await? else {
         let invitation = invite(&state, &member, &new.email, None, &scopes).await?;
         return Ok(axum::Json(json!({"grants": invited_grants(&invitation)})));
@@ -398,14 +444,19 @@ async fn create_key(
     if name.is_empty() || name.chars().count() > 100 || name.chars().any(char::is_control) {
         return Err(Problem::invalid("bad_body", "`name` must be 1 to 100 characters without control characters"));
     }
-    let store = state.system.store();
+    let (store, now) = (state.system.store(), state.system.now());
+    let _turn = state.auth.turn().await;
     let known = store.list_api_keys(&member.workspace).await?;
-    if known.iter().filter(|key| key.revoked_at.is_none()).count() >= KEYS_MAX {
-        let detail = format!("this workspace has {KEYS_MAX} API keys, the most there can be; delete one first");
+    // each has a quota of its own for an hour
+    let counts = |key: &&ApiKey| key.revoked_at.is_none_or(|at| at.plus(Span::seconds(3600)) > now);
+    if known.iter().filter(counts).count() >= KEYS_MAX {
+        let detail = format!(
+            "this workspace has {KEYS_MAX} API keys, those revoked within the last hour among them, the most there can \
+             be; revoke one and come again"
+        );
         return Err(Problem::conflict("limit_reached", detail));
     }
-    let (key, stored) =
-        new_key(&member.workspace, name.to_owned(), role, scopes, expires_at, &member.user, state.system.now());
+    let (key, stored) = new_key(&member.workspace, name.to_owned(), role, scopes, expires_at, &member.user, now);
     store.create_api_key(&stored).await?;
     seen.note(format_args!("id {}", stored.id));
     let mut answer = key_json(&stored);

@@ -65,6 +65,7 @@ async fn create(State(state): State<AppState>, member: Member, new: Sent<New>) -
         return Err(Problem::invalid("bad_body", "`name` must be 1 to 200 characters"));
     }
     let store = state.system.store();
+    let _turn = state.system.defining(&member.workspace).await?;
     let known = store.portfolios(&member.workspace).await?;
     if known.iter().any(|other| other.id == id.as_str()) {
         return Err(Problem::conflict("exists", format!("there is a portfolio `{id}` already")));

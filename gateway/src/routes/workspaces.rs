@@ -92,7 +92,10 @@ async fn create(
     if let Some(pack) = pack {
         fits(pack, state.config.tier(&workspace.tier))?;
     }
-    let turn = if caller.admin { None } else { Some(state.may_own_another(&caller.id).await?) };
+    let turn = state.auth.turn().await;
+    if !caller.admin {
+        state.may_own_another(&caller.id).await?;
+    }
     let answer = shown(&workspace, Role::Owner);
     let id = workspace.id.clone();
     state.system.create_workspace(workspace, &caller.id).await.map_err(|fault| match fault.code {

@@ -496,7 +496,11 @@ pub(crate) fn withdrawn(workspace: Option<&WorkspaceId>, channel: Option<&str>, 
 }
 
 pub(crate) fn refusal(reference: Option<&Value>, problem: &Problem) -> Value {
-    with_reference(reference, json!({"type": "error", "code": problem.code, "detail": problem.detail}))
+    let mut error = json!({"type": "error", "code": problem.code, "detail": problem.detail});
+    if let Some(wait) = problem.wait_seconds() {
+        error["retry_after"] = wait.into();
+    }
+    with_reference(reference, error)
 }
 
 fn ok(reference: Option<&Value>, mut answer: Value) -> Value {

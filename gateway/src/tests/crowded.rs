@@ -85,3 +85,43 @@ async fn a_user_owns_so_many_workspaces_however_many_are_asked_for_at_once() {
     assert_eq!(gone.status, 204);
     assert_eq!(make(&ann, "another".into()).await.status, 201);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_owners_who_leave_at_once_one_stays() {
+    let server = Server::with(Limits::default()).await;
+    let root = server.token("root@example.com").await;
+    let (ann, bob) = (server.user(&root, "ann@example.com").await, server.user(&root, "bob@example.com").await);
+    for n in 0..5 {
+        let at = format!("/api/v1/workspaces/w{n}");
+        server.call("POST", "/api/v1/workspaces", &ann, json!({"id": format!("w{n}")})).await;
+        let members = format!("{at}/members");
+        let owner = json!({"email": "bob@example.com", "role": "owner"});
+        assert_eq!(server.call("PUT", &members, &root, owner).await.status, 200);
+        let leave = async |token: &str, email: &str| {
+            server.call("DELETE", &format!("{members}/{email}"), token, Value::Null).await.status
+        };
+        let demote = async |token: &str, email: &str| {
+            server.call("PUT", &members, token, json!({"email": email, "role": "viewer"})).await.status
+        };
+        let mut both = match n % 2 {
+            0 => <[_; 2]>::from(tokio::join!(leave(&ann, "ann@example.com"), leave(&bob, "bob@example.com"))),
+            _ => <[_; 2]>::from(tokio::join!(demote(&ann, "ann@example.com"), demote(&bob, "bob@example.com"))),
+        };
+        both.sort_unstable();
+        assert!(both[0] < 300 && both[1] == 409, "{both:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_that_come_at_once_are_counted_before_they_are_taken_in() {
+    let tier = Tier { events_per_second: Some(10), ..Tier::default() };
+    let config = Config { tiers: [("quick".into(), tier)].into(), default_tier: "quick".into(), ..Config::default() };
+    let server = Server::of(config, actors::Limits::default()).await;
+    let root = server.token("root@example.com").await;
+    assert_eq!(server.call("POST", "/api/v1/workspaces", &root, json!({"id": "acme"})).await.status, 201);
+    let events = json!(vec![json!({"symbol": "A", "price": 1, "qty": 1}); 1_000]);
+    let send = || server.call("POST", "/api/v1/workspaces/acme/streams/market.trades/events", &root, events.clone());
+    let all = futures::future::join_all((0..20).map(|_| send())).await;
+    assert_eq!(all.iter().filter(|answer| answer.status == 200).count(), 1);
+    assert!(all.iter().filter(|answer| answer.status != 200).all(|answer| answer.code() == "ingest_rate"));
+}

@@ -690,3 +690,77 @@ async fn a_client_that_is_sent_away_leaves_the_store_to_the_others() {
     }
     gone.into_iter().for_each(|(asking, _)| asking.abort());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_leaves_or_may_do_less_takes_the_keys_along_that_may_do_more() {
+    let (listening, root, bob) = workspace().await;
+    let (server, ws) = (&listening.server, "/api/v1/workspaces/acme");
+    let key = async |token: &str, role: &str| {
+        let made = server.call("POST", &format!("{ws}/keys"), token, json!({"name": role, "role": role})).await;
+        made.body["key"].as_str().unwrap_or_else(|| panic!("{}", made.body)).to_owned()
+    };
+    let works = async |key: &str| server.get(ws, key).await.status == 200;
+    give_role(&listening, &root, "admin").await;
+    let (strong, weak) = (key(&bob, "admin").await, key(&bob, "viewer").await);
+    let (child, other) = (key(&strong, "member").await, key(&root, "admin").await);
+    give_role(&listening, &root, "viewer").await;
+    assert!(!works(&strong).await && !works(&child).await && works(&weak).await && works(&other).await);
+    let gone = server.call("DELETE", &format!("{ws}/members/bob@example.com"), &root, Value::Null).await;
+    assert_eq!(gone.status, 204);
+    assert!(!works(&weak).await && works(&other).await);
+}
+
+#[tokio::test]
+async fn nobody_takes_a_role_that_may_do_more_than_they_may() {
+    let (listening, root, _) = workspace().await;
+    give_role(&listening, &root, "owner").await;
+    let (server, ws) = (&listening.server, "/api/v1/workspaces/acme");
+    let new = json!({"name": "few", "role": "owner", "scopes": ["workspace:manage", "metric:read"]});
+    let made = server.call("POST", &format!("{ws}/keys"), &root, new).await.body;
+    let key = made["key"].as_str().unwrap();
+    let demote = json!({"email": "bob@example.com", "role": "guest"});
+    assert_eq!(server.call("PUT", &format!("{ws}/members"), key, demote).await.status, 403);
+    let remove = server.call("DELETE", &format!("{ws}/members/bob@example.com"), key, Value::Null).await;
+    assert_eq!(remove.status, 403, "{}", remove.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_live_query_that_ended_leaves_its_place_whatever_its_rate() {
+    let listening = Listening::start(Limits { live_queries: 2, ..Limits::default() }).await;
+    let (mut socket, _) = listening.signed_in().await;
+    for n in 0..6 {
+        let mut live = subscribe(&format!("query/{n}"));
+        live["sql"] = "SELECT 1 AS one".into();
+        live["rate"] = "1d".into();
+        let begun = answer(&mut socket, live).await;
+        assert_eq!(begun["type"], "ok", "{begun}");
+        let mut end = subscribe(&format!("query/{n}"));
+        end["type"] = "unsubscribe".into();
+        assert_eq!(answer(&mut socket, end).await["type"], "ok");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_portfolio_that_was_deleted_is_shown_to_nobody_and_another_of_its_name_is() {
+    let (listening, root, _) = workspace().await;
+    let mut socket = signed_in(&listening, &root).await;
+    let until = async |socket: &mut Socket, wanted: &dyn Fn(&Value) -> bool| loop {
+        let heard = hear(socket).await;
+        if wanted(&heard["event"]) {
+            return;
+        }
+    };
+    assert_eq!(answer(&mut socket, subscribe("portfolio/main")).await["type"], "ok");
+    until(&mut socket, &|event| event["snapshot"]["currency"] == "USD").await;
+    let at = "/api/v1/workspaces/acme/portfolios";
+    let gone = listening.server.call("DELETE", &format!("{at}/main"), &root, Value::Null).await;
+    assert_eq!(gone.status, 204);
+    until(&mut socket, &|event| event["snapshot"] == json!({})).await;
+    let mut other = signed_in(&listening, &root).await;
+    assert_eq!(answer(&mut other, subscribe("portfolio/main")).await["code"], "unknown_portfolio");
+    let again = json!({"id": "main", "currency": "EUR"});
+    assert_eq!(listening.server.call("POST", at, &root, again).await.status, 201);
+    until(&mut socket, &|event| event["delta"].to_string().contains("EUR")).await;
+    assert_eq!(answer(&mut other, subscribe("portfolio/main")).await["type"], "ok");
+    until(&mut other, &|event| event["snapshot"]["currency"] == "EUR").await;
+}

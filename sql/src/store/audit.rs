@@ -1,6 +1,6 @@
 //! The audit log: who did what, from where, and what came of it. Entries are added and read, never changed; each is
 //! chained to the one before by a hash, so that a change made past this code shows. Of a workspace that is deleted the
-//! entries are emptied: what they said goes, their place in the chain stays.
+//! entries are emptied: what they said goes, their place in the chain stays, and an entry says which they were.
 
 use super::db::{Builder, Dialect, FromRow, Row, Scope, Tx, query, query_as, query_scalar, without_nul};
 use super::page;
@@ -8,6 +8,8 @@ use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, WorkspaceId};
 use sha2::{Digest, Sha256};
+use sqlx::types::chrono::Utc;
+use std::ops::RangeInclusive;
 
 /// One act, done or refused.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,7 +94,7 @@ pub enum AuditCheck {
 struct Placed {
     seq: i64,
     entry: AuditEntry,
-    /// Digest and hash; `None` for entries from before the chain began.
+    /// Digest and hash, which each entry is written with.
     link: Option<(String, String)>,
 }
 
@@ -103,15 +105,99 @@ impl FromRow for Placed {
     }
 }
 
-/// Empties the entries of a workspace that is deleted in the same transaction, which sees the whole installation.
+/// The action of an entry whose target is which entries were emptied: `3-7 9`.
+const EMPTIED: &str = "audit empty";
+/// Such an entry names so many runs of others.
+const RUNS_MAX: usize = 1_000;
+
+/// Numbers in a row.
+type Run = RangeInclusive<i64>;
+
+/// Ascending numbers as runs.
+fn runs(numbers: impl IntoIterator<Item = i64>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for number in numbers {
+        match runs.last_mut().filter(|run| run.end() + 1 == number) {
+            Some(run) => *run = *run.start()..=number,
+            None => runs.push(number..=number),
+        }
+    }
+    runs
+}
+
+fn shown(runs: &[Run]) -> String {
+    let one = |run: &Run| match run.start() == run.end() {
+        true => run.start().to_string(),
+        false => format!("{}-{}", run.start(), run.end()),
+    };
+    runs.iter().map(one).collect::<Vec<_>>().join(" ")
+}
+
+/// What [`shown`] made, as far as it was that.
+fn read_runs(text: &str) -> impl Iterator<Item = Run> {
+    text.split(' ').filter_map(|run| {
+        let (start, end) = run.split_once('-').unwrap_or((run, run));
+        Some(start.parse().ok()?..=end.parse().ok()?)
+    })
+}
+
+/// Empties the entries of a workspace that is deleted in the same transaction, which sees the whole installation, and adds
+/// which they are.
 pub(super) async fn empty(tx: &mut Tx, workspace: &WorkspaceId) -> Result<(), sqlx::Error> {
+    let emptied: Vec<i64> = query_scalar("SELECT seq FROM audit WHERE workspace = $1 ORDER BY seq")
+        .bind(workspace.as_str())
+        .fetch_all(&mut *tx)
+        .await?;
     query(
         "UPDATE audit SET workspace = NULL, actor = '', action = '', target = '', outcome = '', came_from = '', \
          request_id = '' WHERE workspace = $1",
     )
     .bind(workspace.as_str())
-    .execute(tx)
+    .execute(&mut *tx)
     .await?;
+    for part in runs(emptied).chunks(RUNS_MAX) {
+        let entry = AuditEntry {
+            at: Micros(Utc::now().timestamp_micros()),
+            workspace: None,
+            actor: "tidewatch".into(),
+            action: EMPTIED.into(),
+            target: shown(part),
+            outcome: "ok".into(),
+            from: String::new(),
+            request_id: String::new(),
+        };
+        append(tx, &entry).await?;
+    }
+    Ok(())
+}
+
+/// Adds an entry at the end, chained to the one before.
+async fn append(tx: &mut Tx, entry: &AuditEntry) -> Result<(), sqlx::Error> {
+    // one writer at a time from here on: SQLite has no other, PostgreSQL locks the head
+    let head = match tx.dialect() {
+        Dialect::Sqlite => "SELECT value FROM meta WHERE key = $1",
+        Dialect::Postgres => "SELECT value FROM meta WHERE key = $1 FOR UPDATE",
+    };
+    let before: String = query_scalar(head).bind(HEAD).fetch_one(&mut *tx).await?;
+    let digest = entry.digest();
+    let hash = chained(&before, &digest);
+    query(
+        "INSERT INTO audit (at, workspace, actor, action, target, outcome, came_from, request_id, digest, hash) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+    )
+    .bind(entry.at)
+    .bind(entry.workspace.as_ref().map(WorkspaceId::as_str))
+    .bind(&entry.actor)
+    .bind(&entry.action)
+    .bind(&entry.target)
+    .bind(&entry.outcome)
+    .bind(&entry.from)
+    .bind(&entry.request_id)
+    .bind(&digest)
+    .bind(&hash)
+    .execute(&mut *tx)
+    .await?;
+    query("UPDATE meta SET value = $2 WHERE key = $1").bind(HEAD).bind(&hash).execute(&mut *tx).await?;
     Ok(())
 }
 
@@ -120,31 +206,7 @@ impl Store {
     pub async fn audit(&self, entry: &AuditEntry) -> Result<(), StoreError> {
         async {
             let mut tx = self.db.begin(Scope::Installation).await?;
-            // one writer at a time from here on: SQLite has no other, PostgreSQL locks the head
-            let head = match tx.dialect() {
-                Dialect::Sqlite => "SELECT value FROM meta WHERE key = $1",
-                Dialect::Postgres => "SELECT value FROM meta WHERE key = $1 FOR UPDATE",
-            };
-            let before: String = query_scalar(head).bind(HEAD).fetch_one(&mut tx).await?;
-            let digest = entry.digest();
-            let hash = chained(&before, &digest);
-            query(
-                "INSERT INTO audit (at, workspace, actor, action, target, outcome, came_from, request_id, digest, hash) \
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-            )
-            .bind(entry.at)
-            .bind(entry.workspace.as_ref().map(WorkspaceId::as_str))
-            .bind(&entry.actor)
-            .bind(&entry.action)
-            .bind(&entry.target)
-            .bind(&entry.outcome)
-            .bind(&entry.from)
-            .bind(&entry.request_id)
-            .bind(&digest)
-            .bind(&hash)
-            .execute(&mut tx)
-            .await?;
-            query("UPDATE meta SET value = $2 WHERE key = $1").bind(HEAD).bind(&hash).execute(&mut tx).await?;
+            append(&mut tx, entry).await?;
             tx.commit().await
         }
         .await
@@ -152,30 +214,25 @@ impl Store {
     }
 
     /// Computes the whole chain again, in which the hash `noted` must be where somebody kept one elsewhere: who can write
-    /// to the database can make another chain. Entries from before the chain began are not covered; those that are
-    /// written meanwhile may be.
+    /// to the database can make another chain. Entries that are written meanwhile may be covered.
     pub async fn check_audit(&self, noted: Option<&str>) -> Result<AuditCheck, StoreError> {
         async {
             let written: String = query_scalar("SELECT value FROM meta WHERE key = $1")
                 .bind(HEAD)
                 .fetch_one(self.read(Scope::Installation))
                 .await?;
-            let (mut head, mut entries, mut emptied, mut last) = (GENESIS.to_owned(), 0, 0, 0);
+            let (mut head, mut entries, mut last) = (GENESIS.to_owned(), 0, None::<i64>);
+            let (mut emptied, mut told) = (Vec::new(), Vec::new());
             let (mut is_complete, mut is_same) = (written == GENESIS, noted.is_none_or(|noted| noted == GENESIS));
             loop {
-                let page: Vec<Placed> = query_as("SELECT * FROM audit WHERE seq > $1 ORDER BY seq LIMIT $2")
-                    .bind(last)
+                let page: Vec<Placed> = query_as("SELECT * FROM audit WHERE seq >= $1 ORDER BY seq LIMIT $2")
+                    .bind(last.map_or(i64::MIN, |last| last.saturating_add(1)))
                     .bind(CHECKED_AT_ONCE)
                     .fetch_all(self.read(Scope::Installation))
                     .await?;
                 let Some(end) = page.last().map(|placed| placed.seq) else { break };
                 for Placed { seq, entry, link } in page {
-                    let Some((digest, hash)) = link else {
-                        if head == GENESIS {
-                            continue;
-                        }
-                        return Ok(AuditCheck::Broken { seq });
-                    };
+                    let Some((digest, hash)) = link else { return Ok(AuditCheck::Broken { seq }) };
                     let is_emptied = entry.is_emptied();
                     if (!is_emptied && entry.digest() != digest) || chained(&head, &digest) != hash {
                         return Ok(AuditCheck::Broken { seq });
@@ -183,11 +240,26 @@ impl Store {
                     is_complete |= hash == written;
                     is_same |= noted == Some(hash.as_str());
                     entries += 1;
-                    emptied += u64::from(is_emptied);
+                    if is_emptied {
+                        emptied.push(seq);
+                    }
+                    if entry.action == EMPTIED && entry.workspace.is_none() {
+                        told.extend(read_runs(&entry.target).filter(|run| *run.end() < seq));
+                    }
                     head = hash;
                 }
-                last = end;
+                last = Some(end);
             }
+            // of a deletion there is an entry; without it somebody else emptied these
+            told.sort_by_key(|run| *run.start());
+            let is_told = |seq: i64| {
+                let behind = told.partition_point(|run| *run.start() <= seq);
+                behind.checked_sub(1).is_some_and(|at| told[at].contains(&seq))
+            };
+            if let Some(seq) = emptied.iter().copied().find(|seq| !is_told(*seq)) {
+                return Ok(AuditCheck::Broken { seq });
+            }
+            let (last, emptied) = (last.unwrap_or(0), emptied.len() as u64);
             Ok(match (is_complete, is_same) {
                 (false, _) => AuditCheck::Truncated { last },
                 (true, false) => AuditCheck::Rewritten,
@@ -298,6 +370,12 @@ mod tests {
             ("UPDATE audit SET digest = hash WHERE seq = 2", AuditCheck::Broken { seq: 2 }),
             ("DELETE FROM audit WHERE seq = 2", AuditCheck::Broken { seq: 3 }),
             ("UPDATE audit SET hash = NULL WHERE seq = 3", AuditCheck::Broken { seq: 3 }),
+            ("UPDATE audit SET digest = NULL, hash = NULL WHERE seq = 1", AuditCheck::Broken { seq: 1 }),
+            (
+                "UPDATE audit SET workspace = NULL, actor = '', action = '', target = '', outcome = '', came_from = '', \
+                 request_id = '' WHERE seq = 2",
+                AuditCheck::Broken { seq: 2 },
+            ),
             ("DELETE FROM audit WHERE seq = 4", AuditCheck::Truncated { last: 3 }),
             ("DELETE FROM audit", AuditCheck::Truncated { last: 0 }),
         ];
@@ -356,7 +434,15 @@ mod tests {
         assert_eq!(store.audit_log(&acme, 10, None).await.unwrap().0, []);
         store.audit(&entry(2)).await.unwrap();
         let check = store.check_audit(None).await.unwrap();
-        assert!(matches!(check, AuditCheck::Intact { entries: 5, emptied: 2, .. }), "{check:?}");
+        assert!(matches!(check, AuditCheck::Intact { entries: 6, emptied: 2, .. }), "{check:?}");
+    }
+
+    #[test]
+    fn which_entries_were_emptied_is_said_in_runs() {
+        let (numbers, text) = ([1, 2, 3, 7, 9, 10], "1-3 7 9-10");
+        assert_eq!(shown(&runs(numbers)), text);
+        assert_eq!(read_runs(text).flatten().collect::<Vec<_>>(), numbers);
+        assert_eq!(read_runs("").chain(read_runs("x 4- -5 6-x")).count(), 0);
     }
 
     #[tokio::test]

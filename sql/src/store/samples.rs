@@ -342,7 +342,7 @@ mod tests {
     }
 
     /// Hours and days of each workspace are what its rows say, in pages of any size.
-    async fn check(store: &Store, workspaces: &[&WorkspaceId]) {
+    async fn check(store: &Store, workspaces: &[&WorkspaceId], when: &str) {
         for workspace in workspaces {
             let (rows, _) = store.rows(workspace, &name("vwap"), &RowQuery::first(10_000)).await.unwrap();
             for (step, limit) in [(Step::Hour, 7), (Step::Hour, 10_000), (Step::Day, 3), (Step::Day, 10_000)] {
@@ -357,7 +357,7 @@ mod tests {
                         break;
                     }
                 }
-                assert_eq!(read.iter().collect::<Vec<_>>(), last.into_values().collect::<Vec<_>>(), "{step:?}");
+                assert_eq!(read.iter().collect::<Vec<_>>(), last.into_values().collect::<Vec<_>>(), "{step:?} {when}");
             }
         }
     }
@@ -382,12 +382,12 @@ mod tests {
         ];
         for (offset, (workspace, rows)) in (1..).zip(steps) {
             store.commit(&[Commit { rows, ..commit(workspace, offset) }]).await.unwrap();
-            check(&store, &both).await;
+            check(&store, &both, &format!("with commit {offset}")).await;
             if store.rollups {
                 assert!(late(&store, workspace).await > 0);
             }
             store.roll_up().await;
-            check(&store, &both).await;
+            check(&store, &both, &format!("kept with commit {offset}")).await;
             if store.rollups {
                 // the hour that is over and not kept yet
                 assert!(late(&store, &live).await <= 2);
@@ -396,14 +396,14 @@ mod tests {
         }
         let before = half_hours(39 * 24, 1, 0)[0].window_end;
         assert!(store.prune_rows(&old, &name("vwap"), before).await.unwrap() > 0);
-        check(&store, &both).await;
+        check(&store, &both, "pruned").await;
         store.roll_up().await;
-        check(&store, &both).await;
+        check(&store, &both, "kept as pruned").await;
         store.delete_metric(&old, &name("vwap")).await.unwrap();
-        check(&store, &both).await;
+        check(&store, &both, "deleted").await;
         assert_eq!(minutes(&store, &old, &RowQuery::first(9), Step::Hour).await, []);
         store.roll_up().await;
-        check(&store, &both).await;
+        check(&store, &both, "deleted").await;
     }
 
     #[tokio::test]
@@ -436,7 +436,7 @@ mod tests {
         let acme = add_workspace(&store, "acme").await;
         store.commit(&[Commit { rows: half_hours(1, 3, 0), ..commit(&acme, 1) }]).await.unwrap();
         assert_eq!(late(&store, &acme).await, 0);
-        check(&store, &[&acme]).await;
+        check(&store, &[&acme], "live").await;
     }
 
     #[tokio::test]
@@ -457,9 +457,9 @@ mod tests {
             .await;
         store.close().await;
         let store = Store::open_with(&url(&dir), &suite::options()).await.unwrap();
-        check(&store, &[&live, &old]).await;
+        check(&store, &[&live, &old], "late").await;
         store.roll_up().await;
-        check(&store, &[&live, &old]).await;
+        check(&store, &[&live, &old], "kept").await;
         let policies = "SELECT COUNT(*) FROM timescaledb_information.jobs \
                         WHERE proc_name = 'policy_refresh_continuous_aggregate'";
         assert_eq!(query_scalar::<i64>(policies).fetch_one(store.read(&live)).await.unwrap(), 0);

@@ -1,6 +1,6 @@
 //! Users, and the refresh tokens of their sign-ins.
 
-use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
+use super::db::{FromRow, On, Row, Scope, Tx, query, query_as, query_scalar};
 use super::record::Columns;
 use super::{Store, StoreError, failed};
 use engine::event::{Micros, Span};
@@ -71,6 +71,48 @@ impl FromRow for RefreshToken {
     }
 }
 
+/// Keeps a token of its family.
+async fn insert_token(tx: &mut Tx, token: &RefreshToken) -> Result<(), sqlx::Error> {
+    query("DELETE FROM refresh_families WHERE expires_at < $1")
+        .bind(token.issued_at.minus(FORGET_AFTER))
+        .execute(&mut *tx)
+        .await?;
+    query(
+        "INSERT INTO refresh_families (family, revoked, expires_at) VALUES ($1, $2, $3) \
+         ON CONFLICT (family) DO UPDATE SET expires_at = excluded.expires_at \
+         WHERE excluded.expires_at > refresh_families.expires_at",
+    )
+    .bind(&token.family)
+    .bind(false)
+    .bind(token.expires_at)
+    .execute(&mut *tx)
+    .await?;
+    query(
+        "INSERT INTO refresh_tokens (token_hash, family, user_id, issued_at, expires_at) \
+         VALUES ($1, $2, $3, $4, $5)",
+    )
+    .bind(&token.token_hash)
+    .bind(&token.family)
+    .bind(&token.user)
+    .bind(token.issued_at)
+    .bind(token.expires_at)
+    .execute(&mut *tx)
+    .await?;
+    Ok(())
+}
+
+/// Makes the tokens of every sign-in of a user useless: how many sign-ins there were.
+async fn revoke_families<'t>(on: impl Into<On<'t>>, user: &str) -> Result<u64, sqlx::Error> {
+    query(
+        "UPDATE refresh_families SET revoked = $2 WHERE NOT revoked \
+         AND family IN (SELECT family FROM refresh_tokens WHERE user_id = $1)",
+    )
+    .bind(user)
+    .bind(true)
+    .execute(on)
+    .await
+}
+
 impl Store {
     /// Adds a user. [`StoreError::Exists`] when the id or the e-mail address, in whatever case, is taken.
     pub async fn create_user(&self, user: &User) -> Result<(), StoreError> {
@@ -125,35 +167,33 @@ impl Store {
     pub async fn insert_refresh(&self, token: &RefreshToken) -> Result<(), StoreError> {
         async {
             let mut tx = self.db.begin(Scope::Installation).await?;
-            query("DELETE FROM refresh_families WHERE expires_at < $1")
-                .bind(token.issued_at.minus(FORGET_AFTER))
-                .execute(&mut tx)
-                .await?;
-            query(
-                "INSERT INTO refresh_families (family, revoked, expires_at) VALUES ($1, $2, $3) \
-                 ON CONFLICT (family) DO UPDATE SET expires_at = excluded.expires_at \
-                 WHERE excluded.expires_at > refresh_families.expires_at",
-            )
-            .bind(&token.family)
-            .bind(false)
-            .bind(token.expires_at)
-            .execute(&mut tx)
-            .await?;
-            query(
-                "INSERT INTO refresh_tokens (token_hash, family, user_id, issued_at, expires_at) \
-                 VALUES ($1, $2, $3, $4, $5)",
-            )
-            .bind(&token.token_hash)
-            .bind(&token.family)
-            .bind(&token.user)
-            .bind(token.issued_at)
-            .bind(token.expires_at)
-            .execute(&mut tx)
-            .await?;
+            insert_token(&mut tx, token).await?;
             tx.commit().await
         }
         .await
         .map_err(failed("insert refresh token"))
+    }
+
+    /// As [`Store::insert_refresh`] for who came with the password of this hash: false, and nothing is kept, when the user
+    /// has another one by now.
+    pub async fn begin_sign_in(&self, token: &RefreshToken, password_hash: &str) -> Result<bool, StoreError> {
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            // a lock that both databases know: a change of the password comes before, or ends this sign-in too
+            let is_known = query("UPDATE users SET password_hash = password_hash WHERE id = $1 AND password_hash = $2")
+                .bind(&token.user)
+                .bind(password_hash)
+                .execute(&mut tx)
+                .await?;
+            if is_known == 0 {
+                return Ok(false);
+            }
+            insert_token(&mut tx, token).await?;
+            tx.commit().await?;
+            Ok(true)
+        }
+        .await
+        .map_err(failed("begin sign-in"))
     }
 
     /// Spends a token, once: of any number of attempts at the same time one gets [`Spent::Ok`].
@@ -201,27 +241,29 @@ impl Store {
 
     /// Makes the tokens of every sign-in of a user useless: how many sign-ins there were.
     pub async fn revoke_families_of(&self, user: &str) -> Result<u64, StoreError> {
-        let revoked = query(
-            "UPDATE refresh_families SET revoked = $2 WHERE NOT revoked \
-             AND family IN (SELECT family FROM refresh_tokens WHERE user_id = $1)",
-        )
-        .bind(user)
-        .bind(true)
-        .execute(self.write(Scope::Installation))
-        .await
-        .map_err(failed("revoke sign-ins"))?;
-        Ok(revoked)
+        revoke_families(self.write(Scope::Installation), user).await.map_err(failed("revoke sign-ins"))
     }
 
-    /// Gives a user another password: whether there is such a user.
-    pub async fn set_password(&self, user: &str, password_hash: &str) -> Result<bool, StoreError> {
-        let changed = query("UPDATE users SET password_hash = $2 WHERE id = $1")
-            .bind(user)
-            .bind(password_hash)
-            .execute(self.write(Scope::Installation))
-            .await
-            .map_err(failed("set password"))?;
-        Ok(changed > 0)
+    /// Gives a user another password and ends every sign-in: whether there is such a user, whose password has the hash
+    /// `known` where one is given.
+    pub async fn set_password(&self, user: &str, known: Option<&str>, password_hash: &str) -> Result<bool, StoreError> {
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            let changed =
+                query("UPDATE users SET password_hash = $2 WHERE id = $1 AND ($3 IS NULL OR password_hash = $3)")
+                    .bind(user)
+                    .bind(password_hash)
+                    .bind(known)
+                    .execute(&mut tx)
+                    .await?;
+            if changed > 0 {
+                revoke_families(&mut tx, user).await?;
+            }
+            tx.commit().await?;
+            Ok(changed > 0)
+        }
+        .await
+        .map_err(failed("set password"))
     }
 
     /// Whether the family was revoked; `false` for one the store does not know.
@@ -330,6 +372,21 @@ mod tests {
         assert_eq!(store.spend_refresh("ann0", Micros(1)).await.unwrap(), Spent::Unknown);
         assert!(store.family_revoked("ann1").await.unwrap() && !store.family_revoked("bob1").await.unwrap());
         assert!(matches!(store.spend_refresh("bob0", Micros(1)).await.unwrap(), Spent::Ok(_)));
+    }
+
+    #[tokio::test]
+    async fn a_sign_in_with_a_password_that_was_changed_meanwhile_is_none() {
+        let (store, _dir) = store().await;
+        add_user(&store, "ann").await;
+        let (now, hash) = (Micros(1_000_000), "hash");
+        assert!(store.begin_sign_in(&token("a", now), hash).await.unwrap());
+        assert!(!store.set_password("ann", Some("another"), "new").await.unwrap(), "somebody was faster");
+        assert!(!store.family_revoked("family").await.unwrap());
+        assert!(store.set_password("ann", Some(hash), "new").await.unwrap());
+        assert!(store.family_revoked("family").await.unwrap());
+        assert!(!store.begin_sign_in(&token("b", now), hash).await.unwrap());
+        assert!(store.set_password("ann", None, "newest").await.unwrap());
+        assert!(store.begin_sign_in(&token("b", now), "newest").await.unwrap());
     }
 
     #[tokio::test]
