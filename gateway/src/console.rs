@@ -32,11 +32,14 @@ pub(crate) fn has(path: &str) -> bool {
     Dist::get(path).is_some()
 }
 
+/// What is behind these is never a page: a probe of `/ready/` would take it for an answer.
+const NO_PAGES: [&str; 7] = ["api", "ai", "health", "ready", "metrics", "openapi.json", "docs"];
+
 /// Serves what no route took: files of the console, and its page for every address that is no file and no API.
 pub(crate) async fn fallback(method: Method, uri: Uri, headers: HeaderMap) -> Response {
     let path = uri.path().trim_start_matches('/');
     let is_read = matches!(method, Method::GET | Method::HEAD);
-    if !is_read || path.starts_with("api/") || path.starts_with("ai/") {
+    if !is_read || path.split('/').next().is_some_and(|first| NO_PAGES.contains(&first)) {
         return StatusCode::NOT_FOUND.into_response();
     }
     if let Some(found) = Dist::get(path) {
@@ -57,7 +60,7 @@ fn file(path: &str, found: EmbeddedFile, headers: &HeaderMap) -> Response {
     let hash: String = found.metadata.sha256_hash().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
     let tag = HeaderValue::from_str(&format!("\"{hash}\"")).expect("hexadecimal in quotes is a header value");
     let cache = if path.starts_with("assets/") { FOR_EVER } else { ASK_EACH_TIME };
-    if headers.get(IF_NONE_MATCH).is_some_and(|known| *known == tag) {
+    if is_known(headers, &tag) {
         // the browser keeps the headers of this answer instead of those it had: the page's policy is among them
         let headers = [(ETAG, tag), (CACHE_CONTROL, cache), (CONTENT_SECURITY_POLICY, POLICY)];
         return (StatusCode::NOT_MODIFIED, headers).into_response();
@@ -66,6 +69,13 @@ fn file(path: &str, found: EmbeddedFile, headers: &HeaderMap) -> Response {
     let kind = kind.unwrap_or(HeaderValue::from_static("application/octet-stream"));
     let headers = [(CONTENT_TYPE, kind), (ETAG, tag), (CACHE_CONTROL, cache), (CONTENT_SECURITY_POLICY, POLICY)];
     (headers, Body::from(found.data.into_owned())).into_response()
+}
+
+/// Whether the client has what has this tag: RFC 9110, section 13.1.2, compared weakly.
+fn is_known(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+    let all = headers.get_all(IF_NONE_MATCH).into_iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    all.map(<[u8]>::trim_ascii)
+        .any(|known| known == b"*" || known.strip_prefix(b"W/").unwrap_or(known) == tag.as_bytes())
 }
 
 #[cfg(test)]
@@ -84,6 +94,28 @@ mod tests {
         let again = fallback(Method::GET, Uri::from_static("/"), again).await;
         assert_eq!(again.status(), StatusCode::NOT_MODIFIED);
         assert_eq!(again.headers()[CONTENT_SECURITY_POLICY], POLICY);
+    }
+
+    #[test]
+    fn a_file_is_known_by_its_tag_strong_or_weak_alone_or_among_others() {
+        let known = |values: &[&'static str]| {
+            let values = values.iter().map(|value| (IF_NONE_MATCH, HeaderValue::from_static(value)));
+            let mut headers = HeaderMap::new();
+            values.for_each(|(name, value)| _ = headers.append(name, value));
+            is_known(&headers, &HeaderValue::from_static("\"abc\""))
+        };
+        for good in ["\"abc\"", "W/\"abc\"", "\"x\", W/\"abc\"", "*"] {
+            assert!(known(&[good]), "{good}");
+        }
+        assert!(known(&["\"x\"", "\"abc\""]));
+        assert!(!known(&[]) && !known(&["abc"]) && !known(&["w/\"abc\""]) && !known(&["\"x\", \"y\""]));
+    }
+
+    #[tokio::test]
+    async fn a_probe_with_a_slash_too_many_is_refused() {
+        for path in ["/ready/", "/health/", "/metrics/", "/openapi.json/", "/docs/", "/ready/x", "//ready", "/api"] {
+            assert_eq!(status(Method::GET, path).await, 404, "{path}");
+        }
     }
 
     #[tokio::test]

@@ -31,11 +31,14 @@ struct Operation {
     status: u16,
     /// Content types and schema of the answer; none has no body.
     answer: Option<(&'static [&'static str], &'static str)>,
+    /// Statuses it refuses with beyond those of its kind.
+    refuses: &'static [u16],
 }
 
 impl Operation {
     const fn new(method: &'static str, path: &'static str, tag: &'static str, summary: &'static str) -> Self {
-        Self { method, path, tag, summary, query: &[], body: None, needs: None, status: 204, answer: None }
+        let (query, body, needs, answer, refuses): (&[_], _, _, _, &[_]) = (&[], None, None, None, &[]);
+        Self { method, path, tag, summary, query, body, needs, status: 204, answer, refuses }
     }
 
     const fn query(mut self, query: &'static [(&'static str, &'static str)]) -> Self {
@@ -57,6 +60,11 @@ impl Operation {
         self
     }
 
+    const fn refuses(mut self, statuses: &'static [u16]) -> Self {
+        self.refuses = statuses;
+        self
+    }
+
     const fn gives_nothing(mut self, status: u16) -> Self {
         self.status = status;
         self
@@ -73,7 +81,7 @@ impl Operation {
     }
 
     fn is_open(&self) -> bool {
-        const OPEN: [&str; 3] = ["/auth/login", "/auth/refresh", "/permissions"];
+        const OPEN: [&str; 4] = ["/auth/login", "/auth/refresh", "/permissions", "/api/v1/ws"];
         !self.path.starts_with("/api/")
             || self.path.contains("/auth/oidc")
             || OPEN.iter().any(|end| self.path.ends_with(end))
@@ -94,8 +102,10 @@ const BEFORE: (&str, &str) = ("before", "The `next` of the page before.");
 const OPERATIONS: &[Operation] = &[
     Operation::new("get", "/health", "health", "Whether the process lives.").gives(200, "Health"),
     Operation::new("get", "/ready", "health", "Whether the parts can serve; 503 with the reasons where they cannot. Without store or Redis it serves on, `degraded`.")
+        .refuses(&[503])
         .gives(200, "Ready"),
     Operation::new("get", "/metrics", "health", "Figures of the process for Prometheus, unless they have their own listener.")
+        .refuses(&[404])
         .gives_as(200, TEXT, "Text"),
     Operation::new("get", "/openapi.json", "health", "This document.").gives(200, "Object"),
     Operation::new("get", "/docs", "health", "This document for people.").gives_as(200, HTML, "Text"),
@@ -108,9 +118,12 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/auth/logout", "sign-in", "Ends the sign-in of the access token, or of the refresh token in the body; with `everywhere` all sign-ins of the user.")
         .takes("Logout"),
     Operation::new("get", "/api/v1/auth/oidc", "sign-in", "The OpenID Connect issuers that somebody may sign in with.").gives(200, "Issuers"),
-    Operation::new("get", "/api/v1/auth/oidc/{issuer}/start", "sign-in", "Sends the browser to the issuer: authorization code with PKCE. A cookie carries the sign-in, which has ten minutes; a browser has at most four under way.").gives_nothing(303),
-    Operation::new("get", "/api/v1/auth/oidc/{issuer}/callback", "sign-in", "Where the issuer sends the browser back; it goes on to the console with `#sign_in=CODE`. 401 `sign_in_refused`: begin again. 403 `unknown_user`: there is no user for whom the issuer names. 502 `issuer_failed`: the issuer is away.")
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/start", "sign-in", "Sends the browser to the issuer: authorization code with PKCE.")
+        .refuses(&[404, 502])
+        .gives_nothing(303),
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/callback", "sign-in", "Where the issuer sends the browser back; it goes on to the console with `#sign_in=CODE`.")
         .query(&[("state", "Of the sign-in."), ("code", "The authorization code."), ("error", "Why the issuer refused.")])
+        .refuses(&[403, 404, 502])
         .gives_nothing(303),
     Operation::new("post", "/api/v1/auth/oidc/token", "sign-in", "The tokens for that code, which is good once, for a minute, and in the browser that signed in.")
         .takes("Fetch")
@@ -122,7 +135,7 @@ const OPERATIONS: &[Operation] = &[
         .gives(200, "TotpSecret"),
     Operation::new("post", "/api/v1/me/totp/confirm", "sign-in", "Proves a code of the new secret: sign-ins ask for one from now on.")
         .takes("Code"),
-    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more; `code` is a last one.").takes("Factor"),
+    Operation::new("post", "/api/v1/me/totp/disable", "sign-in", "Sign-ins ask for no code any more; `code` is a last one.").refuses(&[404]).takes("Factor"),
     Operation::new("get", "/api/v1/permissions", "sign-in", "Every permission, every role and what it may do.")
         .gives(200, "Permissions"),
     Operation::new("get", "/api/v1/me", "sign-in", "Who am I, and my role in each workspace; where I am only invited (`invited`) my first request to it accepts, and `DELETE …/members/ME` declines.").gives(200, "Me"),
@@ -210,6 +223,7 @@ const OPERATIONS: &[Operation] = &[
         ])
         .gives(200, "Rows"),
     Operation::new("post", "/api/v1/workspaces/{ws}/query", "query", "Read-only SQL over streams and metrics (`FROM market.trades`, `FROM metrics.NAME` or `FROM NAME`). Rows are arrays in the order of `columns`; what has no form in JSON, such as NaN or a time beyond every calendar, is null, and CSV holds lists, maps and structs as JSON.").needs(Permission::QueryRun)
+        .refuses(&[406])
         .takes("Query")
         .gives_as(200, TABLES, "Table"),
     Operation::new("get", "/api/v1/workspaces/{ws}/alert-rules", "alerts", "Alert rules. `failure` says why the condition of one could not be computed over `failed_rows` rows, which are left out; 0 where the rule cannot run at all.").needs(Permission::AlertRead).gives(200, "AlertRules"),
@@ -274,12 +288,17 @@ const OPERATIONS: &[Operation] = &[
         .takes("RunAgentInput")
         .gives_as(200, RUNS, "Text"),
     Operation::new("get", "/api/v1/workspaces/{ws}/runs/{run}/events", "agents", "Events of a run from behind `Last-Event-ID`, then live.").needs(Permission::AiUse).gives_as(200, RUNS, "Text"),
-    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. One that somebody else started takes the permission `ai:admin`.").needs(Permission::AiUse),
+    Operation::new("post", "/api/v1/workspaces/{ws}/runs/{run}/cancel", "agents", "Stops a run. One that somebody else started takes the permission `ai:admin`.").needs(Permission::AiUse)
+        .gives(202, "Cancelled"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads", "agents", "Conversations, the last used first.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/threads/{thread}/messages", "agents", "Messages of a conversation.").needs(Permission::AiUse).query(&[LIMIT, BEFORE]).gives(200, "Object"),
     Operation::new("get", "/api/v1/workspaces/{ws}/events", "live", "Channels as server-sent events: the messages of the WebSocket, each with an `id` to come back with as `Last-Event-ID`. Each channel needs the permission to read what it tells of; where that is withdrawn, or the workspace deleted, a message `{type: \"error\", workspace, channel, code, detail}` says so and is the last.")
         .query(&[("channel", "A channel, `metrics/vwap_1m?symbol=A`, URL-encoded; once for each. A filter is a value of its column's type: `value=10` keeps 10.0."), ("rate", "Least time between two messages of a state, `250ms`."), ("sql", "The query of a `query/…` channel."), ("protocolVersion", "The AG-UI version in which a `thread/…` channel is written, `1.0`; without one 0.0.59.")])
+        .refuses(&[413])
         .gives_as(200, RUNS, "Text"),
+    Operation::new("get", "/api/v1/ws", "live", "The WebSocket: a token in the header, as subprotocol `bearer.TOKEN` or in a first message `auth`, then `subscribe`, `unsubscribe`, `publish`, `run`, `cancel` and `ping`. Subprotocols `tidewatch.v1` (JSON) and `tidewatch.v1.msgpack`.")
+        .refuses(&[403, 426])
+        .gives_nothing(101),
     Operation::new("get", "/api/v1/system/actors", "system", "Supervision tree, mailboxes and restarts. Admins only.").gives(200, "Actors"),
     Operation::new("get", "/api/v1/system/throughput", "system", "Live rates. Admins only.").gives(200, "Throughput"),
 ];
@@ -308,7 +327,8 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("Usage", "tier string, requests Quota null, agent_runs Quota null, events Object, metrics Object, streams Object"),
     ("Quota", "limit integer, remaining integer, reset_seconds integer"),
     ("Tokens", "access_token string, refresh_token string, token_type string, expires_in integer"),
-    ("Me", "user Object, workspaces Workspace[]"),
+    ("Membership", "id string, name string, role string, tier string, permissions string[], invited boolean"),
+    ("Me", "user Object, workspaces Membership[]"),
     ("NewUser", "email string, password string, admin? boolean"),
     ("User", "id string, email string, admin boolean, created_at time"),
     ("Users", "users User[]"),
@@ -412,6 +432,7 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("NewPortfolio", "id string, name? string, currency? string"),
     ("Portfolio", "id string, name string, currency string"),
     ("Portfolios", "portfolios Portfolio[]"),
+    ("Cancelled", "runId string"),
     ("Position", "symbol string, qty number, cost number, sector? string null"),
     ("Positions", "positions Position[]"),
     ("PositionCount", "positions integer"),
@@ -591,6 +612,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
         400,
         "What was sent cannot be read or cannot be meant.",
         &[
+            "bad_request",
             "bad_json",
             "bad_body",
             "bad_parameter",
@@ -600,6 +622,8 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "bad_cursor",
             "bad_sql",
             "bad_schema",
+            "bad_definition",
+            "bad_handshake",
             "bad_input",
             "bad_encoding",
             "bad_email",
@@ -616,6 +640,14 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "scope_beyond_role",
             "unknown_scope",
             "unknown_tier",
+            "unknown_pack",
+            "unsupported",
+            "unencodable",
+            "backfill_too_long",
+            "metric_failed",
+            "state_limit",
+            "too_many_alerts",
+            "workspace_missing",
             "query_timeout",
             "query_memory",
             "query_failed",
@@ -644,6 +676,7 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
         &[
             "not_found",
             "workspace_not_found",
+            "unknown_channel",
             "unknown_stream",
             "unknown_metric",
             "unknown_table",
@@ -663,6 +696,8 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "not_enrolled",
         ],
     ),
+    (406, "None of the content types that are accepted can be given.", &["not_acceptable"]),
+    (408, "It took too long, or its body did.", &["timeout", "body_timeout"]),
     (
         409,
         "It contradicts what is there.",
@@ -673,17 +708,24 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "last_owner",
             "limit_reached",
             "built_in_stream",
+            "built_in_table",
+            "reserved_stream",
             "engine_stream",
             "incompatible_schema",
+            "column_in_use",
+            "table_in_use",
             "metric_in_use",
+            "metric_cycle",
+            "metric_changed",
             "webhook_disabled",
             "run_id_taken",
             "thread_busy",
             "not_enrolled",
         ],
     ),
-    (413, "Too much at a time.", &["body_too_large", "batch_too_large"]),
+    (413, "Too much at a time.", &["body_too_large", "batch_too_large", "state_too_large"]),
     (415, "A content type or encoding that is not read.", &["unsupported_media_type"]),
+    (426, "This is a WebSocket.", &["upgrade_required"]),
     (
         429,
         "Too often: `Retry-After` says when to come again.",
@@ -694,8 +736,10 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "too_many_queries",
             "too_many_live_queries",
             "too_many_connections",
+            "thread_queue_full",
         ],
     ),
+    (502, "Who is asked for it does not answer as it should.", &["issuer_failed", "core_unreachable"]),
     (
         503,
         "Too much is going on: `Retry-After` says when to come again.",
@@ -703,28 +747,86 @@ const REFUSALS: &[(u16, &str, &[&str])] = &[
             "busy",
             "backpressure",
             "queries_busy",
+            "too_many_sessions",
+            "not_ready",
             "store_damaged",
             "store_unavailable",
             "log_unavailable",
+            "log_full",
+            "dedup_unavailable",
             "workspace_restarting",
             "shutting_down",
         ],
     ),
 ];
 
+/// What any path may be refused with: its status and codes.
+const ANYWHERE: &[(u16, &[&str])] = &[
+    (405, &["method_not_allowed"]),
+    (500, &["internal", "store_unavailable", "log_behind_store"]),
+    (502, &["core_unreachable"]),
+    (504, &["core_unreachable"]),
+    (508, &["circle_of_nodes"]),
+];
+
+/// Codes of errors on a WebSocket that no call answers with.
+const SOCKET_ERRORS: &[(&str, &str)] = &[
+    ("bad_frame", "The message is no JSON object, or on a MessagePack connection no MessagePack."),
+    ("bad_request", "A member is missing, or cannot be meant so."),
+    ("unknown_type", "There is no message of this `type`."),
+    ("unknown_channel", "There is no channel of this name."),
+    ("bad_filter", "The channel takes no such filter."),
+    ("not_subscribed", "There is nothing to `unsubscribe` from."),
+    ("too_many_subscriptions", "The connection has `limits.subscriptions`, or 8 live queries; end some."),
+    ("queue_full", "Of the sockets of chats: too many runs wait already."),
+    ("slow_consumer", "Of server-sent events, in place of 4008."),
+];
+
+/// Codes with which the server closes a WebSocket.
+const SOCKET_CLOSES: &[(u16, &str)] = &[
+    (1000, "The client has closed it."),
+    (1002, "The bytes are no WebSocket's."),
+    (1007, "A text is not in UTF-8, or cannot be decompressed."),
+    (1009, "A message is larger than `limits.frame_bytes`."),
+    (1012, "The server restarts: come back."),
+    (1013, "There are too many connections, or the node with the engine is away: come back later."),
+    (4001, "Nobody has signed in within 5 s, or the sign-in has ended."),
+    (4002, "The token has expired."),
+    (4003, "The client may have nothing of it, or not any more."),
+    (4008, "The client reads too slowly: come back with `since`."),
+];
+
+/// What a WebSocket says besides what is asked of it.
+fn socket() -> String {
+    let mut text =
+        "Errors are messages `{type: \"error\", ref, code, detail}` with the codes of the HTTP API and these:\n\n\
+        | code | means |\n| --- | --- |\n"
+            .to_owned();
+    // writing to a String cannot fail
+    SOCKET_ERRORS.iter().for_each(|(code, means)| _ = writeln!(text, "| `{code}` | {means} |"));
+    text.push_str("\nThe server closes with\n\n| code | since |\n| --- | --- |\n");
+    SOCKET_CLOSES.iter().for_each(|(code, since)| _ = writeln!(text, "| {code} | {since} |"));
+    text + "\n`metric.failed` and `query.failed` are events (`CUSTOM`, value `{code, …}`): the metric stopped, the live \
+            query could not be asked this time and is tried again."
+}
+
 /// The statuses an operation may refuse with.
 fn refusals(operation: &Operation) -> impl Iterator<Item = u16> {
     let (is_open, in_workspace) = (operation.is_open(), operation.path.contains("{ws}"));
     let (takes, signs_in) = (operation.body.is_some(), operation.path.contains("/auth/"));
     let is_api = operation.path.starts_with("/api/");
-    REFUSALS.iter().map(|(status, ..)| *status).filter(move |status| match status {
+    let more = operation.refuses;
+    let by_kind = move |status: &u16| match status {
         401 => !is_open || signs_in,
         403 => !is_open,
         404 => in_workspace,
-        409 => takes,
+        // an invitation that cannot be accepted, whatever was asked
+        409 => takes || in_workspace,
         413 | 415 => takes,
+        406 | 426 | 502 => false,
         _ => is_api,
-    })
+    };
+    REFUSALS.iter().map(|(status, ..)| *status).filter(move |status| by_kind(status) || more.contains(status))
 }
 
 fn operation(operation: &Operation) -> Value {
@@ -757,6 +859,9 @@ fn operation(operation: &Operation) -> Value {
     });
     if let Some((types, schema)) = operation.body {
         shown["requestBody"] = json!({"required": schema != "Logout", "content": content(types, schema)});
+    }
+    if operation.path == "/api/v1/ws" {
+        shown["description"] = socket().into();
     }
     if let Some(permission) = operation.needs {
         shown["x-permission"] = permission.as_str().into();
@@ -795,7 +900,10 @@ fn document() -> Value {
         }
         refused.insert(status.to_string(), response);
     }
-    refused.insert("Problem".to_owned(), json!({"description": "Refused.", "content": problem}));
+    let anywhere: Vec<String> =
+        ANYWHERE.iter().map(|(status, codes)| format!("{status} `{}`", codes.join("`, `"))).collect();
+    let meaning = format!("Refused. Wherever one asks: {}.", anywhere.join("; "));
+    refused.insert("Problem".to_owned(), json!({"description": meaning, "content": problem}));
     json!({
         "openapi": "3.1.0",
         "info": {
@@ -913,10 +1021,152 @@ pub(crate) fn needs() -> impl Iterator<Item = (&'static str, &'static str, Optio
     })
 }
 
+/// Whether a refusal of what is at this path stands in the document; of a path that is nobody's too.
+#[cfg(test)]
+pub(crate) fn is_told(method: &str, path: &str, status: u16, code: &str) -> bool {
+    let is_here = |operation: &&Operation| {
+        let (template, path) = (operation.path.split('/'), path.split('/'));
+        operation.method.eq_ignore_ascii_case(method)
+            && template.clone().count() == path.clone().count()
+            && template.zip(path).all(|(part, given)| part.starts_with('{') || part == given)
+    };
+    let Some(operation) = OPERATIONS.iter().find(is_here) else { return true };
+    let stands = |(of, codes): (u16, &[&str])| of == status && codes.contains(&code);
+    let own = |status: u16| refusals(operation).any(|refused| refused == status);
+    REFUSALS.iter().any(|(of, _, codes)| own(*of) && stands((*of, codes)))
+        || ANYWHERE.iter().any(|(of, codes)| stands((*of, codes)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+    use std::path::{Path, PathBuf};
+
+    /// The status that the source in front of a code says; 0 where it is anybody's, nothing where it is no code.
+    fn status_before(source: &str) -> Option<u16> {
+        let reason = |status: u16| StatusCode::from_u16(status).ok()?.canonical_reason();
+        let named = |name: &str| {
+            (400..600).find(|status| reason(*status).is_some_and(|of| of.to_uppercase().replace(' ', "_") == name))
+        };
+        let word = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+        let (_, last) = source.rsplit_once("StatusCode::").unwrap_or_default();
+        if let Some(status) = named(&word(last))
+            && [",", " => ("].contains(&&last[word(last).len()..])
+        {
+            return Some(status);
+        }
+        if source.ends_with("::invalid(") {
+            Some(400)
+        } else if source.ends_with("::not_found(")
+            || source.rsplit_once("unknown(\"").is_some_and(|(_, of)| of.ends_with("\",") && of.len() < 20)
+        {
+            Some(404)
+        } else if source.ends_with("conflict(") {
+            Some(409)
+        } else if source.ends_with(".code(") || source.ends_with("new(status,") {
+            Some(0)
+        } else {
+            let (_, kind) = source.rsplit_once("FaultKind::")?;
+            let (kind, rest) = kind.split_at(word(kind).len());
+            let has_wait = rest.starts_with(" { ") && rest.ends_with(" },") && !rest.contains(['"', ';']);
+            let status = match kind {
+                "Invalid" => 400,
+                "NotFound" => 404,
+                "Conflict" => 409,
+                "Limit" => 429,
+                "Internal" => 500,
+                _ => 503,
+            };
+            (rest == "," || has_wait || source.ends_with("new(kind,")).then_some(status)
+        }
+    }
+
+    /// The codes of refusals in a source, without its tests, and the status of each.
+    fn codes(source: &str) -> impl Iterator<Item = (u16, &str)> {
+        let source = source.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        source.match_indices('"').filter_map(|(at, _)| {
+            let (code, _) = source[at + 1..].split_once('"')?;
+            let is_code = !code.is_empty() && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+            let status = if is_code { status_before(source[..at].trim_end()) } else { None };
+            Some((status?, code))
+        })
+    }
+
+    fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            match path.is_dir() {
+                true if name != "tests" => sources(&path, found),
+                // what tools answer goes to a model
+                false if name.ends_with(".rs") && !["tests.rs", "tools.rs", "run.rs"].contains(&&*name) => {
+                    found.push(path)
+                }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn every_code_that_stands_in_the_sources_stands_in_the_document() {
+        let gateway = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut files = Vec::new();
+        ["src", "../actors/src"].iter().for_each(|folder| sources(&gateway.join(folder), &mut files));
+        let (mut seen, mut missing) = (0, Vec::new());
+        for file in files {
+            let text = std::fs::read_to_string(&file).unwrap();
+            let is_socket = file.iter().any(|part| part == "socket");
+            for (status, code) in codes(&text) {
+                seen += 1;
+                let fits = |of: u16, codes: &[&str]| (status == 0 || status == of) && codes.contains(&code);
+                let is_told = REFUSALS.iter().any(|(of, _, codes)| fits(*of, codes))
+                    || ANYWHERE.iter().any(|(of, codes)| fits(*of, codes))
+                    || is_socket && SOCKET_ERRORS.iter().any(|(known, _)| *known == code)
+                    // the one whose kind does not say its status
+                    || code == "batch_too_large";
+                if !is_told {
+                    missing.push(format!("{} {status} {code}", file.display()));
+                }
+            }
+        }
+        assert!(seen > 190, "{seen} found: is this still how they are written?");
+        assert!(missing.is_empty(), "{missing:#?}");
+    }
+
+    #[test]
+    fn the_readme_tells_what_a_websocket_says() {
+        let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).unwrap();
+        let codes = SOCKET_ERRORS.iter().map(|(code, _)| format!("`{code}`"));
+        let events = ["`metric.failed`", "`query.failed`"].map(str::to_owned);
+        codes.chain(events).for_each(|told| assert!(readme.contains(&told), "{told}"));
+        let (_, closes) = readme.split_once("| close |").unwrap();
+        let (closes, _) = closes.split_once("\n\n").unwrap();
+        SOCKET_CLOSES.iter().for_each(|(code, _)| assert!(closes.contains(&code.to_string()), "{code}"));
+        let shown = DOCUMENT["paths"]["/api/v1/ws"]["get"]["description"].as_str().unwrap();
+        assert!(shown.contains("| `bad_frame` |") && shown.contains("| 4003 |"), "{shown}");
+    }
+
+    #[test]
+    fn each_operation_names_the_statuses_that_it_gives() {
+        let gives = |method: &str, path: &str, status: u16, code: &str| {
+            assert!(is_told(method, &format!("/api/v1/{path}"), status, code), "{method} {path} {status} {code}");
+        };
+        gives("DELETE", "workspaces/a/metrics/m", 409, "metric_in_use");
+        gives("DELETE", "workspaces/a/tables/t", 409, "built_in_table");
+        gives("DELETE", "workspaces/a/members/u", 409, "last_owner");
+        gives("POST", "workspaces/a/webhooks/w/test", 409, "webhook_disabled");
+        gives("GET", "auth/oidc/x/start", 404, "unknown_issuer");
+        gives("GET", "auth/oidc/x/callback", 404, "unknown_issuer");
+        gives("POST", "me/totp/disable", 404, "not_enrolled");
+        gives("POST", "me/totp/confirm", 409, "not_enrolled");
+        gives("POST", "workspaces/a/query", 406, "not_acceptable");
+        gives("GET", "workspaces/a/events", 413, "state_too_large");
+        gives("POST", "workspaces/a/streams/s/events", 408, "body_timeout");
+        assert!(!is_told("GET", "/api/v1/me", 409, "exists"));
+        let cancel = &DOCUMENT["paths"]["/api/v1/workspaces/{ws}/runs/{run}/cancel"]["post"]["responses"];
+        assert!(cancel["202"]["content"].is_object() && cancel["204"].is_null(), "{cancel}");
+    }
 
     fn references(value: &Value, found: &mut BTreeSet<String>) {
         match value {

@@ -166,7 +166,10 @@ mod tests {
             ("sec-websocket-version", "8", "upgrade_required"),
             ("sec-websocket-key", "short", "bad_handshake"),
         ] {
-            assert_eq!(asked(&[(name, value)]).err().unwrap().code, code, "{name}");
+            let refused = asked(&[(name, value)]).err().unwrap();
+            assert_eq!(refused.code, code, "{name}");
+            let version = refused.into_response().headers().get(SEC_WEBSOCKET_VERSION).cloned();
+            assert_eq!(version.is_some_and(|version| version == "13"), code == "upgrade_required", "{name}");
         }
     }
 
