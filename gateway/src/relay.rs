@@ -110,6 +110,7 @@ pub async fn serve_edge(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), EdgeError> {
     let node = Arc::new(Node::new(config, redis, metrics)?);
+    tracing::info!(address = %listener.local_addr()?, core = node.core, "serving clients for another node");
     let first = node.clone();
     tokio::spawn(async move {
         match first.ask_ready(&Origin::default()).await {

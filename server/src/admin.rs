@@ -1,33 +1,33 @@
 //! Administration of a data directory beside its server: users, workspaces, API keys, tokens and the audit log. What the
 //! server has looked up it knows for a second longer.
 
-use crate::config::Config;
+use crate::config::{Config, ConfigFile};
 use actors::clock::{Clock, SystemClock};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use engine::event::WorkspaceId;
 use sql::store::{AuditCheck, AuditEntry, Store, User, Workspace};
 use std::io::Read;
-use std::path::PathBuf;
 
 #[derive(clap::Subcommand)]
 pub enum WorkspaceCommand {
     /// All workspaces.
     #[command(after_help = "Example: tidewatch workspace list --config tidewatch.toml")]
     List {
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// A new workspace, owned by a user that exists.
     #[command(after_help = "Example: tidewatch workspace create acme --owner ada@example.com --name 'Acme Capital'")]
     Create {
         id: WorkspaceId,
+        /// What it is called; its id unless said.
         #[arg(long)]
         name: Option<String>,
         /// E-mail address of the owner.
         #[arg(long)]
         owner: String,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
 }
 
@@ -36,8 +36,8 @@ pub enum UserCommand {
     /// All users.
     #[command(after_help = "Example: tidewatch user list --config tidewatch.toml")]
     List {
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// A new user; the password is read from standard input.
     #[command(after_help = "Example: tidewatch user create ada@example.com --admin < password.txt")]
@@ -46,22 +46,22 @@ pub enum UserCommand {
         /// May administer the whole server.
         #[arg(long)]
         admin: bool,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Another password, read from standard input; ends every sign-in.
     #[command(after_help = "Example: tidewatch user password ada@example.com < password.txt")]
     Password {
         email: String,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Takes the second factor away from a user who has lost it.
     #[command(after_help = "Example: tidewatch user reset-totp ada@example.com")]
     ResetTotp {
         email: String,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
 }
 
@@ -70,15 +70,17 @@ pub enum KeyCommand {
     /// The keys of a workspace, without the keys themselves.
     #[command(after_help = "Example: tidewatch key list -w acme")]
     List {
+        /// Whose keys.
         #[arg(long, short)]
         workspace: WorkspaceId,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// A new key, printed this once.
     #[command(after_help = "Example: tidewatch key create collector -w acme --role member --scope stream:ingest")]
     Create {
         name: String,
+        /// What the key is for.
         #[arg(long, short)]
         workspace: WorkspaceId,
         /// owner, admin, general_partner, associate, analyst, limited_partner, member, viewer or guest.
@@ -87,18 +89,19 @@ pub enum KeyCommand {
         /// What of the role the key may do, such as stream:ingest; all of it unless said. May be repeated.
         #[arg(long = "scope")]
         scopes: Vec<String>,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Makes a key useless.
     #[command(after_help = "Example: tidewatch key revoke 019a2b3c-0000-7000-8000-000000000000 -w acme")]
     Revoke {
         /// Its id, as `list` shows it.
         id: String,
+        /// Whose key it is.
         #[arg(long, short)]
         workspace: WorkspaceId,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
 }
 
@@ -108,15 +111,15 @@ pub enum TokenCommand {
     #[command(after_help = "Example: TOKEN=$(tidewatch token create ada@example.com)")]
     Create {
         email: String,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Ends every sign-in of a user.
     #[command(after_help = "Example: tidewatch token revoke ada@example.com")]
     Revoke {
         email: String,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
 }
 
@@ -128,8 +131,8 @@ pub enum AuditCommand {
         /// The hash that an earlier run printed: all before it must be what it was then.
         #[arg(long)]
         head: Option<String>,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
 }
 
@@ -149,12 +152,13 @@ async fn note(store: &Store, workspace: Option<&WorkspaceId>, action: &str, targ
     Ok(store.audit(&entry).await?)
 }
 
-async fn store(config: Option<PathBuf>) -> Result<Store> {
-    open(&Config::load(config.as_deref())?).await
+async fn store(config: ConfigFile) -> Result<Store> {
+    open(&config.load()?).await
 }
 
+/// The store that is there.
 async fn open(config: &Config) -> Result<Store> {
-    Ok(Store::open_with(&config.store_url()?, &config.store.options()).await?)
+    Ok(Store::open_with(&config.existing_store_url()?, &config.store.options()).await?)
 }
 
 pub async fn workspace(command: WorkspaceCommand) -> Result<()> {
@@ -165,7 +169,7 @@ pub async fn workspace(command: WorkspaceCommand) -> Result<()> {
             }
         }
         WorkspaceCommand::Create { id, name, owner, config } => {
-            let config = Config::load(config.as_deref())?;
+            let config = config.load()?;
             let (store, tier) = (open(&config).await?, config.limits.default_tier);
             let user = store.user_by_email(&owner.to_lowercase()).await?;
             let user =
@@ -197,7 +201,9 @@ pub async fn user(command: UserCommand) -> Result<()> {
                 admin,
                 created_at: SystemClock.now(),
             };
-            let store = store(config).await?;
+            // the first user may come before the first start
+            let config = config.load()?;
+            let store = Store::open_with(&config.store_url()?, &config.store.options()).await?;
             store.create_user(&user).await?;
             note(&store, None, "user create", &email).await?;
             println!("created user {email}");
@@ -233,13 +239,21 @@ fn read_password() -> Result<String> {
 
 async fn user_of(store: &Store, email: &str) -> Result<User> {
     let user = store.user_by_email(&email.to_lowercase()).await?;
-    user.with_context(|| format!("there is no user `{email}`; create it with `tidewatch user create`"))
+    user.with_context(|| format!("there is no user `{email}`; `tidewatch user list` shows those there are"))
+}
+
+async fn has_workspace(store: &Store, id: &WorkspaceId) -> Result<()> {
+    let found = store.workspace(id).await?;
+    ensure!(found.is_some(), "there is no workspace `{id}`; `tidewatch workspace list` shows those there are");
+    Ok(())
 }
 
 pub async fn key(command: KeyCommand) -> Result<()> {
     match command {
         KeyCommand::List { workspace, config } => {
-            for key in store(config).await?.list_api_keys(&workspace).await? {
+            let store = store(config).await?;
+            has_workspace(&store, &workspace).await?;
+            for key in store.list_api_keys(&workspace).await? {
                 let scopes = key.scopes.map_or("*".to_owned(), |scopes| scopes.join(","));
                 let state = if key.revoked_at.is_some() { "revoked" } else { "good" };
                 println!("{}\t{}…\t{}\t{}\t{scopes}\t{state}", key.id, key.prefix, key.name, key.role);
@@ -247,9 +261,7 @@ pub async fn key(command: KeyCommand) -> Result<()> {
         }
         KeyCommand::Create { name, workspace, role, scopes, config } => {
             let store = store(config).await?;
-            if store.workspace(&workspace).await?.is_none() {
-                bail!("there is no workspace `{workspace}`; create it with `tidewatch workspace create`");
-            }
+            has_workspace(&store, &workspace).await?;
             let scopes = (!scopes.is_empty()).then_some(scopes.as_slice());
             let (key, stored) = gateway::key_of(&workspace, &name, &role, scopes, SystemClock.now())?;
             store.create_api_key(&stored).await?;
@@ -258,6 +270,7 @@ pub async fn key(command: KeyCommand) -> Result<()> {
         }
         KeyCommand::Revoke { id, workspace, config } => {
             let store = store(config).await?;
+            has_workspace(&store, &workspace).await?;
             if !store.revoke_api_key(&workspace, &id, SystemClock.now()).await? {
                 bail!("workspace `{workspace}` has no key `{id}`, or it is revoked already");
             }
@@ -271,7 +284,7 @@ pub async fn key(command: KeyCommand) -> Result<()> {
 pub async fn token(command: TokenCommand) -> Result<()> {
     match command {
         TokenCommand::Create { email, config } => {
-            let config = Config::load(config.as_deref())?;
+            let config = config.load()?;
             let auth = gateway::Auth::new(&config.auth)?;
             let store = open(&config).await?;
             let user = user_of(&store, &email).await?;

@@ -36,6 +36,7 @@ impl App {
     /// PostgreSQL that is away is waited for.
     pub async fn build(config: Config) -> Result<App> {
         let auth = checked(&config)?;
+        config.unused().iter().for_each(|unused| tracing::warn!("{unused}"));
         let wire = Arc::new(config.gateway());
         let listener = gateway::listen(config.listen)
             .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
@@ -82,7 +83,7 @@ impl App {
             sealer: auth.sealer(),
         })
         .await?;
-        let packs = Arc::new(Packs::load(config.packs_dir.as_deref()).await?);
+        let packs = Arc::new(packs(&config).await?);
         let state = AppState::new(system, Arc::new(auth), hub, wire, packs, metrics)?;
         Ok(App { state, listener: starting.end().await? })
     }
@@ -140,12 +141,13 @@ fn recorded() -> Result<PrometheusHandle> {
 /// Serves clients for the node with the engine that `edge.core` names, until `stop`; then drains.
 pub async fn serve_edge(config: Config, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
     crate::choose_tls();
+    config.check_bounds()?;
     if config.listen_tls.is_some() {
         config.tls.check()?;
     }
+    config.unused().iter().for_each(|unused| tracing::warn!("{unused}"));
     let listener = gateway::listen(config.listen)
         .with_context(|| format!("cannot listen on {}; is another server running there?", config.listen))?;
-    tracing::info!(address = %listener.local_addr()?, core = config.edge.core, "serving clients for another node");
     gateway::serve_edge(listener, config.gateway(), &config.redis, recorded()?, stop).await?;
     Ok(())
 }
@@ -212,9 +214,17 @@ async fn installation(store: &Store, url: &str) -> Result<String> {
     Ok(digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// What workspaces can be made from.
+pub(crate) async fn packs(config: &Config) -> Result<Packs> {
+    let folder = config.packs_dir.as_deref();
+    let shown = || folder.map_or_else(String::new, |folder| folder.display().to_string());
+    Packs::load(folder).await.with_context(|| format!("the packs in packs_dir `{}` cannot be used", shown()))
+}
+
 /// What [`App::build`] refuses before it touches anything.
 fn checked(config: &Config) -> Result<Auth> {
     crate::choose_tls();
+    config.check_bounds()?;
     let auth = Auth::new(&config.auth)?;
     if config.log.backend != Backend::Embedded {
         bail!("log.backend = {:?} is not in this build; use \"embedded\"", config.log.backend);

@@ -46,19 +46,32 @@ const POSTGRES: &str = "store.dump";
 
 /// Copies log and store of the configured server, running or not, into `to`, a directory that is empty or not there.
 pub async fn backup(config: &Config, to: &Path) -> Result<()> {
-    let url = config.store_url()?;
+    let (url, data) = (config.existing_store_url()?, &config.data_dir);
+    ensure!(data.join("log").is_dir(), "{} holds no log; is data_dir right?", data.display());
+    let is_new = !to.exists();
     fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
     ensure!(is_empty(to)?, "{} is not empty; name a new directory", to.display());
-    let (data, copy) = (config.data_dir.clone(), to.join(DATA));
-    ensure!(data.join("log").is_dir(), "{} holds no log; is data_dir right?", data.display());
+    let done = write(config, &url, to).await;
+    if done.is_err() {
+        // half a backup is in the way of the next; what cannot be removed either tells nothing more
+        _ = fs::remove_dir_all(to.join(DATA));
+        [SQLITE, POSTGRES, MANIFEST].iter().for_each(|file| _ = fs::remove_file(to.join(file)));
+        if is_new {
+            _ = fs::remove_dir(to);
+        }
+    }
+    done
+}
 
+async fn write(config: &Config, url: &str, to: &Path) -> Result<()> {
+    let (data, copy) = (config.data_dir.clone(), to.join(DATA));
     say("copying the log");
     copy_new(&data, &copy)?;
-    let store = sql::store::kind(&url)?;
+    let store = sql::store::kind(url)?;
     say("copying the store");
     match store {
-        Kind::Sqlite => sql::store::copy(&url, &to.join(SQLITE)).await?,
-        Kind::Postgres => dump(&url, &to.join(POSTGRES))?,
+        Kind::Sqlite => sql::store::copy(url, &to.join(SQLITE)).await?,
+        Kind::Postgres => dump(url, &to.join(POSTGRES))?,
     }
     say("copying what came meanwhile");
     copy_new(&data, &copy)?;

@@ -92,8 +92,10 @@ pub struct Replay {
     /// CSV, NDJSON, JSON, Parquet or XLSX; text also as .gz or .zst.
     #[arg(required = true)]
     files: Vec<PathBuf>,
+    /// Where the events go.
     #[arg(long, short)]
     workspace: String,
+    /// Of this workspace: `market.trades`, or one of its own.
     #[arg(long, short)]
     stream: String,
     /// max, or a factor of the pace at which the events happened: 1x, 60x.
@@ -284,8 +286,10 @@ async fn schema(session: &Session, workspace: &str, stream: &str) -> Result<Stre
 #[derive(clap::Args, Debug)]
 pub struct Query {
     sql: String,
+    /// Whose streams and metrics.
     #[arg(long, short)]
     workspace: String,
+    /// How the answer is printed.
     #[arg(long, default_value = "table")]
     format: Output,
     #[command(flatten)]
@@ -297,6 +301,7 @@ pub struct Query {
 pub struct Backtest {
     /// The rule: `metric`, `condition`, and where wanted `for` and `severity`.
     rule: PathBuf,
+    /// Whose metric and events.
     #[arg(long, short)]
     workspace: String,
     /// First event time: 2026-01-31T12:00:00Z.
@@ -305,6 +310,7 @@ pub struct Backtest {
     /// Event time before which it ends.
     #[arg(long)]
     to: String,
+    /// How the alerts are printed.
     #[arg(long, default_value = "table")]
     format: Output,
     #[command(flatten)]

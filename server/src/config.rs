@@ -10,6 +10,20 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+/// Which configuration a command takes.
+#[derive(Debug, clap::Args)]
+pub struct ConfigFile {
+    /// Configuration; `tidewatch.toml` here, where there is one, unless said.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        Config::load(self.config.as_deref())
+    }
+}
+
 /// The whole configuration. Unknown keys are errors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -325,6 +339,13 @@ pub enum ConfigError {
     Place { file: PathBuf, line: usize, column: usize, message: String },
     #[error("configuration: {0}")]
     Invalid(Box<figment::Error>),
+    #[error("{0} = 0 lets nothing through; leave it out for its default, or write how much there may be")]
+    Zero(&'static str),
+    #[error(
+        "there is no store at `{path}`: is data_dir (or store.url) right? `tidewatch serve` and `tidewatch user create` \
+         make a new one"
+    )]
+    NoStore { path: PathBuf },
 }
 
 impl Config {
@@ -354,6 +375,75 @@ impl Config {
             }
             (None, None) => Ok(format!("sqlite:{}", self.data_dir.join("tidewatch.db").display())),
         }
+    }
+
+    /// The store's address, where there is a store: one that is made by looking for it would tell that all is well.
+    pub fn existing_store_url(&self) -> anyhow::Result<String> {
+        let url = self.store_url()?;
+        if sql::store::kind(&url)? == sql::store::Kind::Sqlite {
+            let path = sql::store::sqlite_path(&url)?;
+            anyhow::ensure!(path.is_file(), ConfigError::NoStore { path });
+        }
+        Ok(url)
+    }
+
+    /// Refuses bounds with which a server serves nobody.
+    pub(crate) fn check_bounds(&self) -> Result<(), ConfigError> {
+        let limits = &self.limits;
+        let bounds = [
+            ("limits.mailbox_bytes", limits.mailbox_bytes),
+            ("limits.unsaved_bytes", limits.unsaved_bytes),
+            ("limits.query_rows", limits.query_rows),
+            ("limits.query_memory", limits.query_memory),
+            ("limits.query_ms", limits.query_ms as usize),
+            ("limits.queries", limits.queries),
+            ("limits.metric_state_bytes", limits.metric_state_bytes),
+            ("limits.metric_state_groups", limits.metric_state_groups),
+            ("limits.workspace_state_bytes", limits.workspace_state_bytes),
+            ("limits.workspace_state_groups", limits.workspace_state_groups),
+            ("limits.body_bytes", limits.body_bytes),
+            ("limits.decompressed_bytes", limits.decompressed_bytes),
+            ("limits.event_bytes", limits.event_bytes),
+            ("limits.frame_bytes", limits.frame_bytes),
+            ("limits.connections", limits.connections),
+            ("limits.http_connections_per_address", limits.http_connections_per_address),
+            ("limits.connections_per_address", limits.connections_per_address),
+            ("limits.connections_per_user", limits.connections_per_user),
+            ("limits.connections_per_workspace", limits.connections_per_workspace),
+            ("limits.queue_bytes", limits.queue_bytes),
+            ("limits.user_requests_per_minute", limits.user_requests_per_minute as usize),
+            ("log.segment_bytes", self.log.segment_bytes as usize),
+            ("log.queue_bytes", self.log.queue_bytes),
+            ("store.max_connections", self.store.max_connections as usize),
+            ("auth.access_minutes", self.auth.access_minutes as usize),
+            ("auth.refresh_days", self.auth.refresh_days as usize),
+        ];
+        let zero = bounds.into_iter().find(|(_, most)| *most == 0);
+        zero.map_or(Ok(()), |(name, _)| Err(ConfigError::Zero(name)))
+    }
+
+    /// What is set and has no effect, and why.
+    pub(crate) fn unused(&self) -> Vec<String> {
+        let (auth, store, redis) = (&self.auth, &self.store, &self.redis);
+        let pairs = [
+            ("auth.secret", auth.secret.is_some() && auth.secret_file.is_some()),
+            ("auth.encryption_key", auth.encryption_key.is_some() && auth.encryption_key_file.is_some()),
+            ("auth.bootstrap_password", auth.bootstrap_password.is_some() && auth.bootstrap_password_file.is_some()),
+            ("store.url", store.url.is_some() && store.url_file.is_some()),
+            ("redis.url", redis.url.is_some() && redis.url_file.is_some()),
+        ];
+        let pairs = pairs.into_iter().filter(|(_, both)| *both);
+        let mut unused: Vec<String> =
+            pairs.map(|(name, _)| format!("{name}_file is not read, since {name} is set too: leave one out")).collect();
+        if self.listen_tls.is_none() {
+            let files = [("tls.cert_file", &self.tls.cert_file), ("tls.key_file", &self.tls.key_file)];
+            let names: Vec<&str> = files.iter().filter(|(_, file)| file.is_some()).map(|(name, _)| *name).collect();
+            if !names.is_empty() {
+                let names = names.join(" and ");
+                unused.push(format!("{names} has no effect without listen_tls: say there where HTTPS is served"));
+            }
+        }
+        unused
     }
 
     /// How to connect to the store and what to keep there.
@@ -434,9 +524,26 @@ mod tests {
             ("store.url_file = \"/none/url\"", "/none/url"),
             ("log.backend = \"kafka\"", "embedded"),
             ("listen_tls = \"127.0.0.1:1\"", "tls.cert_file"),
+            ("limits.body_bytes = 0", "limits.body_bytes = 0"),
+            ("auth.access_minutes = 0", "auth.access_minutes = 0"),
         ] {
             let error = check(toml).unwrap_err();
             assert!(error.contains(part), "{toml}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_set_in_vain_is_named() {
+        let unused = |toml: &str| read(toml).unwrap().unused();
+        assert_eq!(unused("auth.secret_file = \"a\"\nstore.url = \"sqlite:x\""), Vec::<String>::new());
+        assert_eq!(unused("listen_tls = \"127.0.0.1:1\"\ntls.cert_file = \"a\""), Vec::<String>::new());
+        for (toml, part) in [
+            ("auth.secret = \"s\"\nauth.secret_file = \"none\"", "auth.secret_file is not read"),
+            ("store.url = \"sqlite:x\"\nstore.url_file = \"none\"", "store.url_file is not read"),
+            ("tls.cert_file = \"none\"\ntls.key_file = \"none\"", "tls.cert_file and tls.key_file has no effect"),
+        ] {
+            let told = unused(toml);
+            assert!(told.len() == 1 && told[0].contains(part), "{toml}: {told:?}");
         }
     }
 

@@ -13,7 +13,7 @@ pub mod private; // data that nobody else reads
 mod report; // what was measured, as a table, JSON and plots
 
 pub use app::{App, serve_edge, shutdown_signal};
-pub use config::{Config, ConfigError, Limits};
+pub use config::{Config, ConfigError, ConfigFile, Limits};
 
 /// Chooses ring for all TLS of the process; to be called before the first HTTP client is made. Again is harmless.
 pub fn choose_tls() {

@@ -4,7 +4,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use server::client::{self, Backtest, Query, Replay};
 use server::demo::Speed;
-use server::{App, Config, admin, backup, check, measure, private};
+use server::{App, ConfigFile, admin, backup, check, measure, private};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use streams::feed::Feed;
@@ -35,6 +36,7 @@ enum Command {
         /// Where the demo keeps its data; the same directory continues where it was.
         #[arg(long, default_value = "tidewatch-demo")]
         data_dir: PathBuf,
+        /// Where console and API are served.
         #[arg(long, default_value = "127.0.0.1:8080")]
         listen: std::net::SocketAddr,
         /// Seed of the simulators: the same seed tells the same story.
@@ -46,8 +48,8 @@ enum Command {
         after_help = "Example: TIDEWATCH__AUTH__SECRET=$(openssl rand -base64 48) tidewatch serve --config tidewatch.toml"
     )]
     Serve {
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Serves clients for a server on another machine: signs nobody in and keeps nothing, but writes to each what its
     /// channels bring.
@@ -55,8 +57,8 @@ enum Command {
         after_help = "Example: TIDEWATCH__EDGE__CORE=http://10.0.0.5:8080 TIDEWATCH__REDIS__URL=redis://10.0.0.6 tidewatch edge"
     )]
     Edge {
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Sends recorded events from files to a running server.
     #[command(
@@ -100,22 +102,22 @@ enum Command {
     /// Applies migrations to the store.
     #[command(after_help = "Example: tidewatch migrate --config tidewatch.toml")]
     Migrate {
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Copies log and store into a new directory, while the server runs or not.
     #[command(after_help = "Example: tidewatch backup /backup/2026-01-31 --config tidewatch.toml")]
     Backup {
         dir: PathBuf,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Checks a backup and puts it into an empty data directory and store.
     #[command(after_help = "Example: tidewatch restore /backup/2026-01-31 --config tidewatch.toml")]
     Restore {
         dir: PathBuf,
-        #[arg(long)]
-        config: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Measures this machine: ingest, latency, memory, start-up. Prints a table, writes JSON and a page with plots.
     #[command(after_help = "Example: tidewatch bench ingest --seconds 10")]
@@ -145,7 +147,8 @@ fn main() -> ExitCode {
     }
     server::choose_tls();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = match runtime.thread_stack_size(STACK_BYTES).enable_all().build() {
         Ok(runtime) => runtime,
@@ -181,7 +184,7 @@ async fn run(command: Command) -> Result<()> {
             server::demo::run(server::demo::Demo { live, speed, data_dir, listen, seed }).await
         }
         Command::Serve { config } => {
-            let config = Config::load(config.as_deref())?;
+            let config = config.load()?;
             let app = tokio::select! {
                 app = App::build(config) => app?,
                 () = server::shutdown_signal() => return Ok(()), // nothing was taken in yet
@@ -189,9 +192,7 @@ async fn run(command: Command) -> Result<()> {
             tracing::info!(address = %app.address(), "serving");
             app.serve_until(server::shutdown_signal()).await
         }
-        Command::Edge { config } => {
-            server::serve_edge(Config::load(config.as_deref())?, server::shutdown_signal()).await
-        }
+        Command::Edge { config } => server::serve_edge(config.load()?, server::shutdown_signal()).await,
         Command::Replay(args) => client::replay(args).await,
         Command::Query(args) => client::query(args).await,
         Command::Backtest(args) => client::backtest(args).await,
@@ -202,13 +203,13 @@ async fn run(command: Command) -> Result<()> {
         Command::Token(command) => admin::token(command).await,
         Command::Audit(command) => admin::audit(command).await,
         Command::Migrate { config } => {
-            let config = Config::load(config.as_deref())?;
-            let version = sql::store::migrate(&config.store_url()?, &config.store.options()).await?;
+            let config = config.load()?;
+            let version = sql::store::migrate(&config.existing_store_url()?, &config.store.options()).await?;
             println!("the store is at migration {version}");
             Ok(())
         }
-        Command::Backup { dir, config } => backup::backup(&Config::load(config.as_deref())?, &dir).await,
-        Command::Restore { dir, config } => backup::restore(&Config::load(config.as_deref())?, &dir).await,
+        Command::Backup { dir, config } => backup::backup(&config.load()?, &dir).await,
+        Command::Restore { dir, config } => backup::restore(&config.load()?, &dir).await,
         Command::Bench(args) => measure::run(args).await,
     }
 }
@@ -225,6 +226,8 @@ mod tests {
             let path = format!("{path} {}", below.get_name());
             let help = below.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example: ") && help.contains(&path), "`{path} --help` has no example: {help}");
+            let untold = below.get_opts().find(|option| option.get_help().is_none());
+            assert!(untold.is_none(), "`{path} --help` does not tell {untold:?}");
             seen += 1 + check(below, &path);
         }
         seen
@@ -238,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_an_example_of_itself_and_the_version_says_whose_it_is() {
+    fn every_command_has_an_example_of_itself_and_tells_its_options_and_the_version_says_whose_it_is() {
         let mut command = Args::command();
         command.build();
         assert!(check(&command, "tidewatch") > 25);

@@ -92,6 +92,15 @@ impl SqlError {
         SqlError::new(text)
     }
 
+    /// The parser gives the end of a text no place.
+    pub(crate) fn placed_at_end(mut self, sql: &str) -> Self {
+        if self.line.is_none() && self.message.ends_with("found: EOF") {
+            let (line, column) = place_of(sql, sql.trim_end().len());
+            (self.line, self.column) = (Some(line), Some(column));
+        }
+        self
+    }
+
     /// Without a place yet: the first word that message and text share in quotes, or else as a keyword.
     pub(crate) fn placed(mut self, sql: &str) -> Self {
         if self.line.is_some() {

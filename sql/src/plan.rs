@@ -189,6 +189,11 @@ fn without_bounds(rows: &SchemaRef) -> SchemaRef {
     Arc::new(Schema::new(rows.fields().iter().filter(|field| !is_bound(field.name())).cloned().collect::<Vec<_>>()))
 }
 
+/// Whether the text is an expression, over whatever metric.
+pub fn check_condition(sql: &str) -> Result<(), SqlError> {
+    text::check_expression(sql)
+}
+
 /// An alert rule's condition over the rows of `program`: a boolean expression.
 pub fn condition(sql: &str, program: &Program) -> Result<Arc<dyn PhysicalExpr>, SqlError> {
     text::check_expression(sql)?;

@@ -34,7 +34,12 @@ pub(crate) fn statements(sql: &str) -> Result<Vec<Statement>, SqlError> {
 
 /// Refuses a text that is no expression.
 pub(crate) fn check_expression(sql: &str) -> Result<(), SqlError> {
-    bounded(sql, |parser| parser.parse_expr()).map(drop)
+    let whole = |parser: &mut Parser| {
+        let expr = parser.parse_expr()?;
+        parser.expect_token(&Token::EOF)?;
+        Ok(expr)
+    };
+    bounded(sql, whole).map(drop)
 }
 
 fn bounded<T: Visit>(sql: &str, parse: impl FnOnce(&mut Parser) -> Result<T, ParserError>) -> Result<T, SqlError> {
@@ -61,7 +66,9 @@ fn bounded<T: Visit>(sql: &str, parse: impl FnOnce(&mut Parser) -> Result<T, Par
     stacker::grow(STACK, || {
         let parser = Parser::new(&dialect).with_recursion_limit(BRACKETS);
         let parsed = parse(&mut parser.with_tokens_with_locations(tokens)).map_err(|error| match error {
-            ParserError::ParserError(text) | ParserError::TokenizerError(text) => SqlError::from_parser(&text),
+            ParserError::ParserError(text) | ParserError::TokenizerError(text) => {
+                SqlError::from_parser(&text).placed_at_end(sql)
+            }
             ParserError::RecursionLimitExceeded => too_deep(),
         })?;
         let mut measure = Measure { parts, brackets, sets: 1, ..Measure::default() };

@@ -206,3 +206,80 @@ async fn a_command_that_cannot_do_its_work_says_why_and_ends_with_1_and_bad_usag
     assert_eq!(output.status.code(), Some(2));
     server.stop().await;
 }
+
+/// Runs the binary in `directory` without a server, with nothing from outside.
+async fn alone(directory: &Path, args: &[&str], settings: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = Command::new(BINARY);
+    command.args(args).current_dir(directory).envs(settings.iter().copied()).env_remove("RUST_LOG").kill_on_drop(true);
+    let wait = std::time::Duration::from_secs(60);
+    let output = tokio::time::timeout(wait, command.output()).await.unwrap().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test]
+async fn a_command_on_a_data_directory_that_is_not_there_makes_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    let settings =
+        [("TIDEWATCH__DATA_DIR", "typo"), ("TIDEWATCH__AUTH__SECRET", "a secret of the tests, long enough for them")];
+    for args in [
+        &["audit", "verify"][..],
+        &["key", "list", "-w", "acme"],
+        &["user", "list"],
+        &["token", "create", "ada@example.com"],
+        &["workspace", "list"],
+        &["workspace", "create", "acme", "--owner", "ada@example.com"],
+        &["migrate"],
+        &["backup", "copy"],
+    ] {
+        let (status, said) = alone(at, args, &settings).await;
+        assert!(status == Some(1) && said.contains("there is no store at `typo/tidewatch.db`"), "{args:?}: {said}");
+        assert_eq!(std::fs::read_dir(at).unwrap().count(), 0, "{args:?} left something");
+    }
+}
+
+#[tokio::test]
+async fn a_command_names_what_there_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::with_workspace(directory.path()).await;
+    let data = directory.path().to_str().unwrap();
+    let fails = async |args: &[&str], part: &str| {
+        let (status, said) = alone(directory.path(), args, &[("TIDEWATCH__DATA_DIR", data)]).await;
+        assert!(status == Some(1) && said.contains(part), "{args:?}: {said}");
+    };
+    fails(&["key", "list", "-w", "none"], "there is no workspace `none`").await;
+    fails(&["token", "revoke", "nobody@example.com"], "there is no user `nobody@example.com`; `tidewatch user list`")
+        .await;
+    fails(&["check", "none"], "there is no file and no folder `none`").await;
+    server.stop().await;
+    // a backup that fails leaves nothing: here of a store that cannot be read
+    std::fs::write(directory.path().join("none.db"), "no database").unwrap();
+    let store = [("TIDEWATCH__DATA_DIR", data), ("TIDEWATCH__STORE__URL", "sqlite:none.db")];
+    let (status, said) = alone(directory.path(), &["backup", "copy"], &store).await;
+    assert!(status == Some(1) && said.contains("copying the store"), "{said}");
+    assert!(!directory.path().join("copy").exists());
+}
+
+#[tokio::test]
+async fn a_start_that_is_refused_names_the_setting_and_its_log_has_no_colours() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    let secret = ("TIDEWATCH__AUTH__SECRET", "a secret of the tests, long enough for them");
+    let listen = ("TIDEWATCH__LISTEN", "127.0.0.1:0");
+    let refused = async |command: &str, key: (&str, &str), part: &str| {
+        let (status, said) = alone(at, &[command], &[secret, listen, key]).await;
+        assert!(status == Some(1) && said.contains(part) && !said.contains('\u{1b}'), "{key:?}: {said}");
+        assert!(!said.contains("serving"), "{said}");
+        said
+    };
+    refused("serve", ("TIDEWATCH__PACKS_DIR", "none"), "packs_dir `none`").await;
+    refused("serve", ("TIDEWATCH__LIMITS__BODY_BYTES", "0"), "limits.body_bytes = 0").await;
+    refused("edge", ("TIDEWATCH__EDGE__CORE", "nonsense"), "edge.core = \"nonsense\" is no address").await;
+    std::fs::write(at.join("t.toml"), "packs_dir = \"none\"\nauth.secret_file = \"gone\"\ntls.key_file = \"gone\"")
+        .unwrap();
+    let (status, said) = alone(at, &["serve", "--config", "t.toml"], &[secret, listen]).await;
+    assert_eq!(status, Some(1), "{said}");
+    for part in ["WARN", "auth.secret_file is not read", "tls.key_file has no effect without listen_tls"] {
+        assert!(said.contains(part) && !said.contains('\u{1b}'), "{part}: {said}");
+    }
+}

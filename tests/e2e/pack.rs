@@ -110,4 +110,14 @@ fn check_says_what_is_wrong_with_a_pack() {
     assert_eq!(bad.status.code(), Some(1));
     let told = String::from_utf8_lossy(&bad.stderr);
     assert!(told.contains("metrics/n.sql: line 2, column 6"), "{told}");
+    let good = "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 minute')";
+    for (condition, place) in [("n >", "line 2, column 17: condition: "), ("n > 0 OR zz > 1", "line 2, column 23: ")] {
+        let rule = format!("metric = \"n\"\ncondition = \"{condition}\"\n");
+        write(&folder, &[("metrics/n.sql", good), ("rules/r.toml", &rule)]);
+        let bad = check();
+        let told = String::from_utf8_lossy(&bad.stderr);
+        assert!(bad.status.code() == Some(1) && told.contains(&format!("rules/r.toml: {place}")), "{told}");
+    }
+    let rule = Command::new(BINARY).arg("check").arg(folder.join("rules/r.toml")).output().unwrap();
+    assert!(rule.status.success(), "what its columns are is not known there: {rule:?}");
 }
