@@ -29,7 +29,7 @@ use engine::event::{ItemName, METRICS, Micros, Span, StreamName, WorkspaceId};
 use engine::limit::{StateLimits, StateSize};
 use engine::metric::Rows;
 use engine::program::Program;
-use engine::workspace::IDLE_TIMEOUT;
+use engine::workspace::{IDLE_TIMEOUT, Stop};
 use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use ractor::{Actor, ActorRef, RpcReplyPort};
@@ -253,9 +253,18 @@ impl RowsPage {
     }
 }
 
-/// A metric's program, its provisional rows, the event time of the stream they come from, and when the newest of its final
-/// rows ends that is not stored yet.
-pub type LiveRows = (Arc<Program>, Vec<Rows>, Option<Micros>, Option<Micros>);
+/// How a metric stands.
+pub struct LiveRows {
+    pub program: Arc<Program>,
+    /// Its provisional rows.
+    pub rows: Vec<Rows>,
+    /// The event time that the stream they come from has reached.
+    pub frontier: Option<Micros>,
+    /// When the newest of its final rows ends that is not stored yet.
+    pub unsaved_to: Option<Micros>,
+    /// Why it stopped.
+    pub failure: Option<Stop>,
+}
 
 /// A question in SQL.
 #[derive(Clone, Debug)]
@@ -1041,11 +1050,16 @@ impl System {
         Ok(RowsPage { rows, next })
     }
 
-    /// Provisional rows as they stand now, and the event time that their metric has reached.
+    /// How a metric stands now.
     pub async fn live_rows(&self, id: &WorkspaceId, name: &ItemName) -> Result<LiveRows, Fault> {
         let recent = self.read(id, |reply| WorkspaceMsg::Rows { metric: name.clone(), reply }).await??;
-        let unsaved = recent.unsaved.iter().map(|row| row.window_end).max();
-        Ok((recent.program?, recent.live, recent.frontier, unsaved))
+        Ok(LiveRows {
+            program: recent.program?,
+            rows: recent.live,
+            frontier: recent.frontier,
+            unsaved_to: recent.unsaved.iter().map(|row| row.window_end).max(),
+            failure: recent.failure,
+        })
     }
 
     /// Answers read-only SQL over the workspace's streams and metrics, within its time: waiting, reading and computing
@@ -1641,7 +1655,9 @@ async fn warm(system: Weak<Inner>) {
     for (id, metric) in looked_at.into_iter().flatten() {
         let Some(system) = system.upgrade().map(System) else { return };
         // what is not there any more needs no reading
-        let Ok((program, _, Some(frontier), _)) = system.live_rows(&id, &metric).await else { continue };
+        let Ok(LiveRows { program, frontier: Some(frontier), .. }) = system.live_rows(&id, &metric).await else {
+            continue;
+        };
         let back = Span(program.window().slide().0.saturating_mul(CHART));
         let query = RowsQuery { from: Some(frontier.minus(back)), limit: CHART as usize, ..RowsQuery::default() };
         if let Err(error) = system.read_rows(&id, &metric, query).await {

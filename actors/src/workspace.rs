@@ -172,6 +172,7 @@ pub(crate) struct Recent {
     pub(crate) frontier: Option<Micros>,
     pub(crate) unsaved: Vec<FinalRow>,
     pub(crate) live: Vec<Rows>,
+    pub(crate) failure: Option<Stop>,
 }
 
 /// What became of a commit.
@@ -1772,7 +1773,7 @@ impl State {
         let unsaved =
             self.in_store.iter().chain(&self.unsaved.rows).filter(|row| row.metric == *metric).cloned().collect();
         let frontier = self.engine.reached(metric);
-        Ok(Recent { program, frontier, unsaved, live })
+        Ok(Recent { program, frontier, unsaved, live, failure: self.engine.failure(metric).cloned() })
     }
 
     /// Values a portfolio by its positions in the store, and tells `ref.positions` of them. What fails is tried again.

@@ -35,6 +35,7 @@ use channel::{Body, Channel, HISTORIES_BYTES_MAX, Wish};
 use engine::event::{ItemName, WorkspaceId};
 use engine::metric::Rows;
 use engine::program::Program;
+use engine::workspace::Stop;
 use fanout::Fanout;
 use feed::Feeds;
 use parking_lot::{Mutex, RwLock};
@@ -209,13 +210,13 @@ impl Hub {
             (wish.instead, rest) = (Some(asks), Some(firing));
         }
         self.sweep(Instant::now());
-        let live = match (&name.topic, &workspace) {
-            (Topic::Query { .. }, Some(workspace)) => Mutex::new(Some(self.live(workspace)?)),
-            _ => Mutex::default(),
+        let mut live = match (&name.topic, &workspace) {
+            (Topic::Query { .. }, Some(workspace)) => Some(self.live(workspace)?),
+            _ => None,
         };
         loop {
             let channel = self.channel(system, workspace.as_ref(), &name).await?;
-            let load = || load::load(self, system, &channel, sql.as_deref().zip(live.lock().take()), rate);
+            let load = || load::load(self, system, &channel, sql.as_deref().zip(live.take()), rate);
             if let Err(problem) = channel.loaded.get_or_try_init(load).await {
                 self.close(&channel);
                 return Err(problem);
@@ -225,6 +226,9 @@ impl Hub {
                 && let Some(workspace) = &workspace
             {
                 load::check(system, workspace, &name).await?;
+            }
+            if wish.since.as_ref().is_none_or(|since| !channel.recovers(since)) {
+                wish.missed = wish.missed.or_else(|| channel.failed.lock().clone().map(load::alone));
             }
             // what is not held any more is in the log or the store; what comes while it is read is held
             if let Some((since, until)) = channel.not_held(wish.since.as_ref()) {
@@ -525,10 +529,11 @@ impl Outlet for Hub {
                 self.rows(&self.listening(&workspace, Topic::Metric(metric.clone())), program, rows, &what);
             }
             What::MetricFailed { metric, stop } => {
-                let said = json!({"metric": metric, "code": stop.cause.code(), "reason": stop.reason});
-                let event = custom("metric.failed", &said.to_string());
-                let channels = self.listening(&workspace, Topic::Metric(metric.clone()));
-                channels.iter().for_each(|channel| channel.event(&event));
+                let event = metric_failed(metric, stop);
+                for channel in self.listening(&workspace, Topic::Metric(metric.clone())) {
+                    *channel.failed.lock() = Some(event.clone());
+                    channel.event(&event);
+                }
             }
             What::MetricRemoved { metric } => {
                 self.void(&self.listening(&workspace, Topic::Metric(metric.clone())), &what);
@@ -591,6 +596,7 @@ impl Hub {
     /// What these channels showed is there no more.
     fn void(&self, channels: &[Arc<Channel>], what: &What) {
         for channel in channels {
+            channel.failed.lock().take();
             if !set_aside(channel, what) {
                 channel.reset();
                 self.close(channel); // without listeners: the next one reads what there is by then
@@ -652,6 +658,11 @@ impl RowChange {
         let rows: Vec<MetricRow> = self.rows.iter().filter(|row| name.keeps(&row.pairs)).cloned().collect();
         state.rows(&rows, &gone, self.is_complete, self.is_final)
     }
+}
+
+fn metric_failed(metric: &ItemName, stop: &Stop) -> String {
+    let said = json!({"metric": metric, "code": stop.cause.code(), "reason": stop.reason});
+    custom("metric.failed", &said.to_string())
 }
 
 /// What a portfolio's channel shows: all of it, or its value alone.

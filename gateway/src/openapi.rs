@@ -118,10 +118,10 @@ const OPERATIONS: &[Operation] = &[
     Operation::new("post", "/api/v1/auth/logout", "sign-in", "Ends the sign-in of the access token, or of the refresh token in the body; with `everywhere` all sign-ins of the user.")
         .takes("Logout"),
     Operation::new("get", "/api/v1/auth/oidc", "sign-in", "The OpenID Connect issuers that somebody may sign in with.").gives(200, "Issuers"),
-    Operation::new("get", "/api/v1/auth/oidc/{issuer}/start", "sign-in", "Sends the browser to the issuer: authorization code with PKCE.")
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/start", "sign-in", "Sends the browser to the issuer: authorization code with PKCE. A cookie carries the sign-in, which has ten minutes; a browser has at most four under way.")
         .refuses(&[404, 502])
         .gives_nothing(303),
-    Operation::new("get", "/api/v1/auth/oidc/{issuer}/callback", "sign-in", "Where the issuer sends the browser back; it goes on to the console with `#sign_in=CODE`.")
+    Operation::new("get", "/api/v1/auth/oidc/{issuer}/callback", "sign-in", "Where the issuer sends the browser back; it goes on to the console with `#sign_in=CODE`. 401 `sign_in_refused`: begin again. 403 `unknown_user`: there is no user for whom the issuer names. 502 `issuer_failed`: the issuer is away.")
         .query(&[("state", "Of the sign-in."), ("code", "The authorization code."), ("error", "Why the issuer refused.")])
         .refuses(&[403, 404, 502])
         .gives_nothing(303),

@@ -37,6 +37,10 @@ async fn a_metric_over_its_bound_says_so_on_its_channel_and_runs_again_when_it_i
     assert_eq!((&value["metric"], &value["code"]), (&json!("each"), &json!("state_limit")), "{told}");
     assert!(value["reason"].as_str().unwrap().contains("limits.metric_state_groups"), "{told}");
     assert_eq!(stopped(&server, "each").await, "state_limit");
+    // and to whoever comes later
+    let mut late = server.socket().await;
+    late.subscribe("metrics/each", Value::Null).await;
+    late.until(|frame| frame["event"]["name"] == "metric.failed").await;
 
     server.ingest("market.trades", &trades(90, 0..1)).await;
     assert_eq!(server.final_rows("all", 1).await[0]["n"], 11);
@@ -46,6 +50,9 @@ async fn a_metric_over_its_bound_says_so_on_its_channel_and_runs_again_when_it_i
     // a restart changes nothing; room and the same definition do
     let server = Server::start_with(directory.path(), bounded(20)).await;
     assert_eq!(stopped(&server, "each").await, "state_limit");
+    let mut late = server.socket().await;
+    late.subscribe("metrics/each", Value::Null).await;
+    late.until(|frame| frame["event"]["name"] == "metric.failed").await;
     server.metric("each", each).await;
     assert_eq!(stopped(&server, "each").await, Value::Null);
     server.ingest("market.trades", &(trades(100, 0..12) + &trades(200, 0..1))).await;

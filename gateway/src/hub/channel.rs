@@ -125,6 +125,8 @@ pub(super) struct Channel {
     pub(super) json_columns: Vec<String>,
     /// Set once the state it starts from is there.
     pub(super) loaded: OnceCell<()>,
+    /// That its metric failed, for who comes later.
+    pub(super) failed: Mutex<Option<String>>,
     /// The live query that it shows, while it is open.
     pub(super) asked: Mutex<Option<Asked>>,
     epoch: Arc<str>,
@@ -243,8 +245,21 @@ impl Channel {
             idle_since: Some(now),
             is_closed: false,
         };
-        let (loaded, asked, inner) = (OnceCell::new(), Mutex::default(), Mutex::new(inner));
-        Channel { workspace, name, json_columns, loaded, asked, epoch, head, queue_bytes, histories, feed, inner }
+        let (loaded, failed, asked, inner) = (OnceCell::new(), Mutex::default(), Mutex::default(), Mutex::new(inner));
+        Channel {
+            workspace,
+            name,
+            json_columns,
+            loaded,
+            failed,
+            asked,
+            epoch,
+            head,
+            queue_bytes,
+            histories,
+            feed,
+            inner,
+        }
     }
 
     /// The channel's name in a few bytes, for the reason of a close.

@@ -9,9 +9,10 @@ use crate::agui::{self, Dialect};
 use crate::encode::{self, MetricRow};
 use crate::problem::Problem;
 use actors::agent::RunHandle;
-use actors::{QueryRequest, RowsQuery, System, What};
+use actors::{LiveRows, QueryRequest, RowsQuery, System, What};
 use axum::http::StatusCode;
 use engine::event::{ItemName, Micros, StreamName, WorkspaceId};
+use engine::workspace::Stop;
 use serde_json::json;
 use sql::store::StoreError;
 use std::collections::HashMap;
@@ -28,8 +29,8 @@ const ATTEMPTS: usize = 5;
 /// Rows of a page of history, and the most pages that are read for a channel's first state.
 const PAGE: usize = 1_000;
 const PAGES_MAX: usize = 10;
-/// How far back history is looked at for keys without a row in an open window, in windows.
-const WINDOWS_BACK: i64 = 2;
+/// How far back history is looked at for keys without a row in an open window, in windows; less where there is too much.
+const WINDOWS_BACK: [i64; 2] = [100, 2];
 
 /// How often the system's own figures are taken.
 const SYSTEM_EVERY: Duration = Duration::from_secs(1);
@@ -116,7 +117,11 @@ async fn read_state(system: &System, workspace: &WorkspaceId, channel: &Channel)
             Topic::Metric(metric) => {
                 // row by row: of several rows of a key the newest stays, whatever their order
                 let mut state = State::new(Place::Rows);
-                for row in metric_rows(system, workspace, metric, &channel.name).await? {
+                let (rows, failure) = metric_rows(system, workspace, metric, &channel.name).await?;
+                if let Some(stop) = failure {
+                    *channel.failed.lock() = Some(super::metric_failed(metric, &stop));
+                }
+                for row in rows {
                     state.rows(&[row], &[], false, false).into_iter().for_each(|op| state.apply(op, 0));
                 }
                 state
@@ -176,45 +181,55 @@ fn catch_up(state: &mut State, name: &ChannelName, what: &What) {
     ops.into_iter().for_each(|op| state.apply(op, 0));
 }
 
-/// The newest row of each key: of an open window where there is one, else the last final one of late.
+/// The newest row of each key: of an open window where there is one, else the last final one of late. Why the metric
+/// stopped, if it did.
 async fn metric_rows(
     system: &System,
     workspace: &WorkspaceId,
     metric: &ItemName,
     name: &ChannelName,
-) -> Result<Vec<MetricRow>, Problem> {
-    let (program, live, _, unsaved) = system.live_rows(workspace, metric).await?;
+) -> Result<(Vec<MetricRow>, Option<Stop>), Problem> {
+    let LiveRows { program, rows: live, unsaved_to, failure, .. } = system.live_rows(workspace, metric).await?;
     let mut rows: Vec<MetricRow> = Vec::new();
     for part in &live {
-        let part = encode::metric_rows(&program, part).map_err(Problem::internal)?;
-        rows.extend(part.into_iter().filter(|row| name.keeps(&row.pairs)));
+        rows.extend(encode::metric_rows(&program, part).map_err(Problem::internal)?);
     }
     // not from where event time is: it may have gone on without events for as long as nobody sent any
-    let newest = match rows.iter().map(|row| row.window_end).max().or(unsaved) {
+    let newest = match rows.iter().map(|row| row.window_end).max().or(unsaved_to) {
         None => system.store().newest_row(workspace, metric).await?,
         live => live,
     };
-    let back = program.window().size().0.saturating_mul(WINDOWS_BACK);
-    let mut query = RowsQuery {
-        from: newest.map(|at| Micros(at.0.saturating_sub(back))),
-        limit: PAGE,
-        only_final: Some(true),
-        keys: name.filter.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect(),
-        ..RowsQuery::default()
-    };
+    rows.retain(|row| name.keeps(&row.pairs));
     let mut finals: HashMap<Arc<str>, MetricRow> = HashMap::new();
-    for _ in 0..PAGES_MAX {
-        let page = system.metric_rows(workspace, metric, query.clone()).await?;
-        // in order of windows: a later row of a key is a newer one
-        let read = encode::stored_rows(&program, &page.rows).map_err(Problem::internal)?;
-        finals.extend(read.into_iter().map(|row| (row.key.clone(), row)));
-        match page.next {
-            Some(next) => query.after = Some(next),
-            None => break,
+    for windows in WINDOWS_BACK {
+        finals.clear();
+        let back = program.window().size().0.saturating_mul(windows);
+        let mut query = RowsQuery {
+            from: newest.map(|at| Micros(at.0.saturating_sub(back))),
+            limit: PAGE,
+            only_final: Some(true),
+            keys: name.filter.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect(),
+            ..RowsQuery::default()
+        };
+        for _ in 0..PAGES_MAX {
+            let page = system.metric_rows(workspace, metric, query.clone()).await?;
+            // in order of windows: a later row of a key is a newer one
+            let read = encode::stored_rows(&program, &page.rows).map_err(Problem::internal)?;
+            finals.extend(read.into_iter().map(|row| (row.key.clone(), row)));
+            query.after = page.next;
+            if query.after.is_none() {
+                break;
+            }
+        }
+        if query.after.is_none() {
+            break;
         }
     }
     rows.extend(finals.into_values());
-    Ok(rows)
+    if program.is_top() {
+        rows.retain(|row| Some(row.window_end) == newest); // the first of a window are all there is of it
+    }
+    Ok((rows, failure))
 }
 
 /// A filter whose values are written as those are that it is compared with.
@@ -232,7 +247,7 @@ pub(super) async fn typed_filter(
             (format!("stream `{stream}` has no column"), schema.arrow().fields().clone())
         }
         Topic::Metric(metric) => {
-            let (program, ..) = system.live_rows(workspace, metric).await?;
+            let LiveRows { program, .. } = system.live_rows(workspace, metric).await?;
             let keys = program.output().fields()[2..2 + program.key_count()].to_vec();
             (format!("metric `{metric}` has no key"), keys.into())
         }
@@ -446,6 +461,12 @@ async fn firing_alerts(system: &System, workspace: &WorkspaceId) -> Result<Page,
 pub(super) async fn missed(system: &System, channel: &Arc<Channel>, since: u64, until: u64) -> Option<(Missed, Rest)> {
     let page = page_of_log(system, channel, since, until).await?;
     Some(begun(page, None, Source::Log(system.clone())))
+}
+
+/// What one who comes is told alone, in front of the state.
+pub(super) fn alone(event: String) -> Missed {
+    let (asks, _) = mpsc::channel(1); // there is no more
+    Missed { page: Page { until: 0, messages: vec![(1, event)], has_more: false }, repeated: Some(1), asks }
 }
 
 fn begun(page: Page, repeated: Option<u64>, source: Source) -> (Missed, Rest) {

@@ -764,3 +764,46 @@ async fn a_portfolio_that_was_deleted_is_shown_to_nobody_and_another_of_its_name
     assert_eq!(answer(&mut other, subscribe("portfolio/main")).await["type"], "ok");
     until(&mut other, &|event| event["snapshot"]["currency"] == "EUR").await;
 }
+
+/// Subscribes again and again until the rows of the snapshot are these: what was sent is computed a moment later.
+async fn snapshot_until(listening: &Listening, token: &str, channel: &str, wanted: &[&str]) {
+    for left in (0..100).rev() {
+        let mut socket = signed_in(listening, token).await;
+        assert_eq!(answer(&mut socket, subscribe(channel)).await["type"], "ok");
+        let heard = hear(&mut socket).await;
+        let rows = heard["event"]["snapshot"]["rows"].as_object();
+        if rows.is_some_and(|rows| rows.keys().eq(wanted)) {
+            return;
+        }
+        assert!(left > 0, "{channel}: {heard}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_the_first_of_a_window_who_comes_late_has_those_of_the_newest_too() {
+    let (listening, root, _) = workspace().await;
+    let ws = "/api/v1/workspaces/acme";
+    let sql = "SELECT symbol, sum(qty) AS volume FROM market.trades GROUP BY symbol, tumble(ts, INTERVAL '1 minute') \
+               ORDER BY volume DESC LIMIT 2";
+    let definition = json!({"sql": sql, "max_delay": "0s"});
+    let made = listening.server.call("PUT", &format!("{ws}/metrics/top"), &root, definition).await;
+    assert!(made.status < 300, "{}", made.body);
+    let send = async |minute: i64, symbols: [&str; 2]| {
+        let ts = 1_790_000_040_000_i64 + minute * 60_000;
+        let events = symbols.map(|symbol| json!({"ts": ts, "symbol": symbol, "price": 1, "qty": 1}));
+        let at = format!("{ws}/streams/market.trades/events");
+        assert_eq!(listening.server.call("POST", &at, &root, json!(events)).await.status, 200);
+    };
+    send(0, ["A", "B"]).await;
+    send(1, ["C", "D"]).await;
+    snapshot_until(&listening, &root, "metrics/top", &["C", "D"]).await;
+    snapshot_until(&listening, &root, "metrics/top?symbol=C", &["C"]).await;
+    snapshot_until(&listening, &root, "metrics/top?symbol=A", &[]).await;
+    // of other metrics each key's last row, also one of long before
+    for minute in 2..8 {
+        send(minute, ["C", "D"]).await;
+    }
+    snapshot_until(&listening, &root, "metrics/volume", &["A", "B", "C", "D"]).await;
+    snapshot_until(&listening, &root, "metrics/volume?symbol=A", &["A"]).await;
+}
