@@ -1184,9 +1184,14 @@ impl State {
     /// Events that were refused when they came are dead letters.
     fn refused(&mut self, stream: &StreamName, events: Vec<Refused>) {
         let room = DEAD_LETTERS_HELD.saturating_sub(self.unsaved.dead_letters.len());
-        let letter =
-            |Refused { at, code, detail, payload }| DeadLetter { stream: stream.clone(), at, code, detail, payload };
-        self.unsaved.dead_letters.extend(events.into_iter().take(room).map(letter));
+        let letter = |(place, Refused { at, code, detail, payload })| DeadLetter {
+            stream: stream.clone(),
+            at: one_of_many(at, place),
+            code,
+            detail,
+            payload,
+        };
+        self.unsaved.dead_letters.extend(events.into_iter().take(room).enumerate().map(letter));
         self.dirty = true; // the state has them behind it
     }
 
@@ -1194,11 +1199,11 @@ impl State {
     fn late(&mut self, stream: &StreamName, batch: &RecordBatch, outputs: &Outputs) {
         let room = DEAD_LETTERS_HELD.saturating_sub(self.unsaved.dead_letters.len());
         let at = self.deps.clock.now();
-        for late in outputs.late.iter().take(room) {
+        for (place, late) in outputs.late.iter().take(room).enumerate() {
             let line = rows::json_lines(&batch.slice(late.row as usize, 1)).ok().and_then(|mut lines| lines.pop());
             self.unsaved.dead_letters.push(DeadLetter {
                 stream: stream.clone(),
-                at,
+                at: one_of_many(at, place),
                 code: "late".to_owned(),
                 detail: format!(
                     "came after the window of metric `{}` was final and its allowed lateness over",
@@ -1896,6 +1901,11 @@ fn compute_batch(workspace: &WorkspaceId, engine: &mut Workspace, stream: &Strea
     #[cfg(test)]
     crate::fault_point::step(workspace, batch);
     engine.step(stream, batch)
+}
+
+/// When a letter came, apart from others that came with it: letters equal in everything are one.
+fn one_of_many(at: Micros, place: usize) -> Micros {
+    Micros(at.0.saturating_add(place as i64))
 }
 
 fn cannot_be_planned(metric: &ItemName, reason: &str) -> String {

@@ -266,6 +266,25 @@ async fn what_was_refused_is_read_as_dead_letters_in_pages() {
     let second = server.get(&format!("{at}/dead-letters?limit=1&after={next}"), &root).await;
     assert_eq!(second.body["dead_letters"][0]["stream"], "market.trades", "{}", second.body);
     assert!(second.body.get("next").is_none());
+    // of equal ones each is kept
+    let bad = json!(vec![json!({"symbol": "A", "price": "x", "qty": 1}); 5]);
+    assert_eq!(server.call("POST", &format!("{at}/streams/market.trades/events"), &root, bad).await.status, 200);
+    let kept = async || {
+        let read = server.get(&format!("{at}/dead-letters?stream=market.trades"), &root).await.body;
+        read["dead_letters"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|letter| letter["payload"].to_string().contains('x'))
+            .count()
+    };
+    for left in (0..100).rev() {
+        if kept().await == 5 {
+            break;
+        }
+        assert!(left > 0, "{}", kept().await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(server.get(&format!("{at}/dead-letters?after=x"), &root).await.code(), "bad_cursor");
     assert_eq!(server.get(&format!("{at}/dead-letters?stream=nonsense"), &root).await.code(), "bad_name");
     let one = json!({"name": "x", "role": "viewer", "scopes": ["stream:read@streams/chat.messages"]});
