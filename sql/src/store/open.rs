@@ -6,12 +6,19 @@ use super::webhooks::OutboxBounds;
 use super::{Cause, Store, StoreError, cause, postgres};
 use serde::{Deserialize, Serialize};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqlSafeStr};
+use sqlx::pool::PoolOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqliteSynchronous};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Database, SqlSafeStr};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// A pool without sqlx's task that looks for idle and old connections: how many there are it reads while they are taken,
+/// and between two steps of that there are 2^64 to look at, without an end and without a pause for anybody (0.9.0).
+pub(super) fn pool<DB: Database>() -> PoolOptions<DB> {
+    PoolOptions::new().idle_timeout(None).max_lifetime(None)
+}
 
 /// How the store connects and what it keeps: `store.*` of the configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -181,7 +188,7 @@ impl Store {
             Place::Postgres => return postgres::open(url, options).await,
         };
         let writer = open_writer(&path, options).await?;
-        let readers = SqlitePoolOptions::new()
+        let readers = pool()
             .max_connections(READERS)
             .acquire_timeout(Duration::from_millis(options.acquire_ms))
             // Not a read-only file handle, which could not make the shared memory of the write-ahead log.
@@ -289,7 +296,7 @@ async fn open_writer(path: &Path, options: &Options) -> Result<SqlitePool, Store
         Ok(connection(path, options)?.pragma("cache_size", "-32768"))
     };
     let connection = connection.await.map_err(|source| unopened(path, source))?;
-    let writer = SqlitePoolOptions::new()
+    let writer = pool::<sqlx::Sqlite>()
         .max_connections(1)
         .acquire_timeout(Duration::from_millis(options.acquire_ms))
         .before_acquire(|connection, _| {

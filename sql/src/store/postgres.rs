@@ -1,13 +1,16 @@
 //! Connections, migrations and TimescaleDB of a PostgreSQL server.
 
 use super::db::{Db, Dialect, Renewed, Server};
-use super::open::{migrator, unmigrated};
+use super::open::{migrator, pool as new_pool, unmigrated};
 use super::{Cause, Options, Store, StoreError, cause};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection, raw_sql};
 use std::io;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
+
+/// A connection is used for so long, so that one whose server moved is not used for ever.
+const CONNECTION_LIFE: Duration = Duration::from_secs(30 * 60);
 
 /// Held while tables are made or changed: of many nodes that start at once one does it and the others wait.
 const ADVISORY_LOCK: i64 = i64::from_be_bytes(*b"tidewtch");
@@ -25,13 +28,13 @@ pub(super) async fn open(url: &str, options: &Options) -> Result<Store, StoreErr
     let mode = migrate(url, options).await?;
     let (connect, server) = connection(url)?;
     let renewed = Renewed::default();
-    let pool = PgPoolOptions::new()
+    let pool = new_pool()
         .max_connections(options.max_connections.max(1))
         .acquire_timeout(Duration::from_millis(options.acquire_ms))
         .before_acquire({
             let renewed = renewed.clone();
             move |_, known| {
-                let is_fresh = renewed.is_fresh(known.age);
+                let is_fresh = renewed.is_fresh(known.age) && known.age < CONNECTION_LIFE;
                 Box::pin(async move { Ok(is_fresh) })
             }
         })
