@@ -147,6 +147,9 @@ struct Claims {
     sid: String,
     iat: i64,
     exp: i64,
+    /// We write none; one that somebody wrote with our secret holds too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nbf: Option<i64>,
 }
 
 /// A secret as it is configured: itself, or a file that holds it.
@@ -343,7 +346,7 @@ impl Auth {
         };
         if !store.put_identity(&issuer, &subject, &user.id, now).await? {
             let detail = "the issuer knows the user with this e-mail address as somebody else; an admin gives one of the \
-                          two another address at the issuer, or takes the user's row out of the store's `identities`";
+                          two another address at the issuer, or lets the user begin anew: `tidewatch user reset-oidc`";
             return Err(nobody(detail));
         }
         Ok(user)
@@ -601,6 +604,7 @@ impl Auth {
             sid: family.into(),
             iat: seconds,
             exp: seconds + self.access.0 / 1_000_000,
+            nbf: None,
         };
         let kid = Some(self.signing_id.clone());
         let header = Header { typ: Some(ACCESS_TYPE.into()), kid, ..Header::new(Algorithm::HS256) };
@@ -614,7 +618,8 @@ impl Auth {
         let mut keys = self.checking.iter();
         let (_, key) = keys.find(|(id, _)| kid.as_ref().is_none_or(|kid| kid == id))?;
         let data = jsonwebtoken::decode::<Claims>(token, key, &self.validation).ok()?;
-        let in_time = Micros(data.claims.exp.saturating_mul(1_000_000)) > now;
+        let at = |seconds: i64| Micros(seconds.saturating_mul(1_000_000));
+        let in_time = at(data.claims.exp) > now && data.claims.nbf.is_none_or(|from| at(from) <= now);
         (data.header.typ.as_deref() == Some(ACCESS_TYPE) && in_time).then_some(data.claims)
     }
 
@@ -1056,9 +1061,16 @@ mod tests {
             claims.as_object_mut().unwrap().remove(claim);
             assert!(auth.claims(&forge(&claims, access_header(), SECRET), NOW).is_none(), "without {claim}");
         }
-        for (claim, wrong) in [("iss", "somebody"), ("aud", "another-api"), ("exp", "never")] {
+        let second = NOW.0 / 1_000_000 + 1;
+        for (claim, wrong) in [
+            ("iss", json!("somebody")),
+            ("iss", json!([ISSUER])),
+            ("aud", json!("another-api")),
+            ("exp", json!("never")),
+            ("nbf", json!(second)),
+        ] {
             let mut claims = good();
-            claims[claim] = wrong.into();
+            claims[claim] = wrong.clone();
             assert!(auth.claims(&forge(&claims, access_header(), SECRET), NOW).is_none(), "{claim} {wrong}");
         }
     }

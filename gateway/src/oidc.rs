@@ -160,6 +160,9 @@ struct KeySet {
 
 #[derive(Deserialize)]
 struct IdToken {
+    /// One; the library would take a list that holds the right one.
+    #[serde(rename = "iss")]
+    _iss: String,
     sub: String,
     aud: Value,
     exp: f64,
@@ -788,6 +791,7 @@ mod tests {
         let now = NOW.0 / 1_000_000;
         let wrong = [
             json!({"iss": "https://elsewhere.example"}),
+            json!({"iss": [issuer.url, "https://elsewhere.example"]}),
             json!({"aud": "another client"}),
             json!({"aud": ["tidewatch", "another client"]}),
             json!({"nonce": "another"}),

@@ -63,6 +63,13 @@ pub enum UserCommand {
         #[command(flatten)]
         config: ConfigFile,
     },
+    /// Forgets as whom the issuers know a user, and ends every sign-in: who comes next with the address is the user.
+    #[command(after_help = "Example: tidewatch user reset-oidc ada@example.com")]
+    ResetOidc {
+        email: String,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
 }
 
 #[derive(clap::Subcommand)]
@@ -222,6 +229,14 @@ pub async fn user(command: UserCommand) -> Result<()> {
             }
             note(&store, None, "user reset-totp", &email).await?;
             println!("{email} signs in without a second factor now");
+        }
+        UserCommand::ResetOidc { email, config } => {
+            let store = store(config).await?;
+            if !store.delete_identities(&user_of(&store, &email).await?.id).await? {
+                bail!("no issuer knows `{email}`");
+            }
+            note(&store, None, "user reset-oidc", &email).await?;
+            println!("no issuer knows {email} now; every sign-in has ended");
         }
     }
     Ok(())

@@ -250,6 +250,7 @@ async fn a_command_names_what_there_is_not() {
     fails(&["key", "list", "-w", "none"], "there is no workspace `none`").await;
     fails(&["token", "revoke", "nobody@example.com"], "there is no user `nobody@example.com`; `tidewatch user list`")
         .await;
+    fails(&["user", "reset-oidc", EMAIL], "no issuer knows `owner@example.com`").await;
     fails(&["check", "none"], "there is no file and no folder `none`").await;
     server.stop().await;
     // a backup that fails leaves nothing: here of a store that cannot be read

@@ -1,6 +1,7 @@
 //! Second factors, and users as other issuers know them. Secrets come sealed and stay so.
 
 use super::db::{FromRow, Row, Scope, query, query_as, query_scalar};
+use super::users::revoke_families;
 use super::{Store, StoreError, User, failed};
 use engine::event::Micros;
 
@@ -140,6 +141,21 @@ impl Store {
         .await
         .map_err(failed("put identity"))
     }
+
+    /// Forgets as whom issuers know a user, and ends every sign-in: whether there was an issuer that did.
+    pub async fn delete_identities(&self, user: &str) -> Result<bool, StoreError> {
+        async {
+            let mut tx = self.db.begin(Scope::Installation).await?;
+            let deleted = query("DELETE FROM identities WHERE user_id = $1").bind(user).execute(&mut tx).await?;
+            if deleted > 0 {
+                revoke_families(&mut tx, user).await?;
+            }
+            tx.commit().await?;
+            Ok(deleted > 0)
+        }
+        .await
+        .map_err(failed("delete identities"))
+    }
 }
 
 #[cfg(test)]
@@ -181,5 +197,16 @@ mod tests {
         assert!(!put("https://id", "43", "ann").await, "the user is another subject");
         assert!(put("https://elsewhere", "43", "ann").await);
         assert_eq!(who().await.as_deref(), Some("ann"));
+        let token = super::super::RefreshToken {
+            token_hash: "hash".into(),
+            family: "family".into(),
+            user: "ann".into(),
+            issued_at: Micros(1),
+            expires_at: Micros(9),
+        };
+        store.insert_refresh(&token).await.unwrap();
+        assert!(store.delete_identities("ann").await.unwrap() && !store.delete_identities("ann").await.unwrap());
+        assert!(store.family_revoked("family").await.unwrap());
+        assert!(put("https://id", "43", "ann").await, "whoever comes next");
     }
 }

@@ -102,7 +102,7 @@ async fn insert_token(tx: &mut Tx, token: &RefreshToken) -> Result<(), sqlx::Err
 }
 
 /// Makes the tokens of every sign-in of a user useless: how many sign-ins there were.
-async fn revoke_families<'t>(on: impl Into<On<'t>>, user: &str) -> Result<u64, sqlx::Error> {
+pub(super) async fn revoke_families<'t>(on: impl Into<On<'t>>, user: &str) -> Result<u64, sqlx::Error> {
     query(
         "UPDATE refresh_families SET revoked = $2 WHERE NOT revoked \
          AND family IN (SELECT family FROM refresh_tokens WHERE user_id = $1)",
