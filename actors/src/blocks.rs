@@ -156,7 +156,7 @@ impl Past<'_> {
         }
         let question = format!("page {step:?} {wanted:?}");
         let tags = vec![of_workspace(self.workspace), self.tag(), of_tail(self.workspace, self.metric)];
-        let load = async {
+        let load = async || {
             let (rows, next) = match step {
                 None => self.store.rows(self.workspace, self.metric, wanted).await?,
                 Some(step) => self.store.samples(self.workspace, self.metric, wanted, step).await?,
@@ -175,7 +175,7 @@ impl Past<'_> {
         &self,
         tags: Vec<Tag>,
         question: String,
-        load: impl Future<Output = Result<Rows, Fault>>,
+        load: impl AsyncFnOnce() -> Result<Rows, Fault>,
     ) -> Result<Arc<Rows>, Fault> {
         let ask = Ask { class: Class::History, tags, question: format!("{} {question}", self.metric) };
         self.cache.get(&ask, load).await.map_err(Arc::unwrap_or_clone)
@@ -244,7 +244,7 @@ impl Past<'_> {
             if is_open { of_tail(self.workspace, self.metric) } else { of_block(self.workspace, self.metric, block) };
         let tags = vec![of_workspace(self.workspace), self.tag(), newest];
         let question = format!("block {} {block} {is_open} {keys:?}", width.0);
-        let load = async {
+        let load = async || {
             let wanted = RowQuery {
                 from: Some(width.start(block)),
                 to: (!is_open).then(|| width.start(block + 1)),

@@ -1082,7 +1082,8 @@ impl System {
             // who may wait longer does not get the failure of who may not
             question: format!("from {first} to {offset} within {timeout:?} of {params} {}", request.sql),
         };
-        let answer = self.cache().get(&ask, self.compute(tenant, question, request.params, timeout, deadline)).await;
+        let load = async || self.compute(tenant, question, request.params, timeout, deadline).await;
+        let answer = self.cache().get(&ask, load).await;
         answer.map(|answer| answer.as_ref().clone()).map_err(Arc::unwrap_or_clone)
     }
 
@@ -1281,7 +1282,7 @@ impl System {
     pub async fn portfolios(&self, id: &WorkspaceId) -> Result<Vec<Portfolio>, Fault> {
         let tags = vec![blocks::of_workspace(id), of_portfolios(id)];
         let ask = Ask { class: Class::Portfolios, tags, question: "portfolios".to_owned() };
-        let load = async { Ok::<_, Fault>(Listed(self.store().portfolios(id).await?)) };
+        let load = async || Ok::<_, Fault>(Listed(self.store().portfolios(id).await?));
         let listed = self.cache().get(&ask, load).await;
         listed.map(|listed| listed.0.clone()).map_err(Arc::unwrap_or_clone)
     }
@@ -1290,7 +1291,7 @@ impl System {
     pub async fn positions(&self, id: &WorkspaceId, portfolio: &ItemName) -> Result<Vec<Position>, Fault> {
         let tags = vec![blocks::of_workspace(id), of_portfolio(id, portfolio)];
         let ask = Ask { class: Class::Portfolios, tags, question: format!("positions {portfolio}") };
-        let load = async {
+        let load = async || {
             if self.store().portfolio(id, portfolio.as_str()).await?.is_none() {
                 return Err(unknown("portfolio", "unknown_portfolio", portfolio));
             }

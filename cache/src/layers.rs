@@ -98,6 +98,10 @@ impl Entry {
         let bytes = u32::try_from(value.bytes() + ENTRY_BYTES).unwrap_or(u32::MAX);
         Entry { value: Arc::new(value), bytes, life }
     }
+
+    fn answer<T: Kept>(self) -> Arc<T> {
+        self.value.downcast::<T>().expect("a question has one type of answer")
+    }
 }
 
 /// Entries live as long as they say.
@@ -187,7 +191,7 @@ impl Cache {
     pub async fn get<T: Kept, E: Send + Sync + 'static>(
         &self,
         ask: &Ask,
-        load: impl Future<Output = Result<T, E>>,
+        load: impl AsyncFnOnce() -> Result<T, E>,
     ) -> Result<Arc<T>, Arc<E>> {
         // before anything is read: what changes meanwhile makes another key
         let generations = self.generations.of(&ask.tags);
@@ -195,6 +199,10 @@ impl Cache {
         let key = Key { class: ask.class, generations, question };
         let life = self.lives[ask.class as usize];
         let link = self.link.as_ref().filter(|_| ask.class.is_shared());
+        if let Some(entry) = self.memory.get(&key).await {
+            self.count(ask.class, Layer::Memory);
+            return Ok(entry.answer());
+        }
         let mut from = Layer::Memory;
         let found = self.memory.try_get_with(key, async {
             let looked = match link {
@@ -208,7 +216,7 @@ impl Cache {
                 return Ok(Entry::new(value, found.left.min(life)));
             }
             from = Layer::Load;
-            let value = load.await?;
+            let value = load().await?;
             if let (Some(link), Some(looked)) = (link, looked)
                 && let Some(bytes) = value.encode()
             {
@@ -216,14 +224,14 @@ impl Cache {
             }
             Ok(Entry::new(value, life))
         });
-        let found = found.await;
+        let found = Box::pin(found).await; // it is large, and whoever asks should not be
         self.count(ask.class, from);
-        let Entry { value, bytes, .. } = found?;
-        if u64::from(bytes) > self.largest {
+        let entry = found?;
+        if u64::from(entry.bytes) > self.largest {
             let key = Key { class: ask.class, generations: self.generations.of(&ask.tags), question };
             self.memory.invalidate(&key).await;
         }
-        Ok(value.downcast::<T>().expect("a question has one type of answer"))
+        Ok(entry.answer())
     }
 
     /// What these name has changed, and is in the store: nobody gets what was read before.

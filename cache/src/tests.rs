@@ -36,7 +36,7 @@ fn ask(workspace: &str, tag: &str, question: &str) -> Ask {
 
 /// The answer, which is `text` where it has to be loaded.
 async fn get(cache: &Cache, ask: &Ask, text: &str) -> String {
-    let load = async { Ok::<_, ()>(Text(text.to_owned(), 100)) };
+    let load = async || Ok::<_, ()>(Text(text.to_owned(), 100));
     cache.get(ask, load).await.unwrap().0.clone()
 }
 
@@ -52,7 +52,7 @@ async fn of_many_who_miss_at_once_one_loads() {
         .map(|_| {
             let (cache, loads, gate) = (cache.clone(), loads.clone(), gate.clone());
             tokio::spawn(async move {
-                let load = async {
+                let load = async || {
                     loads.fetch_add(1, SeqCst);
                     gate.notified().await;
                     Ok::<_, ()>(Text("one".into(), 100))
@@ -88,7 +88,7 @@ async fn an_entry_is_good_until_what_it_was_made_of_changes() {
 async fn what_changes_while_it_is_read_is_read_again_by_the_next() {
     let cache = Cache::new(&Config::default());
     let asked = ask("acme", "a", "?");
-    let load = async {
+    let load = async || {
         cache.changed(&[Tag::from("acme/a")]);
         Ok::<_, ()>(Text("old".into(), 100))
     };
@@ -107,7 +107,7 @@ async fn no_workspace_gets_the_answer_of_another() {
 async fn an_error_is_told_and_not_kept() {
     let cache = Cache::new(&Config::default());
     let asked = ask("acme", "a", "?");
-    let failed = cache.get::<Text, _>(&asked, async { Err("away") }).await;
+    let failed = cache.get::<Text, _>(&asked, async || Err("away")).await;
     assert_eq!(*failed.unwrap_err(), "away");
     assert_eq!(get(&cache, &asked, "there").await, "there");
 }
@@ -123,7 +123,7 @@ async fn memory_is_bounded_and_an_entry_too_large_is_not_kept() {
     assert!(cache.memory.entry_count() > 20, "{}", cache.memory.entry_count());
     let (asked, before) = (ask("acme", "a", "large"), loaded(&cache));
     for _ in 0..2 {
-        cache.get(&asked, async { Ok::<_, ()>(Text("large".into(), 1_251)) }).await.unwrap();
+        cache.get(&asked, async || Ok::<_, ()>(Text("large".into(), 1_251))).await.unwrap();
     }
     assert_eq!(loaded(&cache) - before, 2);
 }

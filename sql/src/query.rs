@@ -69,7 +69,7 @@ pub enum QueryError {
 /// A question that may be run: one statement that reads.
 pub struct Question {
     sql: String,
-    statement: Statement,
+    statement: Box<Statement>,
 }
 
 impl Question {
@@ -78,7 +78,7 @@ impl Question {
         match <[Statement; 1]>::try_from(text::statements(sql)?) {
             Ok([mut statement @ Statement::Query(_)]) => {
                 functions::write_out_times(&mut statement);
-                Ok(Question { sql: sql.to_owned(), statement })
+                Ok(Question { sql: sql.to_owned(), statement: Box::new(statement) })
             }
             Ok(_) => Err(SqlError::new("only queries are allowed here: write a SELECT")),
             Err(many) => Err(SqlError::new(format!("one statement at a time, this text has {}", many.len()))),
@@ -88,11 +88,11 @@ impl Question {
     /// Whether it has the same answer as long as the same events and rows are there: it asks neither for the time nor for
     /// chance, and reads no reference table, whose rows become valid with time.
     pub fn is_repeatable(&self) -> bool {
-        let dated = visit_relations(&self.statement, |name| match name.0.first().and_then(|part| part.as_ident()) {
+        let dated = visit_relations(&*self.statement, |name| match name.0.first().and_then(|part| part.as_ident()) {
             Some(schema) if schema.value.eq_ignore_ascii_case(TABLES) => ControlFlow::Break(()),
             _ => ControlFlow::Continue(()),
         });
-        let changing = visit_expressions(&self.statement, |expr| match expr {
+        let changing = visit_expressions(&*self.statement, |expr| match expr {
             Expr::Function(call)
                 if call.name.0.last().and_then(|part| part.as_ident()).is_none_or(|name| is_changing(&name.value)) =>
             {
@@ -106,7 +106,7 @@ impl Question {
     /// The tables it names, each as its parts.
     pub fn tables(&self) -> Result<Vec<Vec<String>>, SqlError> {
         let context = SessionContext::new();
-        let statement = DfStatement::Statement(Box::new(self.statement.clone()));
+        let statement = DfStatement::Statement(self.statement.clone());
         let tables = context.state().resolve_table_references(&statement);
         let tables = tables.map_err(|error| SqlError::from_datafusion(&error, &self.sql))?;
         Ok(tables.iter().map(datafusion::common::TableReference::to_vec).collect())
@@ -160,7 +160,7 @@ impl Question {
             };
             tables.register_table(name.clone(), provider).map_err(convert)?;
         }
-        let statement = DfStatement::Statement(Box::new(self.statement.clone()));
+        let statement = DfStatement::Statement(self.statement.clone());
         let plan = context.state().statement_to_plan(statement).await.map_err(convert)?;
         let read_only = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
         read_only.verify_plan(&plan).map_err(convert)?;

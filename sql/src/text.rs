@@ -9,7 +9,6 @@ use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
-use std::pin::pin;
 
 /// Bytes of a text.
 const BYTES: usize = 256 << 10;
@@ -194,9 +193,9 @@ impl Visitor for Measure {
 }
 
 /// Does `work` with a stack that what is nested within bounds does not exhaust.
-pub(crate) async fn deep<T>(work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    std::future::poll_fn(|context| stacker::grow(STACK, || work.as_mut().poll(context))).await
+pub(crate) fn deep<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    let mut work = Box::pin(work); // it is large, and whoever waits for it should not be
+    std::future::poll_fn(move |context| stacker::grow(STACK, || work.as_mut().poll(context)))
 }
 
 #[cfg(test)]

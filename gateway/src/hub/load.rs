@@ -72,7 +72,7 @@ pub(super) async fn load(
             let (sql, place) = query.ok_or_else(missing)?;
             let live = place.0.clone();
             let turn = live.turn.lock().await; // who has just come waits for no rest
-            let found = spend(turn, ask(system, workspace, sql)).await?;
+            let found = spend(turn, Box::pin(ask(system, workspace, sql))).await?;
             channel.update(|state| state.replace(found));
             let every = rate.unwrap_or(QUERY_EVERY).max(QUERY_EVERY_MIN);
             let (weak, system) = (Arc::downgrade(channel), system.clone());
@@ -338,7 +338,7 @@ async fn poll_query(
         if channel.upgrade().is_none_or(|channel| channel.is_idle()) {
             return; // it is closed as soon as its one subscriber is gone
         }
-        let found = spend(turn, ask(&system, &workspace, &sql)).await;
+        let found = spend(turn, Box::pin(ask(&system, &workspace, &sql))).await;
         let Some(channel) = channel.upgrade() else { return };
         match found {
             Ok(rows) => {
@@ -357,7 +357,7 @@ async fn poll_query(
     }
 }
 
-fn take_presence(hub: &Hub, workspace: &WorkspaceId, watched: &Topic, channel: &Channel) {
+fn take_presence(hub: &Hub, workspace: &WorkspaceId, watched: &Topic, channel: &Arc<Channel>) {
     let users = hub.presence(workspace, watched);
     let count: usize = users.values().sum();
     channel.update(|state| state.replace(members(json!({"count": count, "users": users}))));
@@ -532,7 +532,7 @@ async fn page_of_log(system: &System, channel: &Arc<Channel>, since: u64, until:
     }
 }
 
-async fn take_figures(system: &System, channel: &Channel) {
+async fn take_figures(system: &System, channel: &Arc<Channel>) {
     let figures = match channel.name.topic {
         Topic::Throughput => encode::throughput(&system.throughput()),
         _ => json!({"actors": system.actors().await}),

@@ -98,7 +98,7 @@ impl Relay {
     /// Connects to the core where that is not so yet.
     async fn line(&mut self, token: Option<&str>) -> Result<&ToCore, Close> {
         if self.line.is_none() {
-            let failed = match tokio::time::timeout(CONNECT_WITHIN, self.connect(token)).await {
+            let failed = match tokio::time::timeout(CONNECT_WITHIN, Box::pin(self.connect(token))).await {
                 Ok(Ok(())) => None,
                 Ok(Err(Error::Http(refused))) => return Err(refused_as(&refused)),
                 Ok(Err(error)) => Some(error.to_string()),

@@ -110,7 +110,7 @@ impl Server {
 
     async fn begin(&self, scope: Scope<'_>) -> Result<Transaction<'static, Postgres>, Error> {
         self.expect_there().await?;
-        let tried = self.begin_or_find_away(scope).await;
+        let tried = Box::pin(self.begin_or_find_away(scope)).await; // it is large, and every statement may need it
         match &tried {
             Ok(_) => self.is_there(),
             Err(error) => self.is_away(error),
