@@ -15,7 +15,7 @@ mod state; // what the messages of a state channel add up to
 pub(crate) use channel::Since;
 pub(crate) use crowd::{Crowd, Group, Seats};
 pub(crate) use name::{ChannelName, Topic};
-pub(crate) use outbox::{Cut, Outbox, Taken};
+pub(crate) use outbox::{Cut, Outbox, Taken, Told};
 pub(crate) use remote::{Back, Heard, Offer, Remote};
 pub(crate) use ring::Form;
 
@@ -172,7 +172,7 @@ impl Hub {
     }
 
     /// Writes messages to a client of a WebSocket as they come, past its connection's task.
-    pub(crate) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>) {
+    pub(crate) fn connect(&self, outbox: &Outbox, wire: Wire) {
         self.fanout.connect(outbox, wire);
     }
 
@@ -288,8 +288,8 @@ impl Hub {
 
     /// Ends a subscription: nothing more is queued for it.
     pub(crate) fn unsubscribe(&self, subscription: &Subscription, outbox: &Outbox) {
+        subscription.channel.unsubscribe(subscription.id, Instant::now()); // from then on it has nothing for it
         outbox.remove(subscription.id);
-        subscription.channel.unsubscribe(subscription.id, Instant::now());
         if matches!(subscription.channel.name.topic, Topic::Query { .. }) {
             self.close(&subscription.channel); // nobody else can ask for it
         }

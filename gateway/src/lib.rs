@@ -52,6 +52,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use permission::Access;
 use problem::Problem;
 use quota::Quotas;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -60,9 +61,20 @@ use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
 use tower_http::cors::CorsLayer;
 
-/// What every handler works with. A clone is another handle to it.
+/// What every handler works with. A clone, of which a request makes several, is another handle to it.
 #[derive(Clone)]
-pub struct AppState {
+pub struct AppState(Arc<Parts>);
+
+impl Deref for AppState {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+/// What the handlers share.
+pub struct Parts {
     pub system: System,
     pub auth: Arc<Auth>,
     pub hub: Arc<Hub>,
@@ -88,7 +100,7 @@ impl AppState {
         packs: Arc<Packs>,
         metrics: PrometheusHandle,
     ) -> std::io::Result<Self> {
-        Ok(Self {
+        Ok(Self(Arc::new(Parts {
             system,
             auth,
             hub,
@@ -100,7 +112,7 @@ impl AppState {
             quotas: Arc::default(),
             unaudited: Arc::default(),
             denials: Arc::default(),
-        })
+        })))
     }
 
     /// Some rights of a group were taken from it, or its sign-ins ended: nothing that was looked up before counts any

@@ -1,7 +1,7 @@
 //! One channel: numbers its messages, keeps the last of them, and hands each to every subscriber. A state channel also
 //! keeps what its messages add up to.
 
-use super::fanout::Listeners;
+use super::fanout::{Listener, Listeners};
 use super::feed::{Feeds, Parcel, Sent};
 use super::load::Asked;
 use super::name::{ChannelName, Topic};
@@ -17,10 +17,12 @@ use actors::What;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use engine::event::WorkspaceId;
+use indexmap::IndexMap;
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -147,7 +149,8 @@ pub(super) struct Inner {
     /// Offsets of runs that were shown again to one subscriber: nobody else has them, and who has some has not all.
     repeats: VecDeque<Range<u64>>,
     ring: Ring,
-    subscribers: HashMap<u64, Subscriber>,
+    /// In the order in which they came, as far as none has gone: who goes through all of them goes through memory.
+    subscribers: IndexMap<u64, Subscriber>,
     /// Subscribers that have everything: who is told when there is more.
     waiting: Listeners,
     /// Subscribers of a state that do not get its changes before their time: who is told of an event only.
@@ -234,7 +237,7 @@ impl Channel {
             offset,
             repeats: VecDeque::new(),
             ring: Ring::new(bounds, offset, now),
-            subscribers: HashMap::new(),
+            subscribers: IndexMap::new(),
             waiting: Listeners::default(),
             delayed: Listeners::default(),
             body,
@@ -269,14 +272,14 @@ impl Channel {
     }
 
     /// Sends an event, of whatever kind, to all subscribers.
-    pub(super) fn event(&self, event: &str) {
+    pub(super) fn event(self: &Arc<Self>, event: &str) {
         let mut inner = self.inner.lock();
         self.push(&mut inner, event, true);
         self.tell(inner);
     }
 
     /// Sends the messages of one record of the log, unless the channel is behind it already.
-    pub(super) fn events_at(&self, record: u64, messages: &[String]) {
+    pub(super) fn events_at(self: &Arc<Self>, record: u64, messages: &[String]) {
         let mut inner = self.inner.lock();
         for (at, message) in messages.iter().enumerate() {
             let offset = place::of(record, at);
@@ -289,12 +292,12 @@ impl Channel {
     }
 
     /// As [`Channel::event`], for one that is kept although nobody listens.
-    pub(super) fn event_to_keep(&self, event: &str, now: Instant) {
+    pub(super) fn event_to_keep(self: &Arc<Self>, event: &str, now: Instant) {
         self.keep(self.inner.lock(), event, now);
     }
 
     /// As [`Channel::event_to_keep`], for one of a run: a subscriber that comes within it gets it from its start.
-    pub(super) fn event_of_run(&self, run: &str, event: &str, is_first: bool, is_last: bool, now: Instant) {
+    pub(super) fn event_of_run(self: &Arc<Self>, run: &str, event: &str, is_first: bool, is_last: bool, now: Instant) {
         let mut inner = self.inner.lock();
         let start = inner.offset + 1;
         if let Body::Events { last } = &mut inner.body {
@@ -308,7 +311,7 @@ impl Channel {
         self.keep(inner, event, now);
     }
 
-    fn keep(&self, mut inner: MutexGuard<'_, Inner>, event: &str, now: Instant) {
+    fn keep(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>, event: &str, now: Instant) {
         if inner.subscribers.is_empty() {
             inner.idle_since = Some(now); // what goes on is not idle
         }
@@ -317,7 +320,7 @@ impl Channel {
     }
 
     /// Runs `change` on the state and tells all subscribers the changes it finds, in their order.
-    pub(super) fn update(&self, change: impl FnOnce(&State) -> Vec<Op>) {
+    pub(super) fn update(self: &Arc<Self>, change: impl FnOnce(&State) -> Vec<Op>) {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         let Body::State(state) = &mut inner.body else { return };
@@ -345,7 +348,7 @@ impl Channel {
     }
 
     /// Empties the state: what it said is void.
-    pub(super) fn reset(&self) {
+    pub(super) fn reset(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         let offset = inner.offset + 1;
         let Body::State(state) = &mut inner.body else { return };
@@ -419,10 +422,10 @@ impl Channel {
     }
 
     /// Wakes the subscribers that had everything so far.
-    fn tell(&self, mut inner: MutexGuard<'_, Inner>) {
+    fn tell(self: &Arc<Self>, mut inner: MutexGuard<'_, Inner>) {
         let waiting = std::mem::take(&mut inner.waiting);
         drop(inner);
-        waiting.tell();
+        waiting.tell(self);
     }
 
     /// Adds a subscriber and queues what it gets first: the answer, then what it missed or a snapshot. `None` when the
@@ -573,7 +576,7 @@ impl Channel {
     pub(super) fn lose(&self, id: u64) {
         let mut inner = self.inner.lock();
         inner.fed.remove(&id);
-        if let Some(subscriber) = inner.subscribers.remove(&id) {
+        if let Some(subscriber) = inner.subscribers.swap_remove(&id) {
             self.cut(&subscriber, inner.offset);
         }
     }
@@ -649,7 +652,7 @@ impl Channel {
     }
 
     /// Takes messages of another node. False where some are missing before them.
-    pub(super) fn receive(&self, parcel: &Parcel) -> bool {
+    pub(super) fn receive(self: &Arc<Self>, parcel: &Parcel) -> bool {
         let mut inner = self.inner.lock();
         if parcel.before > inner.offset {
             if !inner.subscribers.is_empty() {
@@ -672,7 +675,7 @@ impl Channel {
         let inner = &mut *self.inner.lock();
         inner.is_closed = true;
         inner.waiting = Listeners::default();
-        for (id, Subscriber { at, back, .. }) in inner.subscribers.drain() {
+        for (id, Subscriber { at, back, .. }) in inner.subscribers.drain(..) {
             if let (At::After(offset), Some(back)) = (at, back) {
                 _ = back.send(Back { id, offset }); // whoever is gone needs nothing
             }
@@ -682,7 +685,7 @@ impl Channel {
     pub(super) fn unsubscribe(&self, id: u64, now: Instant) {
         let mut inner = self.inner.lock();
         inner.fed.remove(&id);
-        inner.subscribers.remove(&id);
+        inner.subscribers.swap_remove(&id);
         inner.waiting.remove(id);
         inner.delayed.remove(id);
         if inner.subscribers.is_empty() && inner.idle_since.is_none() {
@@ -700,6 +703,16 @@ impl Channel {
             state.bytes()
         );
         Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "state_too_large", detail))
+    }
+
+    /// Has the memory of [`Channel::take`] fetched for these.
+    pub(super) fn touch(&self, listeners: &[Listener]) {
+        let inner = self.inner.lock();
+        for (id, _) in listeners {
+            black_box(
+                inner.subscribers.get(id).map(|subscriber| (subscriber.at, subscriber.due, subscriber.behind.len())),
+            );
+        }
     }
 
     /// Gives a subscriber what it does not have yet, until `room` bytes are full.
@@ -722,14 +735,14 @@ impl Channel {
                 if let Some(back) = &subscriber.back {
                     _ = back.send(Back { id, offset: at }); // whoever is gone needs nothing
                 }
-                inner.subscribers.remove(&id);
+                inner.subscribers.swap_remove(&id);
                 return Turn::Done;
             }
             (At::After(at), Body::Remote { .. }) if at >= inner.offset => at,
             (At::After(at), Body::Events { .. } | Body::Remote { .. }) if !inner.ring.holds(at) => {
                 // while it was shown a run again, more came than can be kept for it
                 self.cut(subscriber, inner.offset);
-                inner.subscribers.remove(&id);
+                inner.subscribers.swap_remove(&id);
                 return Turn::Done;
             }
             (At::After(at), Body::Events { .. } | Body::Loading(_) | Body::Remote { .. }) => {
@@ -774,7 +787,7 @@ impl Channel {
                     let channel = &*self.name.text;
                     let error = json!({"type": "error", "channel": channel, "code": code, "detail": detail});
                     subscriber.outbox.reply(&error.to_string());
-                    inner.subscribers.remove(&id);
+                    inner.subscribers.swap_remove(&id);
                     return Turn::Done;
                 }
                 *room = room.saturating_sub(out[before..].iter().map(Bytes::len).sum());

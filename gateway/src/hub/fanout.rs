@@ -2,7 +2,8 @@
 //! thousand of them wakes no thousand tasks, each client has its turn, and what comes during a round goes out in the next
 //! as one.
 
-use super::outbox::Outbox;
+use super::channel::Channel;
+use super::outbox::{Outbox, Told};
 use crate::socket::wire::Wire;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -13,6 +14,9 @@ use tokio::task::yield_now;
 
 /// So many clients are taken up at once.
 const TURN_MAX: usize = 1_024;
+/// Of so many clients what a turn needs is fetched from memory at once: one after the other each would wait for it by
+/// itself, which is most of what a turn takes but for the kernel's part.
+const AHEAD: usize = 8;
 /// After so long, others have their turn on the thread.
 const SLICE: Duration = Duration::from_micros(500);
 
@@ -26,19 +30,19 @@ pub(super) struct Fanout {
 #[derive(Clone)]
 pub(super) struct Round {
     number: usize,
-    told: UnboundedSender<Told>,
+    told: UnboundedSender<News>,
 }
 
 /// Who has something.
-enum Told {
+enum News {
     /// Who is in the round already.
     One(Arc<Outbox>),
-    /// Clients who are told by this of a subscription of theirs.
-    Many(Vec<Listener>),
+    /// Clients who are told by this of a subscription of theirs to this channel.
+    Many(Arc<Channel>, Vec<Listener>),
 }
 
 /// A subscription, and whose it is.
-type Listener = (u64, Arc<Outbox>);
+pub(super) type Listener = (u64, Arc<Outbox>);
 
 /// Subscriptions whose clients are to be told when there is something for them, each once.
 #[derive(Default)]
@@ -56,7 +60,7 @@ impl Fanout {
     }
 
     /// Writes to this client in passing from now on. To be called within a runtime.
-    pub(super) fn connect(&self, outbox: &Outbox, wire: &Arc<Wire>) {
+    pub(super) fn connect(&self, outbox: &Outbox, wire: Wire) {
         let number = self.next.fetch_add(1, Ordering::Relaxed) % self.rounds.len();
         let round = self.rounds[number].get_or_init(|| {
             // each client is in it once at most, and once for each of its subscriptions
@@ -64,14 +68,14 @@ impl Fanout {
             tokio::spawn(go_round(clients));
             Round { number, told }
         });
-        outbox.connect(Arc::downgrade(wire), round.clone());
+        outbox.connect(wire, round.clone());
     }
 }
 
 impl Round {
     /// Whether the client has its turn; it has none where there is no round any more.
     pub(super) fn tell(&self, outbox: Arc<Outbox>) -> bool {
-        self.told.send(Told::One(outbox)).is_ok()
+        self.told.send(News::One(outbox)).is_ok()
     }
 }
 
@@ -102,12 +106,12 @@ impl Listeners {
         self.others.append(&mut others.others);
     }
 
-    /// Tells all of them.
-    pub(super) fn tell(self) {
+    /// Tells all of them, who are subscribers of `channel`.
+    pub(super) fn tell(self, channel: &Arc<Channel>) {
         for listeners in self.by_round {
             let Some(round) = listeners.first().and_then(|(_, outbox)| outbox.round()).cloned() else { continue };
-            if let Err(unsent) = round.told.send(Told::Many(listeners))
-                && let Told::Many(listeners) = unsent.0
+            if let Err(unsent) = round.told.send(News::Many(channel.clone(), listeners))
+                && let News::Many(_, listeners) = unsent.0
             {
                 listeners.iter().for_each(|(id, outbox)| outbox.has_something(*id));
             }
@@ -116,29 +120,33 @@ impl Listeners {
     }
 }
 
-async fn go_round(mut clients: UnboundedReceiver<Told>) {
-    let (mut news, mut turn) = (Vec::new(), Vec::new());
+async fn go_round(mut clients: UnboundedReceiver<News>) {
+    let (mut news, mut turn, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
     while clients.recv_many(&mut news, TURN_MAX).await > 0 {
         let mut slice = Slice(Instant::now());
         let is_alone = news.len() == 1;
         for told in news.drain(..) {
             match told {
-                Told::One(outbox) => turn.push(outbox),
-                Told::Many(listeners) if is_alone => {
-                    for (id, outbox) in listeners {
-                        outbox.note(id);
-                        outbox.write(slice.turn().await);
+                News::One(outbox) => turn.push(outbox),
+                News::Many(channel, listeners) if is_alone => {
+                    for some in listeners.chunks(AHEAD) {
+                        channel.touch(some);
+                        some.iter().for_each(|(_, outbox)| outbox.touch());
+                        for (id, outbox) in some {
+                            outbox.write(Some(Told { id: *id, channel: &channel }), slice.turn().await, &mut scratch);
+                        }
                     }
                 }
                 // who is told of several subscriptions gets them as one
-                Told::Many(listeners) => turn.extend(listeners.into_iter().filter_map(|(id, outbox)| {
+                News::Many(_, listeners) => turn.extend(listeners.into_iter().filter_map(|(id, outbox)| {
                     outbox.note(id);
                     outbox.queue().then_some(outbox)
                 })),
             }
         }
         for outbox in turn.drain(..) {
-            outbox.write(slice.turn().await);
+            outbox.unqueue();
+            outbox.write(None, slice.turn().await, &mut scratch);
         }
     }
 }

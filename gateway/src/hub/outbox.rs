@@ -7,10 +7,11 @@ use super::ring::Form;
 use crate::socket::wire::{Passed, Wire};
 use bytes::Bytes;
 use futures::task::AtomicWaker;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::VecDeque;
+use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 use tokio::sync::Notify;
@@ -29,8 +30,8 @@ struct Waiting {
     ready: VecDeque<u64>,
     /// Subscriptions that have something which is not to be sent before this instant.
     due: Vec<(Instant, u64)>,
-    /// Why the client is cut off.
-    over: Option<Cut>,
+    /// Why the client is cut off; there is little room for what is rare.
+    over: Option<Box<Cut>>,
 }
 
 /// Why a client is sent away without having asked for it.
@@ -43,10 +44,11 @@ pub(crate) enum Cut {
 }
 
 /// What waits for one client.
+#[repr(C)] // what a turn of the round needs, which waits for memory more than for anything else, is side by side
 pub(crate) struct Outbox {
     waiting: Mutex<Waiting>,
     /// The way to the client, and the round it is in, where messages can be written in passing.
-    passing: OnceLock<(Weak<Wire>, Round)>,
+    passing: OnceLock<(Wire, Round)>,
     /// Whether it is in that round.
     is_queued: AtomicBool,
     /// Something was taken from whoever it is for, and nobody has looked at it yet.
@@ -58,6 +60,13 @@ pub(crate) struct Outbox {
     /// What people know the user by.
     who: OnceLock<String>,
     bytes_max: usize,
+}
+
+/// A subscription that has something, and its channel.
+#[derive(Clone, Copy)]
+pub(crate) struct Told<'a> {
+    pub(crate) id: u64,
+    pub(super) channel: &'a Arc<Channel>,
 }
 
 /// What a client may do next.
@@ -78,19 +87,28 @@ impl Outbox {
     }
 
     /// Sees to it that messages are written in passing from now on.
-    pub(super) fn connect(&self, wire: Weak<Wire>, round: Round) {
+    pub(super) fn connect(&self, wire: Wire, round: Round) {
         _ = self.passing.set((wire, round)); // a connection has one way
     }
 
-    /// Writes what waits.
-    pub(super) fn write(self: &Arc<Self>, now: Instant) {
-        self.is_queued.store(false, Ordering::SeqCst); // before it is taken: what comes later is told again
-        let wire = self.passing.get().and_then(|(wire, _)| wire.upgrade());
-        match wire.and_then(|wire| wire.write(self, now)) {
-            Some(Passed::All) => {}
-            Some(Passed::More) => self.tell(),
-            None => self.waker.wake(),
+    /// The way to the client, if messages can be written in passing.
+    pub(crate) fn wire(&self) -> Option<&Wire> {
+        self.passing.get().map(|(wire, _)| wire)
+    }
+
+    /// Writes what waits, and what the subscription `told` has, of which nobody knows yet.
+    pub(super) fn write(self: &Arc<Self>, told: Option<Told<'_>>, now: Instant, scratch: &mut Vec<Bytes>) {
+        let Some(wire) = self.wire() else { return };
+        match wire.write(self, told, now, scratch) {
+            Passed::All => {}
+            Passed::More => self.tell(),
+            Passed::Left => self.waker.wake(),
         }
+    }
+
+    /// Has the memory of [`Outbox::write`] fetched. Takes no lock, which would wait for it.
+    pub(super) fn touch(&self) {
+        black_box((self.waiting.is_locked(), self.wire().map(Wire::touch), self.is_suspect()));
     }
 
     /// Who writes to it in passing, if somebody does.
@@ -103,12 +121,17 @@ impl Outbox {
         !self.is_queued.swap(true, Ordering::SeqCst)
     }
 
+    /// Gives the place back, before what waits is taken: for what comes later it gets another.
+    pub(super) fn unqueue(&self) {
+        self.is_queued.store(false, Ordering::SeqCst);
+    }
+
     /// Sees to it that what waits is written.
     fn tell(self: &Arc<Self>) {
         match self.passing.get() {
             Some((_, round)) => {
                 if self.queue() && !round.tell(self.clone()) {
-                    self.is_queued.store(false, Ordering::SeqCst);
+                    self.unqueue();
                     self.waker.wake(); // there is no round any more
                 }
             }
@@ -219,7 +242,7 @@ impl Outbox {
     }
 
     /// The same, from who sees to it that it is written.
-    pub(super) fn note(&self, id: u64) {
+    pub(crate) fn note(&self, id: u64) {
         self.waiting.lock().ready.push_back(id);
     }
 
@@ -227,7 +250,7 @@ impl Outbox {
     pub(crate) fn cut(&self, cut: Cut) {
         let mut waiting = self.waiting.lock();
         if waiting.over.is_none() {
-            waiting.over = Some(cut);
+            waiting.over = Some(Box::new(cut));
             drop(waiting);
             self.waker.wake();
         }
@@ -235,40 +258,48 @@ impl Outbox {
 
     /// Why the client is cut off, if it is.
     pub(crate) fn over(&self) -> Option<Cut> {
-        self.waiting.lock().over.clone()
+        self.waiting.lock().over.as_deref().cloned()
     }
 
-    /// Moves what waits to `out`, answers first, about as much as is written at once.
-    pub(crate) fn take(&self, now: Instant, out: &mut Vec<Bytes>) -> Taken {
+    /// Moves what waits to `out`, answers first, about as much as is written at once. The subscription `told` has
+    /// something too.
+    pub(crate) fn take(&self, mut told: Option<Told<'_>>, now: Instant, out: &mut Vec<Bytes>) -> Taken {
         let mut room = WRITE_BYTES;
-        let mut turns = {
-            let mut waiting = self.waiting.lock();
-            if let Some(cut @ Cut::TooSlow(_)) = &waiting.over {
-                return Taken::Cut(cut.clone());
+        let mut waiting = self.waiting.lock();
+        if let Some(cut @ Cut::TooSlow(_)) = waiting.over.as_deref() {
+            return Taken::Cut(cut.clone());
+        }
+        if !waiting.replies.is_empty() {
+            out.extend(waiting.replies.drain(..));
+            waiting.reply_bytes = 0;
+            self.drained.notify_waiters();
+            if waiting.replies.capacity() > 16 {
+                waiting.replies = VecDeque::new();
             }
-            if !waiting.replies.is_empty() {
-                out.extend(waiting.replies.drain(..));
-                waiting.reply_bytes = 0;
-                self.drained.notify_waiters();
-                if waiting.replies.capacity() > 16 {
-                    waiting.replies = VecDeque::new();
-                }
-            }
-            match &waiting.over {
-                // what it was told last says more than the reason of the end
-                Some(_) if !out.is_empty() => return Taken::More,
-                Some(cut) => return Taken::Cut(cut.clone()),
-                None => {}
-            }
-            waiting.list_due(now);
-            waiting.ready.len()
-        };
-        // a channel's lock is taken before an outbox's, never the other way round
+        }
+        match waiting.over.as_deref() {
+            // what it was told last says more than the reason of the end
+            Some(_) if !out.is_empty() => return Taken::More,
+            Some(cut) => return Taken::Cut(cut.clone()),
+            None => {}
+        }
+        waiting.list_due(now);
+        let mut turns = waiting.ready.len() + usize::from(told.is_some());
         while room > 0 && turns > 0 {
             turns -= 1;
-            let Some((id, channel)) = self.waiting.lock().next() else { break };
-            let turn = channel.take(id, self.form, now, &mut room, out);
-            let mut waiting = self.waiting.lock();
+            let known;
+            let (id, channel) = match waiting.next() {
+                Some(next) => {
+                    known = next;
+                    (known.0, &known.1)
+                }
+                None => match told.take() {
+                    Some(told) => (told.id, told.channel),
+                    None => break,
+                },
+            };
+            // a channel's lock is taken before an outbox's, never the other way round
+            let turn = MutexGuard::unlocked(&mut waiting, || channel.take(id, self.form, now, &mut room, out));
             waiting.due.retain(|(_, other)| *other != id);
             match turn {
                 Turn::Done => {}
@@ -276,8 +307,8 @@ impl Outbox {
                 Turn::Due(at) => waiting.due.push((at, id)),
             }
         }
-        let mut waiting = self.waiting.lock();
-        match &waiting.over {
+        waiting.ready.extend(told.map(|told| told.id));
+        match waiting.over.as_deref() {
             Some(cut) => Taken::Cut(cut.clone()),
             None if waiting.has_something() => Taken::More,
             None => {

@@ -1,12 +1,14 @@
 use super::*;
 use crate::config::Kept;
 use crate::socket::frame;
+use crate::socket::wire::tests::Pair;
 use actors::PortfolioSummary;
 use bytes::Bytes;
 use engine::portfolio::{Position, Prices, summarise};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::sync::atomic::AtomicBool;
+use tokio::io::AsyncReadExt;
 
 fn acme() -> WorkspaceId {
     "acme".parse().unwrap()
@@ -127,7 +129,7 @@ impl Client {
     fn take_frames(&self, now: Instant) -> Vec<Bytes> {
         let mut frames = Vec::new();
         loop {
-            match self.outbox.take(now, &mut frames) {
+            match self.outbox.take(None, now, &mut frames) {
                 Taken::More => {}
                 Taken::Until(_) => return frames,
                 Taken::Cut(cut) => panic!("{cut:?}"),
@@ -202,6 +204,53 @@ fn an_event_is_encoded_once_and_every_subscriber_gets_it() {
 }
 
 #[test]
+fn what_a_subscription_is_told_of_comes_once_and_not_when_it_has_ended() {
+    let hub = hub(Limits::default());
+    let channel = open(&hub, "alerts");
+    let mut client = Client::of(&hub, &channel, None);
+    client.take();
+    let told = Told { id: client.id, channel: &channel };
+    let take = || {
+        let mut frames = Vec::new();
+        assert_eq!(client.outbox.take(Some(told), Instant::now(), &mut frames), Taken::Until(None));
+        texts(&frames).len()
+    };
+    channel.event(&numbered(1)); // the outbox knows of it too
+    assert_eq!(take(), 1);
+    channel.event(&numbered(2));
+    channel.event(&numbered(3));
+    assert_eq!(take(), 2);
+    channel.event(&numbered(4));
+    client.leave();
+    assert_eq!(take(), 0);
+}
+
+#[tokio::test]
+async fn what_the_round_may_not_write_to_a_client_waits_for_it() {
+    let (hub, Pair { wire, outbox, mut client, .. }) = (hub(Limits::default()), Pair::new().await);
+    let channel = open(&hub, "alerts");
+    hub.connect(&outbox, wire);
+    channel.subscribe(&none(&outbox)).unwrap().unwrap();
+    let mut read = async || {
+        let (mut bytes, mut scratch) = (vec![0; 4_096], Vec::new());
+        let written = tokio::time::timeout(Duration::from_millis(50), client.read(&mut bytes)).await;
+        if let Ok(read) = written {
+            bytes.truncate(read.unwrap());
+            return texts(&[bytes.into()]).len();
+        }
+        outbox.is_to_look(); // its task looks, and writes
+        outbox.write(None, Instant::now(), &mut scratch);
+        0
+    };
+    assert_eq!((read().await, read().await), (0, 1), "the answer");
+    channel.event(&numbered(1));
+    assert_eq!(read().await, 1, "by the round");
+    outbox.suspect(); // something was taken from it: the round writes nothing before that was looked at
+    channel.event(&numbered(2));
+    assert_eq!((read().await, read().await), (0, 1));
+}
+
+#[test]
 fn a_client_too_slow_for_events_is_cut_off_alone() {
     let kept = Kept { bytes: 5_000, ..Kept::default() };
     let hub = keeping(kept, Limits { queue_bytes: 10_000, ..Limits::default() });
@@ -211,7 +260,7 @@ fn a_client_too_slow_for_events_is_cut_off_alone() {
         channel.event(&numbered(n));
         quick.take();
     }
-    let Taken::Cut(Cut::TooSlow(why)) = slow.outbox.take(Instant::now(), &mut Vec::new()) else {
+    let Taken::Cut(Cut::TooSlow(why)) = slow.outbox.take(None, Instant::now(), &mut Vec::new()) else {
         panic!("it still gets events")
     };
     assert!(why.starts_with("too slow for alerts, now at ") && why.len() <= 123, "{why}");
@@ -615,7 +664,7 @@ fn a_client_that_takes_no_answers_is_asked_for_nothing_more_until_it_does() {
     let outbox = Outbox::new(100, Form::Text);
     (0..10).for_each(|_| outbox.reply(&"x".repeat(20)));
     assert!(!outbox.has_room());
-    outbox.take(Instant::now(), &mut Vec::new());
+    outbox.take(None, Instant::now(), &mut Vec::new());
     assert!(outbox.has_room());
 }
 

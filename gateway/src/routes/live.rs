@@ -207,7 +207,7 @@ impl Follower {
                 }
             }
             let mut frames = Vec::new();
-            let due = match self.outbox.take(Instant::now(), &mut frames) {
+            let due = match self.outbox.take(None, Instant::now(), &mut frames) {
                 Taken::Cut(Cut::TooSlow(why) | Cut::Ended(_, why)) => {
                     self.is_over = true;
                     return Some(data(&json!({"type": "error", "code": "slow_consumer", "detail": why}).to_string()));

@@ -5,6 +5,7 @@ use super::frame::Reader;
 use crate::serve::Counted;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use std::cell::RefCell;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -98,7 +99,8 @@ impl Sink {
     pub(super) fn try_write(&mut self, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let Sink::Plain { half, .. } = self else { return Poll::Pending };
         let written = match slices {
-            [one] => half.try_write(one),
+            // what tokio believes of the socket needs not be read: where it is full, the task finds it so
+            [one] => SockRef::from(half.as_ref()).send(one),
             many => half.try_write_vectored(many),
         };
         match written {

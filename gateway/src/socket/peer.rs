@@ -3,12 +3,13 @@
 
 use super::frame::{self, Message, Opcode, Reader, Violation};
 use super::io::{Sink, Source};
-use super::wire::{Stop, Wire};
+use super::wire::{Stop, Way, Wire};
 use crate::hub::{Cut, Hub, Outbox};
 use crate::problem::Problem;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use parking_lot::MutexGuard;
 use serde_json::{Value, json};
 use std::io;
 use std::pin::Pin;
@@ -142,7 +143,6 @@ pub(super) struct Peer<T> {
     source: Source,
     reader: Reader,
     outbox: Arc<Outbox>,
-    wire: Arc<Wire>,
     session: Option<Box<T>>,
     work: Option<Work<T>>,
     check: Check,
@@ -168,14 +168,13 @@ impl<T: Talk> Peer<T> {
         token: Option<String>,
     ) {
         let now = Instant::now();
-        let (hub, wire) = (session.hub().clone(), Arc::new(Wire::new(sink, now)));
-        hub.connect(&outbox, &wire);
+        let hub = session.hub().clone();
+        hub.connect(&outbox, Wire::new(sink, now));
         let mut peer = Peer {
             hub,
             source,
             reader,
             outbox,
-            wire,
             closing: Box::pin(session.closing().clone().cancelled_owned()),
             session: Some(Box::new(session)),
             work: None,
@@ -237,7 +236,7 @@ impl<T: Talk> Peer<T> {
     /// once nothing else is being done for it.
     fn look_again(&mut self) {
         {
-            let mut way = self.wire.lock();
+            let mut way = way(&self.outbox);
             if self.outbox.is_to_look() {
                 (self.check, way.is_open) = (Check::Due { held: true }, false);
             } else if !matches!(self.check, Check::Due { held: true } | Check::Running { held: true }) {
@@ -257,7 +256,7 @@ impl<T: Talk> Peer<T> {
 
     /// Writes what waits until the socket takes no more or nothing waits.
     fn poll_write(&mut self, context: &mut Context<'_>, now: Instant) -> Poll<Close> {
-        self.wire.lock().poll_write(context, &self.outbox, now).map(|stop| match stop {
+        way(&self.outbox).poll_write(context, &self.outbox, now).map(|stop| match stop {
             Stop::Gone => Close::Gone,
             Stop::Cut(cut) => cut.into(),
         })
@@ -356,7 +355,7 @@ impl<T: Talk> Peer<T> {
         loop {
             let now = Instant::now();
             let (took, is_writing, due) = {
-                let mut way = self.wire.lock();
+                let mut way = way(&self.outbox);
                 let due = way.due.filter(|due| *due > now);
                 if way.due != due {
                     way.due = None;
@@ -425,7 +424,7 @@ impl<T: Talk> Peer<T> {
     }
 
     async fn part(&mut self, close: &Close) -> io::Result<()> {
-        let Some((mut sink, mut last, written)) = self.wire.lock().close() else { return Ok(()) };
+        let Some((mut sink, mut last, written)) = way(&self.outbox).close() else { return Ok(()) };
         let Some((code, reason)) = close.frame() else { return Ok(()) };
         tracing::debug!(code, reason, "closing a WebSocket");
         match close {
@@ -438,7 +437,7 @@ impl<T: Talk> Peer<T> {
                 }
             }
             // what was answered last says more than the code: it goes first
-            _ => _ = self.outbox.take(Instant::now(), &mut last),
+            _ => _ = self.outbox.take(None, Instant::now(), &mut last),
         }
         if let Some(first) = last.first_mut() {
             *first = first.slice(written.min(first.len())..);
@@ -478,6 +477,11 @@ impl<T: Talk> Peer<T> {
             }
         }
     }
+}
+
+/// What is on its way to a client that is being served.
+fn way(outbox: &Outbox) -> MutexGuard<'_, Way> {
+    outbox.wire().expect("it was connected before it was served").lock()
 }
 
 impl From<Cut> for Close {

@@ -2,7 +2,7 @@
 //! something for many clients: one pass over a thousand sockets costs less than a thousand tasks that are woken.
 
 use super::io::Sink;
-use crate::hub::{Cut, Outbox, Taken};
+use crate::hub::{Cut, Outbox, Taken, Told};
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use std::io::{self, IoSlice};
@@ -32,20 +32,40 @@ impl Wire {
         self.0.lock()
     }
 
-    /// Writes what waits for the client, as much as goes at once; nothing when the connection's task is to do it.
-    pub(crate) fn write(&self, outbox: &Outbox, now: Instant) -> Option<Passed> {
-        let mut way = self.0.try_lock()?;
-        // where something is left from before, the task waits for the socket already
-        if !way.is_open || outbox.is_suspect() || way.is_writing() {
-            return None;
-        }
+    /// Writes what waits for the client, as much as goes at once, and with it what the subscription `told` has, of which
+    /// its outbox does not know yet. `scratch` is empty, and stays so.
+    pub(crate) fn write(
+        &self,
+        outbox: &Outbox,
+        told: Option<Told<'_>>,
+        now: Instant,
+        scratch: &mut Vec<Bytes>,
+    ) -> Passed {
+        let open = self.0.try_lock().filter(|way| {
+            // where something is left from before, the task waits for the socket already
+            way.is_open && !outbox.is_suspect() && !way.is_writing()
+        });
+        let Some(mut way) = open else {
+            told.into_iter().for_each(|told| outbox.note(told.id));
+            return Passed::Left;
+        };
         let due = way.due;
-        let more = way.take(outbox, now).ok()?;
-        match way.write_on(Sink::try_write, now) {
-            Poll::Ready(Ok(())) if more => Some(Passed::More),
-            Poll::Ready(Ok(())) if way.due == due => Some(Passed::All),
-            _ => None, // the task sees the same
+        std::mem::swap(&mut way.writing, scratch); // whose memory is at hand, which that of one client among many is not
+        let more = way.take(outbox, told, now);
+        let written = way.write_on(Sink::try_write, now);
+        if !way.is_writing() {
+            std::mem::swap(&mut way.writing, scratch);
         }
+        match (more, written) {
+            (Ok(true), Poll::Ready(Ok(()))) => Passed::More,
+            (Ok(false), Poll::Ready(Ok(()))) if way.due == due => Passed::All,
+            _ => Passed::Left, // the task sees the same
+        }
+    }
+
+    /// Has the memory of [`Wire::write`] fetched.
+    pub(crate) fn touch(&self) -> bool {
+        self.0.is_locked()
     }
 }
 
@@ -54,21 +74,24 @@ impl Wire {
 pub(crate) enum Passed {
     All,
     More,
+    /// The connection's task is to do it.
+    Left,
 }
 
 /// What is being written, of which the first `written` bytes of `writing[at]` and all before it are gone.
+#[repr(C)] // what is looked at first is beside the lock
 pub(super) struct Way {
+    /// Whether anything may be taken for the client, by whomever.
+    pub(super) is_open: bool,
+    at: usize,
+    writing: Vec<Bytes>,
+    written: usize,
     /// None once the connection says goodbye.
     sink: Option<Sink>,
-    writing: Vec<Bytes>,
-    at: usize,
-    written: usize,
     /// When the client took something last, or there was nothing to take.
     pub(super) took: Instant,
     /// When there will be something in the outbox in any case.
     pub(super) due: Option<Instant>,
-    /// Whether anything may be taken for the client, by whomever.
-    pub(super) is_open: bool,
 }
 
 impl Way {
@@ -87,7 +110,7 @@ impl Way {
             if !self.is_open {
                 return Poll::Pending;
             }
-            match self.take(outbox, now) {
+            match self.take(outbox, None, now) {
                 Ok(false) if !self.is_writing() => break,
                 Ok(_) => {}
                 Err(cut) => return Poll::Ready(Stop::Cut(cut)),
@@ -109,14 +132,19 @@ impl Way {
         now: Instant,
     ) -> Poll<io::Result<()>> {
         while self.is_writing() {
-            let mut slices = [IoSlice::new(&[]); SLICES];
             let rest = &self.writing[self.at..];
-            for (slice, bytes) in slices.iter_mut().zip(rest) {
-                *slice = IoSlice::new(bytes);
-            }
-            slices[0] = IoSlice::new(&rest[0][self.written..]);
+            let first = IoSlice::new(&rest[0][self.written..]);
             let Some(sink) = &mut self.sink else { return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())) };
-            let bytes = match write(sink, &slices[..rest.len().min(SLICES)]) {
+            let written = if rest.len() == 1 {
+                write(sink, &[first])
+            } else {
+                let mut slices = [first; SLICES];
+                for (slice, bytes) in slices.iter_mut().zip(rest).skip(1) {
+                    *slice = IoSlice::new(bytes);
+                }
+                write(sink, &slices[..rest.len().min(SLICES)])
+            };
+            let bytes = match written {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(bytes)) => bytes,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
@@ -135,9 +163,9 @@ impl Way {
     }
 
     /// Takes what is next, once all that was taken before is written: whether there is more.
-    fn take(&mut self, outbox: &Outbox, now: Instant) -> Result<bool, Cut> {
+    fn take(&mut self, outbox: &Outbox, told: Option<Told<'_>>, now: Instant) -> Result<bool, Cut> {
         self.took = now; // all there was
-        match outbox.take(now, &mut self.writing) {
+        match outbox.take(told, now, &mut self.writing) {
             Taken::Cut(cut) => Err(cut),
             Taken::More => {
                 self.due = None;
@@ -175,7 +203,7 @@ pub(super) enum Stop {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::hub::Form;
     use std::sync::Arc;
@@ -183,15 +211,16 @@ mod tests {
     use tokio::net::{TcpListener, TcpStream};
     use tokio::sync::Semaphore;
 
-    struct Pair {
-        wire: Wire,
-        outbox: Arc<Outbox>,
-        client: TcpStream,
+    /// The two ends of a connection.
+    pub(crate) struct Pair {
+        pub(crate) wire: Wire,
+        pub(crate) outbox: Arc<Outbox>,
+        pub(crate) client: TcpStream,
         now: Instant,
     }
 
     impl Pair {
-        async fn new() -> Pair {
+        pub(crate) async fn new() -> Pair {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (_, half) = listener.accept().await.unwrap().0.into_split();
@@ -204,8 +233,8 @@ mod tests {
             Pair { wire, outbox: Outbox::new(64 << 20, Form::Text), client, now }
         }
 
-        fn pass(&self) -> Option<Passed> {
-            self.wire.write(&self.outbox, self.now)
+        fn pass(&self) -> Passed {
+            self.wire.write(&self.outbox, None, self.now, &mut Vec::new())
         }
 
         async fn read(&mut self, bytes: usize) -> Vec<u8> {
@@ -218,10 +247,10 @@ mod tests {
     #[tokio::test]
     async fn what_waits_is_written_in_passing() {
         let mut pair = Pair::new().await;
-        assert_eq!(pair.pass(), Some(Passed::All), "nothing waits");
+        assert_eq!(pair.pass(), Passed::All, "nothing waits");
         pair.outbox.send(Bytes::from_static(b"one "));
         pair.outbox.send(Bytes::from_static(b"two"));
-        assert_eq!(pair.pass(), Some(Passed::All));
+        assert_eq!(pair.pass(), Passed::All);
         assert_eq!(pair.read(7).await, b"one two");
     }
 
@@ -230,19 +259,19 @@ mod tests {
         let mut pair = Pair::new().await;
         pair.outbox.send(Bytes::from_static(b"one"));
         pair.outbox.suspect();
-        assert_eq!(pair.pass(), None, "something was taken from the client");
+        assert_eq!(pair.pass(), Passed::Left, "something was taken from the client");
         assert!(pair.outbox.is_to_look());
         pair.wire.lock().is_open = false;
-        assert_eq!(pair.pass(), None, "its rights are being looked at");
+        assert_eq!(pair.pass(), Passed::Left, "its rights are being looked at");
         pair.wire.lock().is_open = true;
         let held = pair.wire.lock();
-        assert_eq!(pair.pass(), None, "its task is at it");
+        assert_eq!(pair.pass(), Passed::Left, "its task is at it");
         drop(held);
-        assert_eq!(pair.pass(), Some(Passed::All));
+        assert_eq!(pair.pass(), Passed::All);
         assert_eq!(pair.read(3).await, b"one");
         pair.outbox.send(Bytes::from_static(b"two"));
         let (_sink, rest, _) = pair.wire.lock().close().unwrap();
-        assert_eq!((pair.pass(), rest.len()), (None, 0));
+        assert_eq!((pair.pass(), rest.len()), (Passed::Left, 0));
         assert!(pair.wire.lock().close().is_none());
     }
 
@@ -251,10 +280,10 @@ mod tests {
         let pair = Pair::new().await;
         let text: Vec<u8> = (0..4 << 20).map(|at| (at / 1_000) as u8).collect();
         pair.outbox.send(Bytes::from(text.clone()));
-        assert_eq!(pair.pass(), None);
+        assert_eq!(pair.pass(), Passed::Left);
         assert!(pair.wire.lock().is_writing());
         pair.outbox.send(Bytes::from_static(b"end"));
-        assert_eq!(pair.pass(), None, "the task waits for the socket already");
+        assert_eq!(pair.pass(), Passed::Left, "the task waits for the socket already");
         let Pair { wire, outbox, mut client, now } = pair;
         let reading = tokio::spawn(async move {
             let mut read = vec![0; (4 << 20) + 3];
