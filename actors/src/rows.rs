@@ -6,6 +6,7 @@ use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimeUnit, TimestampMi
 use arrow::error::ArrowError;
 use arrow::json::LineDelimitedWriter;
 use arrow::json::writer::{LineDelimited, WriterBuilder};
+use chrono::SecondsFormat;
 use engine::event::{ItemName, Micros};
 use engine::metric::Rows;
 use engine::program::Program;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 /// An instant as the contract writes it: RFC 3339, microseconds, UTC.
 pub fn rfc3339(at: Micros) -> String {
     match chrono::DateTime::from_timestamp_micros(at.0) {
-        Some(time) => time.format("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(),
+        Some(time) => time.to_rfc3339_opts(SecondsFormat::Micros, true),
         None => at.0.to_string(),
     }
 }
@@ -180,6 +181,19 @@ pub fn to_json(rows: &Rows) -> Result<Vec<Row>, ArrowError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_instant_is_written_as_its_pattern_says() {
+        let ends = [chrono::DateTime::<chrono::Utc>::MIN_UTC, chrono::DateTime::<chrono::Utc>::MAX_UTC];
+        let days = (-800_000..4_000_000).step_by(977).map(|day: i64| day * 86_400_000_000 + day * 1_234_567);
+        let instants = ends.iter().map(chrono::DateTime::timestamp_micros).chain(days).chain([0, -1, 999_999]);
+        for at in instants {
+            let time = chrono::DateTime::from_timestamp_micros(at).unwrap();
+            assert_eq!(rfc3339(Micros(at)), time.format("%Y-%m-%dT%H:%M:%S%.6fZ").to_string());
+        }
+        assert_eq!(rfc3339(Micros(1_700_000_000_123_456)), "2023-11-14T22:13:20.123456Z");
+        assert_eq!(rfc3339(Micros(i64::MAX)), i64::MAX.to_string(), "no calendar goes so far");
+    }
 
     #[test]
     fn a_row_of_the_store_is_shown_to_the_last_digit() {

@@ -26,7 +26,7 @@ use crate::problem::Problem;
 use crate::socket::wire::Wire;
 use actors::agent::{RunEvent, RunHandle};
 use actors::{AlertPhase, Outlet, PortfolioSummary, System, Update, What};
-use arrow::array::RecordBatch;
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringArray};
 use arrow::error::ArrowError;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use axum::http::StatusCode;
@@ -687,14 +687,10 @@ fn stream_events(name: &ChannelName, json_columns: &[String], batch: &RecordBatc
     let columns = (name.filter.iter())
         .map(|(name, value)| {
             let column = batch.column_by_name(name);
-            Ok((column.map(|column| ArrayFormatter::try_new(column, &options)).transpose()?, value))
+            Ok((column.map(|column| Shown::new(column, &options)).transpose()?, value))
         })
         .collect::<Result<Vec<_>, ArrowError>>()?;
-    let keep = |row| {
-        columns
-            .iter()
-            .all(|(column, value)| column.as_ref().is_some_and(|column| column.value(row).to_string() == **value))
-    };
+    let keep = |row| columns.iter().all(|(column, value)| column.as_ref().is_some_and(|column| column.is(row, value)));
     let (mut messages, mut part) = (Vec::new(), String::new());
     for event in encode::objects(batch, json_columns.to_vec(), false, keep)? {
         if !part.is_empty() && part.len() + event.len() > EVENTS_BYTES {
@@ -708,6 +704,30 @@ fn stream_events(name: &ChannelName, json_columns: &[String], batch: &RecordBatc
     messages.extend(Some(part).filter(|part| !part.is_empty()));
     let event = |events: String| custom("stream.events", &format!("{{\"events\":[{events}]}}"));
     Ok(messages.into_iter().map(event).collect())
+}
+
+/// A column whose values are compared with the text of a filter.
+enum Shown<'a> {
+    Text(&'a StringArray),
+    Other(ArrayFormatter<'a>),
+}
+
+impl<'a> Shown<'a> {
+    fn new(column: &'a ArrayRef, options: &FormatOptions<'a>) -> Result<Shown<'a>, ArrowError> {
+        Ok(match column.as_string_opt::<i32>() {
+            Some(texts) => Shown::Text(texts),
+            None => Shown::Other(ArrayFormatter::try_new(column, options)?),
+        })
+    }
+
+    /// Whether the value is shown as this text; NULL is as the empty one.
+    fn is(&self, row: usize, text: &str) -> bool {
+        match self {
+            Shown::Text(texts) if texts.is_null(row) => text.is_empty(),
+            Shown::Text(texts) => texts.value(row) == text,
+            Shown::Other(column) => column.value(row).to_string() == text,
+        }
+    }
 }
 
 /// Where the messages of a record of the log are in a channel of its stream: the record's offset in the upper bits, the

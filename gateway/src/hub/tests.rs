@@ -544,21 +544,27 @@ fn whoever_comes_during_a_run_gets_it_from_its_start_and_whoever_comes_later_doe
 
 #[test]
 fn events_of_a_stream_are_filtered_by_column_and_keep_their_json() {
-    use arrow::array::{ArrayRef, StringArray};
+    use arrow::array::{Int64Array, StringArray};
     let hub = hub(Limits::default());
-    let channels = ["streams/market.trades", "streams/market.trades?symbol=A"].map(|text| open(&hub, text));
+    let filters = ["", "?symbol=A", "?qty=2", "?symbol=A&qty=2", "?qty=02", "?other=A"];
+    let channels = filters.map(|filter| open(&hub, &format!("streams/market.trades{filter}")));
     let mut clients = channels.each_ref().map(|channel| Client::of(&hub, channel, None));
-    let symbols: ArrayRef = Arc::new(StringArray::from(vec!["A", "B", "A"]));
-    let extra: ArrayRef = Arc::new(StringArray::from(vec![Some(r#"{"k":1}"#), None, None]));
-    let batch = RecordBatch::try_from_iter_with_nullable([("symbol", symbols, false), ("extra", extra, true)]).unwrap();
+    let symbols: ArrayRef = Arc::new(StringArray::from(vec![Some("A"), Some("B"), Some("A"), None]));
+    let quantities: ArrayRef = Arc::new(Int64Array::from(vec![Some(1), Some(2), Some(2), None]));
+    let extra: ArrayRef = Arc::new(StringArray::from(vec![Some(r#"{"k":1}"#), None, None, None]));
+    let columns = [("symbol", symbols, true), ("qty", quantities, true), ("extra", extra, true)];
+    let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
     let what = What::Events { stream: "market.trades".parse().unwrap(), batch, offset: 1 };
     hub.publish(Update { workspace: acme(), what: what.clone() });
     hub.publish(Update { workspace: "other".parse().unwrap(), what });
     clients.iter_mut().for_each(|client| drop(client.take()));
-    let (a, b) = (json!({"symbol": "A", "extra": {"k": 1}}), json!({"symbol": "B"}));
-    let event = |events: Value| json!({"type": "CUSTOM", "name": "stream.events", "value": {"events": events}});
-    assert_eq!(clients[0].events, [event(json!([a, b, {"symbol": "A"}]))]);
-    assert_eq!(clients[1].events, [event(json!([a, {"symbol": "A"}]))]);
+    let a = json!({"symbol": "A", "qty": 1, "extra": {"k": 1}});
+    let (b, c) = (json!({"symbol": "B", "qty": 2}), json!({"symbol": "A", "qty": 2}));
+    let event = |events: Value| vec![json!({"type": "CUSTOM", "name": "stream.events", "value": {"events": events}})];
+    let got = clients.map(|client| client.events);
+    let expected =
+        [event(json!([a, b, c, {}])), event(json!([a, c])), event(json!([b, c])), event(json!([c])), vec![], vec![]];
+    assert_eq!(got, expected);
 }
 
 fn row(key: &str, end: i64, is_final: bool) -> MetricRow {
