@@ -56,6 +56,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, Predicate, SizeAbove};
@@ -155,19 +156,19 @@ pub(crate) fn router(state: AppState) -> Router {
         Some(_) => router.route("/metrics", any(async || StatusCode::NOT_FOUND)),
     };
     let compressed = SizeAbove::new(COMPRESSED_FROM).and(DefaultPredicate::new());
-    // the last layer is the outermost
-    router
-        .fallback(console::fallback)
-        .layer(from_fn(edge::measure))
-        .layer(from_fn_with_state(state.clone(), edge::audit))
-        .layer(from_fn(edge::tell_quota))
-        .layer(DefaultBodyLimit::max(BODY_BYTES))
-        .layer(CompressionLayer::new().compress_when(compressed))
-        .layer(CatchPanicLayer::custom(problem::of_panic))
-        .layer(from_fn(problem::document_errors))
-        .layer(cors(&state.config.cors_origins))
+    // one layer for the router, which copies what is in it for each request once for each of its layers; the first is the
+    // outermost
+    let layers = ServiceBuilder::new()
         .layer(from_fn(edge::identify))
-        .with_state(state)
+        .layer(cors(&state.config.cors_origins))
+        .layer(from_fn(problem::document_errors))
+        .layer(CatchPanicLayer::custom(problem::of_panic))
+        .layer(CompressionLayer::new().compress_when(compressed))
+        .layer(DefaultBodyLimit::max(BODY_BYTES))
+        .layer(from_fn(edge::tell_quota))
+        .layer(from_fn_with_state(state.clone(), edge::audit))
+        .layer(from_fn(edge::measure));
+    router.fallback(console::fallback).layer(layers).with_state(state)
 }
 
 /// Lets pages of the listed origins call; without any, pages of this server only.
