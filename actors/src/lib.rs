@@ -40,8 +40,8 @@ pub use outward::reason as transport_reason;
 pub use seal::{SealError, Sealer};
 pub use sql::store::Step;
 pub use system::{
-    ActorInfo, Ingested, Limits, LiveRows, Part, Parts, QueryAnswer, QueryRequest, RowsPage, RowsQuery, StreamInfo,
-    System, Throughput,
+    ActorInfo, Ingested, Limits, LiveRows, Part, Parts, QueryAnswer, QueryRequest, Retention, RowsPage, RowsQuery,
+    StreamInfo, System, Throughput,
 };
 pub use table::TableInfo;
 pub use webhook::{WebhookChange, WebhookConfig, alert_json, sealed_for};

@@ -38,7 +38,9 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use sql::plan::{Planner, Source};
 use sql::query::{Bounds, Question, Table};
-use sql::store::{Alert, Portfolio, Position, RowQuery, Silence, Step, Store, StreamRow, TableRow, Workspace};
+use sql::store::{
+    Alert, Portfolio, Position, RowQuery, Silence, Step, Store, StoreError, StreamRow, TableRow, Workspace,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::AtomicUsize;
@@ -147,6 +149,7 @@ pub(crate) struct Deps {
     pub(crate) notifier: Notifier,
     /// Computes large batches.
     pub(crate) background: Background,
+    pub(crate) retention: Retention,
     planner: Planner,
 }
 
@@ -155,6 +158,14 @@ impl Deps {
     pub(crate) fn empty_engine(&self) -> engine::workspace::Workspace {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
         engine::workspace::Workspace::new(self.state, || START.elapsed()).pausing(background::pause)
+    }
+
+    /// For how long the tier of a workspace keeps final rows, where it bounds that.
+    pub(crate) async fn keeps(&self, id: &WorkspaceId) -> Result<Option<Span>, StoreError> {
+        if !self.retention.is_bounded() {
+            return Ok(None);
+        }
+        Ok(self.store.workspace(id).await?.and_then(|workspace| self.retention.of(&workspace.tier)))
     }
 
     /// The program of a metric's SQL; `metrics` gives those it may read.
@@ -356,6 +367,27 @@ pub struct Parts {
     pub webhooks: WebhookConfig,
     /// Seals the secrets of webhooks.
     pub sealer: Arc<Sealer>,
+    pub retention: Retention,
+}
+
+/// For how long final rows of metrics are kept at most, by the tier of their workspace.
+#[derive(Clone, Default)]
+pub struct Retention {
+    /// Nothing for a tier that keeps them as long as each metric says.
+    pub tiers: BTreeMap<String, Option<Span>>,
+    /// The tier of workspaces whose own is none of these.
+    pub default_tier: String,
+}
+
+impl Retention {
+    /// Whether there is a tier that bounds it.
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.tiers.values().any(Option::is_some)
+    }
+
+    fn of(&self, tier: &str) -> Option<Span> {
+        self.tiers.get(tier).or_else(|| self.tiers.get(&self.default_tier)).copied().flatten()
+    }
 }
 
 /// Where the store keeps [`Tenant::first`], by workspace.
@@ -395,7 +427,7 @@ impl System {
     /// Makes every workspace of the store known and returns at once: those that were at work when the last process
     /// ended are woken one after the other, every other when it is needed.
     pub async fn start(parts: Parts) -> Result<System, Fault> {
-        let Parts { store, log, dedup, outlet, clock, limits, agents, cache, webhooks, sealer } = parts;
+        let Parts { store, log, dedup, outlet, clock, limits, agents, cache, webhooks, sealer, retention } = parts;
         let committer = Committer::start(store.clone());
         let mailbox_bytes = limits.mailbox_bytes;
         let shared = Shared { log: log.clone(), dedup, outlet: outlet.clone(), root: OnceLock::new(), mailbox_bytes };
@@ -415,6 +447,7 @@ impl System {
             sealer,
             background: Background::start("compute", std::thread::available_parallelism().map_or(1, usize::from))
                 .map_err(Fault::internal)?,
+            retention,
             planner: Planner::default(),
         });
         let (root, task) = Actor::spawn(None, RootActor, deps.clone()).await.map_err(Fault::internal)?;

@@ -359,6 +359,8 @@ const SLICE: Duration = Duration::from_micros(200);
 
 /// A batch of more events than this, counted for each metric, takes about as long as that: it is computed elsewhere.
 const HEAVY: usize = 1_024;
+/// In microseconds.
+const HOUR: i64 = Span::seconds(3_600).0;
 
 /// A batch at which the actor failed so often is searched for the events that do it.
 const POISON_AFTER: u32 = 2;
@@ -1513,29 +1515,42 @@ impl State {
         }
     }
 
-    /// Deletes rows that are older than their metric keeps them.
+    /// Deletes rows that are older than their metric, or the tier of the workspace, keeps them.
     fn expired(&self) -> Option<impl Future<Output = ()> + use<>> {
-        let limits: Vec<(ItemName, Window, Micros)> = self
+        let is_bounded = self.deps.retention.is_bounded();
+        let reached: Vec<(ItemName, Window, Micros, Option<Span>)> = self
             .metrics
             .iter()
+            .filter(|(_, metric)| is_bounded || metric.definition.retain.is_some())
             .filter_map(|(name, metric)| {
-                let frontier = self.engine.reached(name)?;
-                Some((name.clone(), metric.program.window(), frontier.minus(metric.definition.retain?)))
+                let reached = self.engine.reached(name)?;
+                Some((name.clone(), metric.program.window(), reached, metric.definition.retain))
             })
             .collect();
-        if limits.is_empty() {
+        if reached.is_empty() {
             return None;
         }
-        let (store, tenant, cache) = (self.deps.store.clone(), self.tenant.clone(), self.deps.cache.clone());
+        let (deps, tenant) = (self.deps.clone(), self.tenant.clone());
         Some(async move {
             let workspace = &tenant.id;
-            for (metric, window, until) in limits {
-                match store.prune_rows(workspace, &metric, until).await {
+            let keeps = match deps.keeps(workspace).await {
+                Ok(keeps) => keeps,
+                Err(error) => return tracing::warn!(%workspace, %error, "old rows stay; trying again later"),
+            };
+            for (metric, window, reached, retain) in reached {
+                // by days: once an hour is often enough
+                let by_tier =
+                    keeps.map(|keeps| reached.minus(keeps)).map(|until| until.minus(Span(until.0.rem_euclid(HOUR))));
+                let is_new = |until: &Micros| retain.is_some() || tenant.pruned.lock().get(&metric) != Some(until);
+                let Some(until) = retain.map(|retain| reached.minus(retain)).max(by_tier).filter(is_new) else {
+                    continue;
+                };
+                match deps.store.prune_rows(workspace, &metric, until).await {
                     Ok(count) => {
                         let before = tenant.pruned.lock().insert(metric.clone(), until);
                         if count > 0 {
-                            blocks::pruned(&cache, workspace, &metric, window, before, until);
-                            cache.changed(&[query::of_definitions(workspace)]);
+                            blocks::pruned(&deps.cache, workspace, &metric, window, before, until);
+                            deps.cache.changed(&[query::of_definitions(workspace)]);
                         }
                     }
                     Err(error) => {

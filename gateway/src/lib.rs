@@ -46,7 +46,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{any, get};
 use edge::{Denials, Unaudited};
 use engine::event::WorkspaceId;
-use hub::Group;
+use hub::{Group, Seats};
 use ingest::Intake;
 use metrics_exporter_prometheus::PrometheusHandle;
 use permission::Access;
@@ -121,6 +121,12 @@ impl AppState {
     pub(crate) fn took_from(&self, group: &Group) {
         self.auth.forget();
         self.hub.crowd.look_again(group);
+    }
+
+    /// Counts a connection among those of a workspace, of which its tier may allow fewer than the settings do.
+    pub(crate) async fn seat(&self, seats: &mut Seats, workspace: &WorkspaceId) -> Result<(), Problem> {
+        let by_tier = self.tier(workspace).await?.connections;
+        seats.enter(&self.hub.crowd, Group::Workspace(workspace.clone()), by_tier)
     }
 
     /// What the caller may do in a workspace; the problem is the same for a foreign workspace and a missing one.

@@ -324,7 +324,10 @@ const SCHEMAS: &[(&str, &str)] = &[
     ("NewGrant", "email string, scope string"),
     ("Grant", "user string, email string, scope string, created_by string, created_at time"),
     ("Grants", "grants Grant[]"),
-    ("Usage", "tier string, requests Quota null, agent_runs Quota null, events Object, metrics Object, streams Object"),
+    (
+        "Usage",
+        "tier string, requests Quota null, agent_runs Quota null, events Object, metrics Object, streams Object, connections Object, retention Object",
+    ),
     ("Quota", "limit integer, remaining integer, reset_seconds integer"),
     ("Tokens", "access_token string, refresh_token string, token_type string, expires_in integer"),
     ("Membership", "id string, name string, role string, tier string, permissions string[], invited boolean"),

@@ -27,6 +27,10 @@ pub struct Tier {
     pub metrics: Option<usize>,
     /// Streams of its own, beside `limits.streams`.
     pub streams: Option<usize>,
+    /// Live connections that follow its channels at once, beside `limits.connections_per_workspace`.
+    pub connections: Option<usize>,
+    /// Days of event time for which final rows of its metrics are kept, beside what each metric's `retain` says.
+    pub retain_days: Option<u32>,
 }
 
 impl Tier {
@@ -40,6 +44,8 @@ impl Tier {
             && least(self.events_per_second, other.events_per_second)
             && least(self.metrics, other.metrics)
             && least(self.streams, other.streams)
+            && least(self.connections, other.connections)
+            && least(self.retain_days, other.retain_days)
     }
 }
 
@@ -51,6 +57,8 @@ pub fn default_tiers() -> Vec<(&'static str, Tier)> {
         events_per_second: Some(1_000),
         metrics: Some(20),
         streams: Some(10),
+        connections: Some(100),
+        retain_days: None,
     };
     let premium = Tier {
         requests_per_hour: Some(100),
@@ -58,6 +66,8 @@ pub fn default_tiers() -> Vec<(&'static str, Tier)> {
         events_per_second: Some(20_000),
         metrics: Some(200),
         streams: Some(50),
+        connections: Some(1_000),
+        retain_days: None,
     };
     vec![("free", free), ("premium", premium), ("enterprise", Tier::default())]
 }

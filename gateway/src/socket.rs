@@ -67,7 +67,7 @@ impl Opening {
         let headers = request.headers();
         let (mut seats, origin) = (Seats::default(), Origin::of(request.extensions()));
         if let Some(address) = origin.address() {
-            seats.enter(&hub.crowd, Group::Address(address))?;
+            seats.enter(&hub.crowd, Group::Address(address), None)?;
         }
         let agreed = handshake::agree(request.method(), headers)?;
         let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
@@ -152,6 +152,7 @@ mod tests {
                 cache: cache::Cache::new(&cache::Config::default()),
                 webhooks: Default::default(),
                 sealer: auth.sealer(),
+                retention: Default::default(),
             };
             let system = actors::System::start(parts).await.unwrap();
             let password = "correct horse".to_owned();

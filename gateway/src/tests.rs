@@ -98,6 +98,7 @@ impl Server {
             cache,
             webhooks: Default::default(),
             sealer: auth.sealer(),
+            retention: Default::default(),
         };
         let system = System::start(parts).await.unwrap();
         let metrics = PrometheusBuilder::new().build_recorder().handle();

@@ -81,6 +81,7 @@ impl App {
             cache,
             webhooks: config.webhooks.clone(),
             sealer: auth.sealer(),
+            retention: config.limits.retention(),
         })
         .await?;
         let packs = Arc::new(packs(&config).await?);

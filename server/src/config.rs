@@ -1,7 +1,7 @@
 //! Settings: `tidewatch.toml`, overridden by `TIDEWATCH__SECTION__KEY`, overridden by flags.
 
 use actors::agent::AgentConfig;
-use engine::event::ItemName;
+use engine::event::{ItemName, Span};
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use ipnet::IpNet;
@@ -304,6 +304,12 @@ impl Limits {
             workspace_state_groups: self.workspace_state_groups,
             queries: self.queries,
         }
+    }
+
+    pub(crate) fn retention(&self) -> actors::Retention {
+        let days = |days: u32| Span::seconds(i64::from(days) * 86_400);
+        let tiers = self.tiers.iter().map(|(name, tier)| (name.clone(), tier.retain_days.map(days)));
+        actors::Retention { tiers: tiers.collect(), default_tier: self.default_tier.clone() }
     }
 
     fn wire(&self) -> gateway::Limits {

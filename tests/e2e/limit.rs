@@ -61,6 +61,57 @@ async fn a_metric_over_its_bound_says_so_on_its_channel_and_runs_again_when_it_i
 }
 
 #[tokio::test]
+async fn a_tier_bounds_connections_and_how_long_rows_are_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::with_workspace_and(directory.path(), |config| {
+        let small = gateway::Tier { connections: Some(2), retain_days: Some(2), ..gateway::Tier::default() };
+        config.limits.tiers.insert("small".to_owned(), small);
+    })
+    .await;
+    server.ok(Method::PATCH, WS, json!({"tier": "small"})).await;
+    let mut sockets = Vec::new();
+    for _ in 0..2 {
+        let mut socket = server.socket().await;
+        socket.subscribe("alerts", Value::Null).await;
+        sockets.push(socket);
+    }
+    let mut third = server.socket().await;
+    third.send(json!({"type": "subscribe", "workspace": "acme", "channel": "alerts"})).await;
+    let refused = third.until(|frame| frame["type"] == "error").await;
+    assert_eq!(refused["code"], "too_many_connections", "{refused}");
+    assert!(refused["detail"].as_str().unwrap().contains("connections = 2 of its tier"), "{refused}");
+    let usage = server.get(&format!("{WS}/usage")).await;
+    assert_eq!(
+        (&usage["connections"], &usage["retention"]),
+        (&json!({"used": 2, "limit": 2}), &json!({"limit_days": 2}))
+    );
+
+    // rows of another workspace stay
+    server.ok(Method::POST, "/api/v1/workspaces", json!({"id": "large", "name": "Large"})).await;
+    let hourly = json!({"sql": "SELECT count(*) AS n FROM market.trades GROUP BY tumble(ts, INTERVAL '1 hour')"});
+    let events: Vec<Value> =
+        (0..5).map(|n| json!({"ts": NEW_YEAR + n * 30 * 3_600_000, "symbol": "A", "price": 1.0, "qty": 1.0})).collect();
+    for (workspace, kept) in [("large", 4), ("acme", 1)] {
+        let path = format!("/api/v1/workspaces/{workspace}");
+        server.ok(Method::PUT, &format!("{path}/metrics/hourly"), hourly.clone()).await;
+        server.ok(Method::POST, &format!("{path}/streams/market.trades/events"), json!(events)).await;
+        let mut ends = Vec::new();
+        for _ in 0..200 {
+            let answer = server.get(&format!("{path}/metrics/hourly/rows")).await;
+            let rows = answer["rows"].as_array().unwrap();
+            let closed = rows.iter().filter(|row| row["final"] == true);
+            ends = closed.map(|row| row["window_end"].as_str().unwrap().to_owned()).collect();
+            if ends.len() == kept && ends.iter().max().unwrap() == "2024-01-04T19:00:00.000000Z" {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        assert_eq!(ends.len(), kept, "{workspace}: {ends:?}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn the_plan_of_a_metric_tells_its_panes_its_state_and_its_cost() {
     let directory = tempfile::tempdir().unwrap();
     let server = Server::with_workspace(directory.path()).await;

@@ -62,6 +62,7 @@ async fn world() -> World {
         cache: cache::Cache::new(&cache::Config::default()),
         webhooks: Default::default(),
         sealer: Arc::new(crate::Sealer::new(["a key of the tests, long enough for them"].into_iter())),
+        retention: Default::default(),
     };
     let system = System::start(parts).await.unwrap();
     let ws: WorkspaceId = "acme".parse().unwrap();

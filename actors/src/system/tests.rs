@@ -101,6 +101,7 @@ impl World {
             cache: cache::Cache::new(&cache::Config::default()),
             webhooks: WebhookConfig { allow_private: true, ..WebhookConfig::default() },
             sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
+            retention: Default::default(),
         };
         let system = System::start(parts).await.unwrap();
         World { system, pushed, clock }
@@ -943,6 +944,7 @@ async fn a_store_that_is_ahead_of_its_log_is_refused_with_what_to_do() {
         cache: cache::Cache::new(&cache::Config::default()),
         webhooks: WebhookConfig::default(),
         sealer: Arc::new(Sealer::new(["a key of the tests, long enough for them"].into_iter())),
+        retention: Default::default(),
     };
     let refused = System::start(parts).await.err().unwrap();
     assert_eq!(refused.code, "log_behind_store");

@@ -320,7 +320,7 @@ impl State {
     async fn begin_again(&mut self, name: &ItemName, cut: &mut Cut) -> Result<(), ActorProcessingErr> {
         let Defined { definition, program, version, since, .. } = &self.metrics[name];
         let (program, backfill, is_cut) = (program.clone(), definition.backfill, *since < cut.from);
-        let is_kept = definition.retain.is_none();
+        let is_kept = definition.retain.is_none() && self.deps.keeps(&self.tenant.id).await?.is_none();
         self.engine.define(name.clone(), *version, program.clone(), timing(definition))?;
         let mut first = None;
         if is_kept && (is_cut || backfill.is_some()) {

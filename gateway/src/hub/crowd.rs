@@ -59,9 +59,10 @@ impl Seats {
 
     /// Counts the connection among those of a group, once. It then looks again at its rights: something may have been
     /// taken between the first look, for which it enters, and its entry.
-    pub(crate) fn enter(&mut self, crowd: &Arc<Crowd>, group: Group) -> Result<(), Problem> {
+    /// `by_tier` is how many a tier allows, where that may be fewer than the settings do.
+    pub(crate) fn enter(&mut self, crowd: &Arc<Crowd>, group: Group, by_tier: Option<usize>) -> Result<(), Problem> {
         if let Entry::Vacant(vacant) = self.groups.entry(group) {
-            let seat = crowd.enter(vacant.key().clone(), self.outbox.clone())?;
+            let seat = crowd.enter(vacant.key().clone(), by_tier, self.outbox.clone())?;
             vacant.insert(seat);
             self.outbox.upgrade().iter().for_each(|outbox| outbox.suspect());
         }
@@ -75,7 +76,7 @@ impl Crowd {
     }
 
     /// Counts a connection, if the group may have another one.
-    fn enter(self: &Arc<Self>, group: Group, outbox: Weak<Outbox>) -> Result<Seat, Problem> {
+    fn enter(self: &Arc<Self>, group: Group, by_tier: Option<usize>, outbox: Weak<Outbox>) -> Result<Seat, Problem> {
         let (most, key, who) = match group {
             Group::Address(_) => (self.limits.connections_per_address, "connections_per_address", "this address"),
             Group::User(_) => (self.limits.connections_per_user, "connections_per_user", "you"),
@@ -83,13 +84,16 @@ impl Crowd {
                 (self.limits.connections_per_workspace, "connections_per_workspace", "the workspace")
             }
         };
+        let (most, key, bound) = match by_tier.filter(|by_tier| *by_tier < most) {
+            Some(most) => (most, "connections", format!("connections = {most} of its tier: so many")),
+            None => (most, key, format!("limits.{key} = {most}")),
+        };
         let mut all = self.present.lock();
         let present = all.entry(group.clone()).or_default();
         if present.connections.len() >= most {
             metrics::counter!("tidewatch_ws_refused_total", "limit" => key).increment(1);
-            let detail = format!(
-                "limits.{key} = {most} live connections of {who} are open; close some or ask an admin to raise the limit"
-            );
+            let detail =
+                format!("{bound} live connections of {who} are open; close some or ask an admin to raise the limit");
             let problem = Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_connections", detail);
             return Err(problem.retry_after(Duration::from_secs(10)));
         }
@@ -97,6 +101,11 @@ impl Crowd {
         present.next += 1;
         present.connections.insert(number, outbox);
         Ok(Seat { crowd: self.clone(), group, number })
+    }
+
+    /// Connections of a group.
+    pub(crate) fn count(&self, group: &Group) -> usize {
+        self.present.lock().get(group).map_or(0, |present| present.connections.len())
     }
 
     /// Something was taken from a group: each of its connections looks again at its rights, now and before it gets
@@ -129,12 +138,12 @@ mod tests {
     fn a_group_has_so_many_connections_and_another_one_when_one_leaves() {
         let limits = Limits { connections_per_user: 2, ..Limits::default() };
         let crowd = Crowd::new(limits);
-        let ann = || crowd.enter(Group::User("ann".into()), Weak::new());
+        let ann = || crowd.enter(Group::User("ann".into()), None, Weak::new());
         let (one, _two) = (ann().unwrap(), ann().unwrap());
         let refused = ann().err().unwrap();
         assert_eq!((refused.status().as_u16(), refused.code), (429, "too_many_connections"));
         assert!(refused.detail.contains("limits.connections_per_user = 2"), "{}", refused.detail);
-        assert!(crowd.enter(Group::User("bob".into()), Weak::new()).is_ok());
+        assert!(crowd.enter(Group::User("bob".into()), None, Weak::new()).is_ok());
         drop(one);
         assert!(ann().is_ok());
         drop(_two);
@@ -147,7 +156,7 @@ mod tests {
         let mut seats = Seats::default();
         seats.hold(&outbox);
         for is_new in [true, false] {
-            seats.enter(&crowd, Group::User("ann".into())).unwrap();
+            seats.enter(&crowd, Group::User("ann".into()), None).unwrap();
             assert_eq!(outbox.is_to_look(), is_new);
         }
     }
@@ -156,7 +165,7 @@ mod tests {
     fn a_change_is_seen_once_by_each_connection_of_its_group_and_by_no_other() {
         let crowd = Crowd::new(Limits::default());
         let outboxes = [(); 3].map(|()| Outbox::new(1 << 10, Form::Text));
-        let enter = |user: &str, outbox| crowd.enter(Group::User(user.into()), Arc::downgrade(outbox)).unwrap();
+        let enter = |user: &str, outbox| crowd.enter(Group::User(user.into()), None, Arc::downgrade(outbox)).unwrap();
         let _seats = [enter("ann", &outboxes[0]), enter("ann", &outboxes[1]), enter("bob", &outboxes[2])];
         crowd.look_again(&Group::User("ann".into()));
         crowd.look_again(&Group::User("eve".into()));

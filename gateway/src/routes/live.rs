@@ -65,12 +65,9 @@ async fn follow(
     outbox.belongs_to(&caller.name);
     let mut seats = Seats::default();
     seats.hold(&outbox);
-    let groups = [
-        address.map(Group::Address),
-        Some(Group::User(caller.id.as_str().into())),
-        Some(Group::Workspace(member.workspace.clone())),
-    ];
-    groups.into_iter().flatten().try_for_each(|group| seats.enter(&state.hub.crowd, group))?;
+    let groups = [address.map(Group::Address), Some(Group::User(caller.id.as_str().into()))];
+    groups.into_iter().flatten().try_for_each(|group| seats.enter(&state.hub.crowd, group, None))?;
+    state.seat(&mut seats, &member.workspace).await?;
     let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()).unwrap_or_default();
     let id = state.hub.next_id();
     let mut follower = Follower {

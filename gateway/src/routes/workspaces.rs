@@ -191,6 +191,8 @@ async fn usage(State(state): State<AppState>, member: Member) -> Result<axum::Js
         },
         "metrics": {"used": metrics, "limit": tier.metrics},
         "streams": {"used": own, "limit": tier.streams},
+        "connections": {"used": state.hub.crowd.count(&Group::Workspace(id.clone())), "limit": tier.connections},
+        "retention": {"limit_days": tier.retain_days},
     })))
 }
 

@@ -207,13 +207,14 @@ impl Talk for Chat {
             self.refuse(&problem);
             Close::Unauthenticated
         })?;
-        let groups =
-            [Group::User(signed_in.caller.id.as_str().into()), Group::Workspace(signed_in.member.workspace.clone())];
-        for group in groups {
-            if let Err(problem) = self.seats.enter(&self.state.hub.crowd, group) {
-                self.refuse(&problem);
-                return Err(Close::TooMany(problem.detail));
-            }
+        let user = Group::User(signed_in.caller.id.as_str().into());
+        let seated = match self.seats.enter(&self.state.hub.crowd, user, None) {
+            Ok(()) => self.state.seat(&mut self.seats, &signed_in.member.workspace).await,
+            refused => refused,
+        };
+        if let Err(problem) = seated {
+            self.refuse(&problem);
+            return Err(Close::TooMany(problem.detail));
         }
         self.outbox.belongs_to(&signed_in.caller.name);
         self.signed_in = Some(signed_in);

@@ -94,11 +94,6 @@ impl Session {
         Session { state, id, outbox, signed_in: None, subscriptions, runs, seats, origin }
     }
 
-    /// Counts the connection among those of a group, once.
-    fn enter(&mut self, group: Group) -> Result<(), Problem> {
-        self.seats.enter(&self.state.hub.crowd, group)
-    }
-
     fn reject(&self, reference: Option<&Value>, problem: &Problem) {
         self.outbox.reply(&refusal(reference, problem).to_string());
     }
@@ -118,7 +113,8 @@ impl Session {
         });
         match found {
             Ok(caller) => {
-                if let Err(problem) = self.enter(Group::User(caller.id.as_str().into())) {
+                let group = Group::User(caller.id.as_str().into());
+                if let Err(problem) = self.seats.enter(&self.state.hub.crowd, group, None) {
                     self.reject(reference, &problem);
                     return Err(Close::TooMany(problem.detail));
                 }
@@ -169,7 +165,7 @@ impl Session {
         };
         let name = admit(&self.state, caller, workspace.as_ref(), name, sql.as_deref()).await?;
         if let Some(workspace) = &workspace {
-            self.enter(Group::Workspace(workspace.clone()))?;
+            self.state.seat(&mut self.seats, workspace).await?;
         }
         let is_query = matches!(name.topic, Topic::Query { .. });
         if let (true, Some(workspace)) = (is_query, &workspace) {
@@ -255,7 +251,7 @@ impl Session {
         // whatever may stand against listening stands against the run: it is not begun where nobody would hear of it
         if !self.subscriptions.contains_key(&key) {
             self.has_room()?;
-            self.enter(Group::Workspace(member.workspace.clone()))?;
+            self.state.seat(&mut self.seats, &member.workspace).await?;
         }
         member.count_request(&self.state).await?;
         member.count_run(&self.state).await?;

@@ -33,6 +33,9 @@ export interface Usage {
   events: { accepted: number; limit_per_second: number | null; limit_at_once: number | null };
   metrics: { used: number; limit: number | null };
   streams: { used: number; limit: number | null };
+  connections: { used: number; limit: number | null };
+  /** Days of event time for which final rows are kept. */
+  retention: { limit_days: number | null };
 }
 
 export interface Quota {
