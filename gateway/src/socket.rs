@@ -93,11 +93,26 @@ impl Opening {
             let Ok(upgraded) = upgrade.await else { return }; // the client left meanwhile
             let mut reader = Reader::new(limits.frame_bytes, inflates);
             let io = io::split(upgraded, limits.send_buffer_bytes, &mut reader);
-            hub.count_connection(true);
+            let _connected = Connected::new(hub);
             Peer::serve(io, reader, talk, outbox, token).await;
-            hub.count_connection(false);
         });
         response
+    }
+}
+
+/// A client is connected for as long as this lives.
+struct Connected(Arc<Hub>);
+
+impl Connected {
+    fn new(hub: Arc<Hub>) -> Connected {
+        hub.count_connection(true);
+        Connected(hub)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.count_connection(false);
     }
 }
 

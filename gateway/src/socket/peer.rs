@@ -479,6 +479,13 @@ impl<T: Talk> Peer<T> {
     }
 }
 
+impl<T> Drop for Peer<T> {
+    /// However it ends, whoever still has the outbox keeps no connection open.
+    fn drop(&mut self) {
+        self.outbox.wire().map(|wire| wire.lock().close());
+    }
+}
+
 /// What is on its way to a client that is being served.
 fn way(outbox: &Outbox) -> MutexGuard<'_, Way> {
     outbox.wire().expect("it was connected before it was served").lock()
@@ -506,6 +513,11 @@ fn end_of_frame(frames: &[u8], written: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{History, Limits};
+    use crate::hub::Form;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::Semaphore;
 
     #[test]
     fn each_reason_to_close_has_its_code() {
@@ -525,6 +537,58 @@ mod tests {
         let codes = all.map(|close| close.frame().map(|(code, _)| code));
         assert_eq!(codes, [4001, 4002, 4003, 4008, 1009, 1013, 1012, 3000, 1000].map(Some));
         assert_eq!(Close::Gone.frame(), None);
+    }
+
+    /// What is spoken with a fault in it.
+    struct Faulty(Arc<Hub>, CancellationToken);
+
+    impl Talk for Faulty {
+        const HINTS: bool = false;
+
+        fn hub(&self) -> &Arc<Hub> {
+            &self.0
+        }
+
+        fn closing(&self) -> &CancellationToken {
+            &self.1
+        }
+
+        fn end(&self) -> Option<Option<Instant>> {
+            None
+        }
+
+        fn leave(&mut self) {}
+
+        fn refuse(&self, _: &Problem) {}
+
+        async fn sign_in(&mut self, _: String) -> Result<(), Close> {
+            Ok(())
+        }
+
+        async fn check(&mut self) -> Result<(), Close> {
+            Ok(())
+        }
+
+        async fn on_text(&mut self, text: &str) -> Result<Option<Pending>, Close> {
+            panic!("a fault that `{text}` shows")
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_whose_task_fails_is_closed_whoever_still_has_its_outbox() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (read, half) = listener.accept().await.unwrap().0.into_split();
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let outbox = Outbox::new(1 << 20, Form::Text);
+        let talk = Faulty(Hub::new(&Limits::default(), &History::default()), CancellationToken::new());
+        let io = (Source::Plain(read), Sink::Plain { half, _permit: permit });
+        let served = tokio::spawn(Peer::serve(io, Reader::new(1 << 20, false), talk, outbox.clone(), None));
+        client.write_all(&[0x81, 0x81, 0, 0, 0, 0, b'x']).await.unwrap();
+        assert!(served.await.unwrap_err().is_panic());
+        let ended = timeout(Duration::from_secs(5), client.read(&mut [0; 16])).await.expect("it is closed");
+        assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+        drop(outbox);
     }
 
     #[test]

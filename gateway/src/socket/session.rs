@@ -88,7 +88,21 @@ pub(super) struct Session {
     origin: Origin,
 }
 
+impl Drop for Session {
+    /// Also where its task failed.
+    fn drop(&mut self) {
+        self.unfollow();
+    }
+}
+
 impl Session {
+    /// Ends all subscriptions.
+    fn unfollow(&mut self) {
+        for (_, followed) in self.subscriptions.drain() {
+            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
+        }
+    }
+
     pub(super) fn new(state: AppState, Line { outbox, seats, origin }: Line) -> Session {
         let (id, subscriptions, runs) = (state.hub.next_id(), HashMap::new(), HashMap::new());
         Session { state, id, outbox, signed_in: None, subscriptions, runs, seats, origin }
@@ -314,9 +328,7 @@ impl Talk for Session {
     }
 
     fn leave(&mut self) {
-        for (_, followed) in self.subscriptions.drain() {
-            self.state.hub.unsubscribe(&followed.subscription, &self.outbox);
-        }
+        self.unfollow();
     }
 
     fn refuse(&self, problem: &Problem) {
